@@ -1,0 +1,311 @@
+"""The diffusion transformer: velocity of the latent from x_t, the time and a condition per token.
+
+    s   = x_embedder(x_t) + pos_embed                                   # [B,N,D]
+    c   = SiLU(t_embedder(t) + cond)                                    # [B,N,Z], one per token
+    s  += gate * Attn(modulate(RMSNorm(s)));  s += gate * SwiGLU(modulate(RMSNorm(s)))   # depth x
+    v   = linear(modulate(RMSNorm(s)))                                  # [B,N,C]
+
+The form is LightningDiT (arXiv 2501.01423) with AdaLN per token: condition token i modulates latent
+token i, there is no cross-attention. Module names are the keys of the released checkpoints under
+`diff_head.model.`. With `head_width` the last blocks form the wide head of DiT-DH
+(arXiv 2510.11690): they run on a second embedding of x_t and are modulated by the trunk's output.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int       # D
+    depth: int
+    heads: int       # H
+    llm: str         # default language model
+
+
+# Parameters and training FLOPs are of the DiT alone with N = 256, C = 1152 (tiny: 64 tokens of
+# 96); tests/test_dit.py recomputes both.
+#                     D depth  H  LLM
+SIZES = {
+    "tiny": Size(    160,  6,  5, "tiny"),                          # 0.003 B    0.001 TFLOP/image
+    "0.5b": Size(   1280, 16, 32, "Qwen/Qwen2.5-1.5B-Instruct"),    # 0.481 B    0.750
+    "2b":   Size(   2048, 32, 32, "Qwen/Qwen2.5-1.5B-Instruct"),    # 2.436 B    3.782
+    "3b":   Size(   2304, 32, 32, "Qwen/Qwen2.5-1.5B-Instruct"),    # 3.082 B    4.779
+    "5b":   Size(   3072, 32, 32, "Qwen/Qwen2.5-1.5B-Instruct"),    # 5.475 B    8.467
+    "9b":   Size(   4096, 32, 32, "Qwen/Qwen2.5-7B-Instruct"),      # 9.729 B   15.012
+}
+PAPER_NAMES = {"0.5B": "0.5b", "2.4B": "2b", "3.3B": "3b", "3.1B": "3b", "5.5B": "5b", "9.8B": "9b"}
+
+
+class Linear(nn.Linear):
+    """fp32 weights, product in the dtype of x (bf16 on accelerators), no autocast needed."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Statistics in fp32, cast back, then the weight (the authors' order)."""
+
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        y = F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        return y * self.weight.to(x.dtype)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+# ------------------------------------------------------------------------------------------------
+# Positions: a fixed additive table and rotary angles, both used
+# ------------------------------------------------------------------------------------------------
+
+def sincos_positions(D, side):
+    """Fixed table [side*side, D]: first half of the channels codes the column, second the row."""
+    omega = 10000.0 ** (-torch.arange(D // 4, dtype=torch.float64, device="cpu") / (D // 4))
+    angle = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega
+    axis = torch.cat([angle.sin(), angle.cos()], 1)                         # [side, D/2]
+    col = axis[None, :, :].expand(side, side, -1)
+    row = axis[:, None, :].expand(side, side, -1)
+    return torch.cat([col, row], 2).flatten(0, 1).float()
+
+
+class RoPE(nn.Module):
+    """2-D rotary angles over one head: first half of it turns with the row, second with the column
+    (the additive table does the opposite). Adjacent channels form a pair: (a, b) -> (-b, a)."""
+
+    def __init__(self, head_dim, side):
+        super().__init__()
+        d = head_dim // 2
+        f = 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64, device="cpu") / d)   # [hd/4]
+        angle = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * f
+        angle = angle.repeat_interleave(2, 1)                               # [side, hd/2]
+        row = angle[:, None, :].expand(side, side, -1)
+        col = angle[None, :, :].expand(side, side, -1)
+        angle = torch.cat([row, col], 2).flatten(0, 1)                      # [N, hd]
+        self.register_buffer("freqs_cos", angle.cos().float())
+        self.register_buffer("freqs_sin", angle.sin().float())
+
+    def forward(self, x):                                                   # [B,H,N,hd]
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-b, a], -1).flatten(-2)
+        return x * self.freqs_cos.to(x.dtype) + turned * self.freqs_sin.to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+# Blocks
+# ------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    def __init__(self, D, heads, qk_norm):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = Linear(D, 3 * D), Linear(D, D)
+        self.q_norm = RMSNorm(D // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D // heads) if qk_norm else nn.Identity()
+
+    def forward(self, x, rope):                                             # [B,N,D]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B,H,N,hd]
+        q, k = rope(self.q_norm(q)), rope(self.k_norm(k))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, D):
+        super().__init__()
+        hidden = int(2 / 3 * int(4 * D))                    # the authors': not rounded to a multiple
+        self.w12, self.w3 = Linear(D, 2 * hidden), Linear(hidden, D)
+
+    def forward(self, x):
+        a, b = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(a) * b)
+
+
+def adaLN(Z, out):
+    """SiLU, then Linear. The SiLU is the same in every block, so `DiT.forward` applies it once and
+    the blocks call only `[1]`; the Sequential keeps the released key `adaLN_modulation.1`."""
+    return nn.Sequential(nn.SiLU(), Linear(Z, out))
+
+
+class Block(nn.Module):
+    def __init__(self, D, heads, Z, qk_norm=False):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(D), RMSNorm(D)
+        self.attn, self.mlp = Attention(D, heads, qk_norm), SwiGLU(D)
+        self.adaLN_modulation = adaLN(Z, 6 * D)
+
+    def forward(self, x, c, rope):                  # x [B,N,D], c = SiLU(condition) [B,N or 1,Z]
+        m = self.adaLN_modulation[1](c)                                     # [B,N,6D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, -1)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, D, C, Z):
+        super().__init__()
+        self.norm_final = RMSNorm(D)
+        self.linear = Linear(D, C)
+        self.adaLN_modulation = adaLN(Z, 2 * D)
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation[1](c).chunk(2, -1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))      # [B,N,C]
+
+
+class TokenEmbedder(nn.Module):
+    """A 1x1 convolution on the latent grid, that is a Linear a token; the key and shape [D,C,1,1]
+    are the released ones."""
+
+    def __init__(self, C, D):
+        super().__init__()
+        self.proj = nn.Conv2d(C, D, 1)
+
+    def forward(self, x):                                                   # [B,N,C] -> [B,N,D]
+        return F.linear(x, self.proj.weight.flatten(1).to(x.dtype), self.proj.bias.to(x.dtype))
+
+
+class TimeEmbedder(nn.Module):
+    """Random Fourier features of t in [0,1], then an MLP; fp32. The 256 frequencies are in no
+    checkpoint: they are the CPU generator's normal draws after seed 114514."""
+
+    def __init__(self, Z):
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(512, Z), nn.SiLU(), Linear(Z, Z))
+        frequencies = torch.randn(256, generator=torch.Generator().manual_seed(114514), device="cpu")
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t):                                                   # [B] -> [B,Z]
+        angle = t.float()[:, None] * self.frequencies * (2 * torch.pi)
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], -1))
+
+
+class NullCondition(nn.Module):
+    """The learned condition of no prompt, one vector [Z] for all tokens (cond. dropout, p = 0.1)."""
+
+    def __init__(self, Z):
+        super().__init__()
+        self.dropout_embedding = nn.Parameter(torch.zeros(Z))
+
+    def forward(self, cond, drop):                          # [B,N,Z], [B] bool: which lose theirs
+        return torch.where(drop[:, None, None], self.dropout_embedding.to(cond.dtype), cond)
+
+
+class DiT(nn.Module):
+    """Paper section 2.2, Table 1; reference class LightningDiT (and LightningDDT with a wide head).
+
+    channels C, tokens N (a square grid), width D, cond_width Z (default D). head_width/head_depth
+    add the DiT-DH head; equal to width it is the single-width DDT. null: whether the checkpoint has
+    a null condition. remat: recompute each block's activations in the backward pass.
+    """
+
+    def __init__(self, channels, tokens, width, depth, heads, cond_width=None, head_width=0,
+                 head_depth=0, head_heads=None, qk_norm=False, null=True, dtype=torch.float32):
+        super().__init__()
+        C, D, Z = channels, width, cond_width or width
+        wide = head_depth > 0
+        D2, head_heads = (head_width or D, head_heads or heads) if wide else (D, heads)
+        side = int(tokens ** 0.5)
+        if side * side != tokens:
+            raise ValueError(f"{tokens} latent tokens are not a square grid")
+        for w, h, flag in ((D, heads, "--size"), (D2, head_heads, "--head-width")):
+            if w % (4 * h):
+                raise ValueError(f"DiT width {w} ({flag}) must be a multiple of 4 x heads = {4 * h}")
+        self.channels, self.tokens, self.width, self.depth, self.heads = C, tokens, D, depth, heads
+        self.cond_width, self.head_width, self.head_depth = Z, D2, head_depth
+        self.head_heads, self.dtype, self.remat = head_heads, dtype, False
+
+        self.pos_embed = nn.Parameter(sincos_positions(D, side)[None], requires_grad=False)
+        self.x_embedder = TokenEmbedder(C, D)
+        self.t_embedder = TimeEmbedder(Z)
+        if null:
+            self.y_embedder = NullCondition(Z)
+        self.dit_blocks = nn.ModuleList(
+            [Block(D, heads, Z, qk_norm) for _ in range(depth)]
+            + [Block(D2, head_heads, D2, qk_norm) for _ in range(head_depth)])
+        if wide:
+            self.s_embedder = TokenEmbedder(C, D2)
+            self.s_projector = Linear(D, D2) if D2 != D else nn.Identity()
+            self.enc_rope, self.dec_rope = RoPE(D // heads, side), RoPE(D2 // head_heads, side)
+        else:
+            self.feat_rope = RoPE(D // heads, side)
+        self.final_layer = FinalLayer(D2, C, D2 if wide else Z)
+
+    def run(self, blocks, x, c, rope):
+        for block in blocks:
+            if self.remat and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, rope, use_reentrant=False)
+            else:
+                x = block(x, c, rope)
+        return x
+
+    def forward(self, x_t, t, cond, drop=None):
+        """x_t [B,N,C], t [B], cond [B,N,Z] (or [B,1,Z], as for the null condition) -> v [B,N,C].
+
+        drop [B] bool replaces the condition of those images by the learned null condition.
+        """
+        if drop is not None:
+            cond = self.y_embedder(cond, drop)
+        c = F.silu(self.t_embedder(t)[:, None] + cond.float())              # [B,N,Z], fp32
+        c = F.silu(c).to(self.dtype)                # the SiLU in front of every adaLN, hoisted
+        x_t = x_t.to(self.dtype)
+        s = self.x_embedder(x_t) + self.pos_embed.to(self.dtype)            # [B,N,D]
+        if not self.head_depth:
+            s = self.run(self.dit_blocks, s, c, self.feat_rope)
+            return self.final_layer(s, c)
+        s = self.run(self.dit_blocks[:self.depth], s, c, self.enc_rope)     # trunk
+        s = F.silu(self.s_projector(F.silu(s)))                             # [B,N,D2]
+        h = self.s_embedder(x_t)                                # no positions: only RoPE here
+        h = self.run(self.dit_blocks[self.depth:], h, s, self.dec_rope)     # wide head
+        return self.final_layer(h, s)
+
+    def null_condition(self, batch):
+        """[B,1,Z]: the condition of the unconditional branch of guidance."""
+        return self.y_embedder.dropout_embedding.expand(batch, 1, -1)
+
+    def train_flops(self):
+        """Training FLOPs an image: forward 2 per multiply-add, backward twice the forward.
+
+        Per token and block: attention 4 D^2 + 2 N D, SwiGLU 3 h D, per-token AdaLN 6 Z D, a third
+        of it all. Embedders and final layer at the ends. Checked against torch's counter in tests.
+        """
+        def block(D, Z):
+            hidden = int(2 / 3 * int(4 * D))
+            return 4 * D * D + 2 * self.tokens * D + 3 * hidden * D + 6 * Z * D
+
+        C, D, Z, D2 = self.channels, self.width, self.cond_width, self.head_width
+        macs = self.depth * block(D, Z) + C * D
+        if self.head_depth:
+            macs += self.head_depth * block(D2, D2) + C * D2 + (D * D2 if D2 != D else 0)
+        macs += C * D2 + 2 * D2 * (D2 if self.head_depth else Z)            # final layer
+        time = 512 * Z + Z * Z
+        return 6 * (macs * self.tokens + time)
+
+
+def init_weights(model, seed):
+    """All initialisation of the DiT, on the CPU generator: every device starts the same.
+
+    Linear: Xavier-uniform, zero bias (the embedders count as Linear). Time MLP: N(0, 0.02). AdaLN
+    and the last layer: zero, so that every block starts as the identity and v as 0 (DiT, adaLN-zero).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            continue
+        weight = torch.empty(module.weight.flatten(1).shape)
+        if "adaLN_modulation" in name or name == "final_layer.linear":
+            nn.init.zeros_(weight)
+        elif name.startswith("t_embedder"):
+            nn.init.normal_(weight, std=0.02, generator=generator)
+        else:
+            nn.init.xavier_uniform_(weight, generator=generator)
+        module.weight.data.copy_(weight.view_as(module.weight))
+        nn.init.zeros_(module.bias.data)

@@ -1,0 +1,456 @@
+"""The run folder that all training scripts share: arguments, log, plot, checkpoints, resume.
+
+    runs/dit-tiny/  args.json  log.jsonl  loss.png  samples/  checkpoints/step-0001000/  final/
+
+A checkpoint is a folder of `state.safetensors` (model, EMA, both moments) and `meta.json` (step and
+arguments). It is written under another name, synced to disk and then renamed, so a save that is cut
+short never hides the one before. The data position, the learning rates and every random draw are
+functions of (seed, step), so nothing else has to be saved for a resumed run to repeat the
+uninterrupted one bit for bit.
+"""
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import parallel
+from data import DataError
+from parallel import UserError
+from weights import check_keys
+
+# Arguments that may differ between a run and its resumption: they do not change what is computed.
+FREE = {"out", "fresh", "workers", "device", "compile", "log_every", "sample_every", "save_every",
+        "keep", "wandb", "dry_run", "bench", "json", "mesh", "minutes"}
+
+
+def main(function):
+    """Run a script's main: a UserError or ValueError of bad input is one line and exit status 2."""
+    try:
+        function()
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------------------------
+
+def positive(kind=int, zero=False):
+    """An argparse type: a finite number above zero (or not below it)."""
+    def parse(text):
+        value = kind(text)
+        if not (value > 0 or (zero and value == 0)) or value == float("inf"):
+            raise ValueError
+        return value
+    parse.__name__ = f"{'non-negative' if zero else 'positive'} {kind.__name__}"
+    return parse
+
+
+def add_flags(parser, steps, batch, data, log=20, sample=250, save=500):
+    """The flags of commands.md that every training script has; the caller gives the defaults
+    (None: derived from --size)."""
+    g = parser.add_argument_group("run")
+    g.add_argument("--out", type=Path, help="run folder; one that holds a checkpoint is resumed")
+    g.add_argument("--fresh", action="store_true", help="move an old run in --out aside")
+    g.add_argument("--steps", type=positive(), default=steps, help="optimizer steps")
+    g.add_argument("--batch", type=positive(), default=batch, help="images a step, all devices")
+    g.add_argument("--micro-batch", type=positive(), help="images at a time; accumulates to --batch")
+    g.add_argument("--seed", type=positive(zero=True), default=0)
+    g.add_argument("--init", type=Path, help="start from these weights: a run folder or a file")
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", nargs="+", default=data, metavar="SOURCE[=WEIGHT]",
+                   help="builtin:web|synthetic|text|hq|qa, a folder, a .jsonl, or tar shards")
+    g.add_argument("--workers", type=positive(zero=True), default=1, help="loading processes")
+    g = parser.add_argument_group("device")
+    g.add_argument("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
+    g.add_argument("--dtype", choices=["bfloat16", "float32"],
+                   help="of matrix products (default: bfloat16 where the device has it)")
+    g.add_argument("--mesh", help="fsdp=8 or fsdp=16,tensor=4; default: all devices on fsdp")
+    g.add_argument("--compile", action=__import__("argparse").BooleanOptionalAction,
+                   help="torch.compile each block (default: on CUDA)")
+    g.add_argument("--remat", choices=["none", "block"], default="none",
+                   help="recompute each block's activations in the backward pass")
+    g = parser.add_argument_group("log")
+    g.add_argument("--log-every", type=positive(), default=log)
+    g.add_argument("--sample-every", type=positive(), default=sample)
+    g.add_argument("--save-every", type=positive(), default=save)
+    g.add_argument("--keep", type=positive(), default=2, help="checkpoints that are kept")
+    g.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+    g.add_argument("--dry-run", action="store_true", help="print the derived table and exit")
+    g.add_argument("--json", action="store_true", help="with --dry-run: one JSON object")
+    g.add_argument("--bench", type=positive(), nargs="?", const=20, metavar="N",
+                   help="time N steps on synthetic batches and exit")
+
+
+def check_batch(args, devices):
+    """Sizes that must divide. Fills --micro-batch. Raises UserError."""
+    args.micro_batch = args.micro_batch or args.batch
+    n = devices.axes["fsdp"] if devices.kind == "xla" else devices.world
+    if args.batch % args.micro_batch:
+        raise UserError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch}")
+    if args.micro_batch % n:
+        raise UserError(f"--micro-batch {args.micro_batch} is not a multiple of the {n} devices on "
+                        "the fsdp axis; change --micro-batch or --mesh")
+
+
+def table(title, rows):
+    """The start-up table: [(name, text)]."""
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<18} {value}")
+
+
+def cosine(step, steps, warmup, final=0.0):
+    """Factor of the learning rate: linear warm-up over `warmup` steps, then cosine to `final`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    import math
+    x = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * x))
+
+
+# ------------------------------------------------------------------------------------------------
+# The run folder
+# ------------------------------------------------------------------------------------------------
+
+class Run:
+    """Opens `args.out` (made when missing), refuses a second process and contradicting arguments.
+
+    `start`: the step to go on from, 0 for a new run. Use as: run.load(named) once, then in the loop
+    run.log(...), run.due(...), run.save(...); run.stop is set by SIGTERM or Ctrl-C.
+    """
+
+    def __init__(self, args, devices):
+        self.args, self.devices, self.dir = args, devices, Path(args.out)
+        self.main, self.stop, self.bar, self.wandb = devices.main, False, None, None
+        if args.fresh and self.main and self.dir.exists() and any(self.dir.iterdir()):
+            k = 1
+            while (aside := self.dir.with_name(f"{self.dir.name}.old{k}")).exists():
+                k += 1
+            self.dir.rename(aside)
+            print(f"moved the old run to {aside}")
+        try:
+            (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.dir / "samples").mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.dir}: cannot make the run folder: {error.strerror}")
+        if self.main:
+            self.lock = open(self.dir / "lock", "w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"--out {self.dir} is in use by another process; give another --out")
+        self.latest = self._latest()
+        mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
+                if k not in FREE}
+        if self.latest:
+            theirs = json.loads((self.latest / "meta.json").read_text())["args"]
+            differ = [f"--{k.replace('_', '-')}: checkpoint {theirs.get(k)!r}, now {mine[k]!r}"
+                      for k in mine if k in theirs and theirs[k] != mine[k]]
+            if differ:
+                raise UserError(f"{self.dir} was started with other arguments: {'; '.join(differ)}. "
+                                "Use the same, another --out, or --fresh")
+        elif any((self.dir / "samples").iterdir()) or (self.dir / "final").exists():
+            if self.main:
+                print(f"{self.dir} holds a run without a checkpoint: it is started again")
+        self.start = int(self.latest.name.split("-")[1]) if self.latest else 0
+        self.saved_args = mine
+        if self.main:
+            write_text(self.dir / "args.json", json.dumps(mine, indent=1))
+            self._trim_log()
+            self.file = open(self.dir / "log.jsonl", "a")
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self._ask_to_stop)
+        if args.wandb and self.main:
+            import wandb                                        # only when asked
+            self.wandb = wandb.init(project=args.wandb, config=mine, name=self.dir.name)
+
+    def _ask_to_stop(self, *_):
+        self.stop = True
+
+    def _latest(self):
+        found = sorted(p for p in (self.dir / "checkpoints").glob("step-*")
+                       if (p / "meta.json").is_file())
+        return found[-1] if found else None
+
+    def _trim_log(self):
+        """Drop lines after the checkpoint: the resumed run writes them again."""
+        path = self.dir / "log.jsonl"
+        if path.exists():
+            keep = []
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= self.start:
+                        keep.append(line + "\n")
+                except (ValueError, KeyError):                  # a line cut by a kill
+                    pass
+            write_text(path, "".join(keep))
+
+    def load(self, named):
+        """Fill `named` {key: tensor} from the latest checkpoint, if there is one."""
+        if self.latest is None:
+            return
+        path = self.latest / "state.safetensors"
+        try:
+            with safe_open(path, "pt") as f:
+                check_keys({k: list(v.shape) for k, v in named.items()},
+                           {k: f.get_slice(k).get_shape() for k in f.keys()}, path)
+                for key, tensor in named.items():
+                    parallel.fill(tensor, f.get_tensor(key))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"checkpoint {path} is damaged ({error}); delete {self.latest} to go on "
+                            "from the one before")
+        if self.main:
+            print(f"resumed {self.dir} at step {self.start}")
+
+    def due(self, step, every):
+        return step % every == 0 or step == self.args.steps or self.stop
+
+    def save(self, step, named):
+        """Write checkpoints/step-N atomically, then drop all but the last --keep. Every process
+        calls it (gathering is collective). A full disk leaves the older ones and says so."""
+        tensors = {k: parallel.full(v) for k, v in named.items()}
+        if not self.main:
+            return
+        final = self.dir / "checkpoints" / f"step-{step:07d}"
+        temporary = final.with_name(f".writing-{step}")
+        try:
+            for old in final.parent.glob(".writing-*"):         # a save that was cut short
+                shutil.rmtree(old)
+            temporary.mkdir()
+            save_file({k: v.contiguous() for k, v in tensors.items()},
+                      temporary / "state.safetensors")
+            write_text(temporary / "meta.json", json.dumps({"step": step, "args": self.saved_args}))
+            fsync(temporary / "state.safetensors")
+            fsync(temporary)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            fsync(final.parent)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.print(f"could not save step {step}: {error}; the checkpoint before it is kept")
+            return
+        self.latest = final
+        for old in sorted(final.parent.glob("step-*"))[:-self.args.keep]:
+            shutil.rmtree(old)
+
+    def export(self, name, tensors, config):
+        """final/NAME.safetensors and final/config.json: plain files in the released key layout."""
+        tensors = {k: parallel.full(v).clone().contiguous() for k, v in tensors.items()}
+        if self.main:
+            (self.dir / "final").mkdir(exist_ok=True)
+            path = self.dir / "final" / f"{name}.safetensors"
+            save_file(tensors, path.with_suffix(".tmp"), metadata={"config": json.dumps(config)})
+            path.with_suffix(".tmp").rename(path)
+            write_text(self.dir / "final" / "config.json", json.dumps(config, indent=1))
+
+    def progress(self, steps):
+        """The iterator over the remaining steps, with tqdm's ETA on the main process."""
+        self.bar = tqdm(range(self.start, steps), initial=self.start, total=steps,
+                        disable=not self.main, dynamic_ncols=True, mininterval=1)
+        return self.bar
+
+    def print(self, text):
+        (self.bar.write if self.bar is not None else print)(text)
+
+    def log(self, step, **values):
+        """One JSON line, and the short form on the progress bar."""
+        if not self.main:
+            return
+        values = {"step": step, **values}
+        self.file.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v
+                                    for k, v in values.items()}) + "\n")
+        self.file.flush()
+        short = {k: f"{v:.4g}" for k, v in values.items()
+                 if isinstance(v, (int, float)) and k in ("loss", "images_per_s", "cond_spread",
+                                                          "lr", "tflops", "psnr", "memory_gb")}
+        self.bar.set_postfix(short)
+        if self.wandb:
+            self.wandb.log({k: v for k, v in values.items() if isinstance(v, (int, float))},
+                           step=step)
+
+    def plot(self, keys):
+        """Redraw loss.png from log.jsonl: one panel for each key that was logged."""
+        if not self.main:
+            return
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        lines = [json.loads(line) for line in (self.dir / "log.jsonl").read_text().splitlines()]
+        keys = [k for k in keys if any(k in line for line in lines)]
+        if not keys:
+            return
+        figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3), squeeze=False)
+        for axis, key in zip(axes[0], keys):
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            axis.plot(*zip(*points), linewidth=1)
+            axis.set(title=key, xlabel="step")
+            axis.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(self.dir / "loss.png", dpi=110)
+        plt.close(figure)
+
+    def say_how_to_resume(self, step):
+        if self.main:
+            self.bar.close()
+            print(f"stopped and saved at step {step}; the same command again goes on from there")
+
+
+    def finish(self):
+        if self.main:
+            self.bar.close()
+            write_text(self.dir / "done", "")
+
+
+class Bench:
+    """Stands in for Run under --bench: the same loop, nothing written, N steps timed at the end.
+
+    The first fifth of the steps warms up and is not counted.
+    """
+    start, stop, dir, latest = 0, False, None, None
+
+    def __init__(self, args, devices):
+        self.args, self.main, self.seen = args, devices.main, []
+
+    def load(self, named):
+        pass
+
+    def progress(self, steps):
+        self.bar = tqdm(range(steps), disable=not self.main, dynamic_ncols=True)
+        return self.bar
+
+    def due(self, step, every):
+        return every == self.args.log_every == 1        # every step is logged, none sampled or saved
+
+    def log(self, step, **values):
+        self.seen.append(values)
+
+    def print(self, text):
+        self.bar.write(text)
+
+    def finish(self):
+        self.bar.close()
+        counted = self.seen[len(self.seen) // 5:]
+        middle = {k: sorted(v[k] for v in counted)[len(counted) // 2] for k in
+                  ("images_per_s", "tflops", "mfu", "memory_gb", "data_wait_s", "step_s")
+                  if all(isinstance(v[k], float) for v in counted)}
+        if self.main:
+            table(f"bench: median of {len(counted)} steps", list(middle.items()))
+            print(json.dumps({"steps": len(counted), "mfu": None, **middle}))
+
+
+def moments(optimizer, named):
+    """Adam's state, made now instead of at the first step -> {key: tensor} for checkpoints. The
+    step count lives in one tensor a parameter, as torch.optim keeps it."""
+    keys = {}
+    for name, p in named.items():
+        if not p.requires_grad:
+            continue
+        state = optimizer.state[p]
+        state["step"] = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        keys.update({f"optimizer.{name}.{k}": v for k, v in state.items()})
+    return keys
+
+
+def update_ema(ema, named, decay, step):
+    """ema += (1 - decay) (p - ema); the first steps average over what there is, so that a short run
+    is not dominated by the initial weights."""
+    if ema:
+        decay = min(decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.values()), [named[k].detach() for k in ema], 1 - decay)
+
+
+@torch.no_grad()
+def swap(named, ema):
+    """Exchange weights and their averages in place; twice is the identity."""
+    for k, average in ema.items():
+        keep = named[k].detach().clone()
+        named[k].copy_(average)
+        average.copy_(keep)
+
+
+def save_grid(images, path, columns=8, space=2):
+    """images [B,3,H,W] in [0,1] -> one PNG, row by row."""
+    import numpy as np
+    from PIL import Image
+    x = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    B, H, W, _ = x.shape
+    rows = -(-B // columns)
+    sheet = np.full((rows * (H + space) + space, columns * (W + space) + space, 3), 255, np.uint8)
+    for i, picture in enumerate(x):
+        y, left = (i // columns) * (H + space) + space, (i % columns) * (W + space) + space
+        sheet[y:y + H, left:left + W] = picture
+    Image.fromarray(sheet).save(path)
+
+
+def check_finite(run, step, norm, optimizer, keys=()):
+    """Take the optimizer's step unless the gradient norm is not finite: then skip and count it; ten
+    in a row stop the run."""
+    if torch.isfinite(norm):
+        optimizer.step()
+        run.bad = 0
+        return
+    run.bad = getattr(run, "bad", 0) + 1
+    run.print(f"step {step + 1}: gradient norm is {norm.item()}; the update is skipped "
+              f"({run.bad} in a row)")
+    if run.bad == 10:
+        raise UserError(f"ten steps in a row without a finite gradient, the last at step {step + 1}"
+                        f"{', samples ' + ', '.join(keys[:8]) if keys else ''}. Try a lower --lr, "
+                        "--dtype float32, or resume from an earlier checkpoint")
+
+
+def fsync(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_text(path, text):
+    """Write through a temporary name, so that a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+class Meter:
+    """Averages of what was logged since the last line, and the speed."""
+
+    def __init__(self):
+        self.sums, self.steps, self.images, self.wait = {}, 0.0, 0, 0.0
+        self.since = time.perf_counter()
+
+    def add(self, images, wait, share=1.0, **values):
+        """One micro-batch: its images, seconds waited for data, its share of a step, and its part
+        of each value (the parts of a step add up)."""
+        for k, v in values.items():
+            self.sums[k] = self.sums.get(k, 0.0) + v.detach()
+        self.steps += share
+        self.images += images
+        self.wait += wait
+
+    def read(self, flops, devices):
+        """-> dict of averages with images_per_s, tflops, mfu, memory_gb, data_wait_s; and restarts.
+        flops: training FLOPs an image."""
+        values = {k: parallel.mean(float(v) / self.steps, devices) for k, v in self.sums.items()}
+        seconds = time.perf_counter() - self.since
+        tflops = self.images * flops / seconds / 1e12
+        peak = parallel.peak_tflops(devices)
+        values.update(images_per_s=self.images / seconds, tflops=tflops,
+                      mfu=tflops / (peak * devices.count) if peak else None,
+                      memory_gb=parallel.memory_gb(devices), data_wait_s=self.wait / self.steps,
+                      step_s=seconds / self.steps)
+        self.__init__()
+        return values

@@ -1,0 +1,308 @@
+"""Parity with the reference modules: recompute every output of a golden file.
+
+    python tests/golden.py tests/golden/*.safetensors tests/golden/sequence.json
+    python tests/golden.py --write DIR          # such files from our own modules, random weights
+
+A file holds one component's `weights.*` (keys of the released checkpoint), its `in.*`, the
+reference's `out.*`, and as metadata `component`, `config`, `tolerance`: the largest absolute error,
+relative to the largest output where that is above 1. Prints the error of each output; the exit
+status is 1 when one is above the tolerance or cannot be recomputed. The model is built from the
+file's config alone, so files of other sizes and seeds work too.
+"""
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import flow  # noqa: E402
+from decoder import Decoder  # noqa: E402
+from discriminator import Discriminator, zero_k_bias  # noqa: E402
+from dit import DiT  # noqa: E402
+from encoder import DINOv2, SigLIP2  # noqa: E402
+from perceptual import Perceptual  # noqa: E402
+from text_model import TextModel, chat, encode_text, load_tokenizer  # noqa: E402
+from vae import VAE  # noqa: E402
+
+
+def load(model, weights, prefix="", optional=()):
+    """Load `weights` strictly into `model` (keys without `prefix`); keys that begin with one of
+    `optional` may be missing. An empty dict is filled with random weights (for --write)."""
+    if not weights:
+        randomise(model)
+        weights.update({prefix + k: v.clone() for k, v in model.state_dict().items()})
+    state = {k.removeprefix(prefix): v for k, v in weights.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [k for k in missing if not k.startswith(tuple(optional))]
+    if missing or unexpected:
+        raise ValueError(f"keys do not fit: missing {missing}, unexpected {unexpected}")
+    return model.eval()
+
+
+def randomise(model, seed=0):
+    """Matrices N(0, 1/fan in), biases N(0, 0.1^2), other vectors N(1, 0.1^2)."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=g)
+        vector = 0.1 * noise + (0 if name.endswith("bias") else 1)
+        p.data.copy_(noise / p[0].numel() ** 0.5 if p.dim() > 1 else vector)
+    for module in model.modules():                      # spectral norm: the true singular vectors
+        if hasattr(module, "weight_u"):
+            U, _, Vh = torch.linalg.svd(module.weight_orig.data.flatten(1), full_matrices=False)
+            module.weight_u, module.weight_v = U[:, 0].clone(), Vh[0].clone()
+
+
+# ------------------------------------------------------------------------------------------------
+# One function a component: (config, weights, inputs) -> {name: output}
+# ------------------------------------------------------------------------------------------------
+
+def siglip2(config, weights, inputs):
+    model = load(SigLIP2(config), weights, optional=["vision_model.head."])
+    hidden = model.blocks(inputs["pixels"])[-1]                             # [B,N,C]
+    last = model.vision_model.post_layernorm(hidden)
+    return {"features_hidden_last_then_layernorm": model(inputs["pixels"]),
+            "features_postln_then_layernorm": F.layer_norm(last, last.shape[-1:], eps=1e-6),
+            "hidden_states_last": hidden, "last_hidden_state": last,
+            "pooler_output": model.pool(hidden)}
+
+
+def dinov2(config, weights, inputs):
+    model = load(DINOv2(config), weights, optional=["embeddings.mask_token"])
+    hidden = model.blocks(inputs["pixels"])[-1]                             # [B,1+N,C]
+    last = model.layernorm(hidden)
+    # the latent leaves out the class token; forward must agree with its rows
+    last = torch.cat([last[:, :1], model(inputs["pixels"])], 1)
+    return {"hidden_states_last": hidden, "last_hidden_state": last}
+
+
+def qwen2(config, weights, inputs):
+    if config.get("tie_word_embeddings"):
+        weights.pop("lm_head.weight", None)
+    model, ids = load(TextModel(config), weights), inputs["input_ids"]
+    hidden = model(model.embed(ids))                                        # [B,L,H]
+    mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    greedy, cache = ids[:1, mask[0]], []                                    # [1,L]
+    new = greedy
+    for _ in range(12):                                 # through the key-value cache
+        last = model(model.embed(new), cache)[:, -1:]
+        new = model.logits(last).argmax(-1)                                 # [1,1]
+        greedy = torch.cat([greedy, new], 1)
+    return {"last_hidden_state": hidden, "logits": model.logits(hidden), "greedy_ids": greedy}
+
+
+def dit(config, weights, inputs):
+    """The authors' diffusion head; a list of two widths is the wide head (dit_dh)."""
+    c, pair = config, lambda v: v if isinstance(v, list) else [v, 0]
+    (D, D2), (depth, depth2), (heads, heads2) = (
+        pair(c[f"model_{k}"]) for k in ("hidden_size", "depth", "heads"))
+    N, C = c["diffusion_tokens"], c["diffusion_channels"]
+    model = load(DiT(C, N, D, depth, heads, c["z_channels"] or D, D2, depth2, heads2 or None,
+                     null=c["class_dropout_prob"] > 0), weights, "model.")
+    x, t, cond, noise = (inputs[k] for k in ("x", "t", "cond", "noise"))
+    xt, alpha = flow.interpolate(x, noise, t), flow.shift_alpha(N, C)
+    pairs = flow.compat_schedule(50, alpha)
+    out = {"velocity": model(inputs.get("xt", xt), t, cond),
+           "loss": flow.flow_loss(model(xt, t, cond), x, noise),
+           # the grid in ascending order, from the steps that walk it downwards (stray step last)
+           "time_grid": torch.stack([pairs[-2][1], *[a for a, _ in pairs[-2::-1]], pairs[-1][1]]),
+           "sample_cfg1": flow.euler(lambda x, t: model(x, t, cond), noise, pairs)}
+    if c["class_dropout_prob"] > 0:
+        null = model.null_condition(len(cond))                              # [B,1,Z]
+        out["sample_cfg"] = flow.euler(
+            lambda x, t: flow.guide(model(x, t, cond), model(x, t, null), c["cfg_scale"]),
+            noise, pairs)
+    if "shift_in" in inputs:
+        out["shift_out"] = flow.time_shift(inputs["shift_in"], alpha)
+    return out
+
+
+def rae_decoder(config, weights, inputs):
+    model = load(Decoder(config), weights, optional=["decoder_pos_embed"])
+    patches = model.patches(inputs["latents"])                              # [B,N,p*p*3]
+    return {"patches": patches, "pixels_before_denorm": model.unpatchify(patches)}
+
+
+def dino_disc(config, weights, inputs):
+    model, images = zero_k_bias(load(Discriminator(config), weights)), inputs["images_pm1"] / 2 + .5
+    activations = {f"activation.{i}": a for i, a in enumerate(model.dino(images))}
+    return {**activations, "logits": model(images)}
+
+
+def lpips(config, weights, inputs):
+    """Weights by the recipe in the metadata unless the file has them: full VGG16 is 59 MB."""
+    model = Perceptual(config.get("width", 1.0))
+    if "recipe" not in config:
+        load(model, weights)
+    else:
+        seed = int(re.search(r"manual_seed\((\d+)", config["recipe"])[1])
+        convs = [m for m in model.features if isinstance(m, nn.Conv2d)]
+        lins = [model.get_submodule(f"lin{k}")["model"][1] for k in range(5)]
+        for i, conv in enumerate(convs):
+            g = torch.Generator().manual_seed(seed + i)
+            weight = torch.randn(conv.weight.shape, generator=g)
+            conv.weight.data = weight * (2 / weight[0].numel()) ** 0.5
+            conv.bias.data = 0.1 * torch.randn(conv.bias.shape, generator=g)
+        for k, lin in enumerate(lins):
+            g = torch.Generator().manual_seed(seed + 100 + k)
+            lin.weight.data = torch.rand(lin.weight.shape, generator=g)
+    a, b = (model.maps((inputs[k] + 1) / 2) for k in "ab")
+    means = {f"relu{i + 1}.mean": f.mean(dim=(2, 3)) for i, f in enumerate(a)}
+    return {"lpips": model.lpips(a, b), **means}
+
+
+def flux_vae(config, weights, inputs):
+    model = load(VAE(config), weights)
+    images = (inputs["pixels_pm1"] + 1) / 2
+    (mean, logvar), tokens = model.posterior(images), model.encode(images)
+    return {"mean": mean, "logvar": logvar, "scaled_latent": (mean - model.shift) * model.scale,
+            "tokens_flux_packing": tokens, "reconstruction": 2 * model.decode(tokens) - 1}
+
+
+COMPONENTS = dict(siglip2=siglip2, dinov2=dinov2, qwen2=qwen2, dit=dit, dit_dh=dit,
+                  rae_decoder=rae_decoder, dino_disc=dino_disc, lpips=lpips, flux_vae=flux_vae)
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+def read(path):
+    """-> component, config, tolerance, weights, inputs, outputs."""
+    with safe_open(path, "pt") as f:
+        meta, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
+    parts = [{k[len(p):]: v for k, v in tensors.items() if k.startswith(p)}
+             for p in ("weights.", "in.", "out.")]
+    if "shift_in" in parts[2]:                          # an input, filed among the outputs
+        parts[1]["shift_in"] = parts[2].pop("shift_in")
+    config = json.loads(meta.get("config", "{}"))
+    if "recipe" in meta and not parts[0]:
+        config["recipe"] = meta["recipe"]
+    return meta["component"], config, float(meta["tolerance"]), *parts
+
+
+@torch.no_grad()
+def check(path):
+    """Recompute the file's outputs -> [(output, error, tolerance, note)]; a failure has a note."""
+    component, config, tolerance, weights, inputs, want = read(path)
+    if component not in COMPONENTS:
+        return [(component, None, tolerance, f"unknown component; known: {', '.join(COMPONENTS)}")]
+    if not weights and "recipe" not in config:
+        return [("weights.*", None, tolerance, "the file has no weights")]
+    got, rows = COMPONENTS[component](config, weights, inputs), []
+    mask = inputs.get("attention_mask")                 # outputs at padded positions mean nothing
+    for name, b in want.items():
+        a = got.get(name)
+        if a is None or a.shape != b.shape:
+            note = f"shape {list(a.shape)}, expected {list(b.shape)}" if a is not None else (
+                f"{component} here does not compute it")
+            rows.append((name, None, tolerance, note))
+            continue
+        if mask is not None and b.shape[:2] == mask.shape:
+            a, b = a[mask.bool()], b[mask.bool()]
+        error = ((a.double() - b.double()).abs().max() / max(1.0, b.double().abs().max())).item()
+        limit = tolerance if b.is_floating_point() else 0.0
+        rows.append((name, error, limit, "" if error <= limit else "above the tolerance"))
+    return rows or [("-", None, tolerance, "the file has no outputs")]
+
+
+def check_sequence(path, tokenizer=None):
+    """Token ids and labels of sequence.json; the same rows as `check`, error = wrong places."""
+    data, rows = json.loads(Path(path).read_text()), []
+    tokenizer = load_tokenizer(tokenizer or Path(path).with_name("qwen_tokenizer"))
+
+    def compare(name, a, b):
+        wrong = sum(x != y for x, y in zip(a, b)) + abs(len(a) - len(b))
+        rows.append((name, float(wrong), 0.0, f"{a}, expected {b}" if wrong else ""))
+
+    for i, sample in enumerate(data["conversations"]):
+        has_image = any("<image>" in turn["value"] for turn in sample["conversation"])
+        ids, labels = chat(tokenizer, sample["conversation"], has_image)
+        compare(f"conversation {i} input_ids", ids, sample["input_ids"])
+        compare(f"conversation {i} labels", labels, sample["labels"])
+    for sample in data["encode"]:
+        compare(f"encode {sample['text']!r}", encode_text(tokenizer, sample["text"]), sample["ids"])
+    return rows
+
+
+# Small examples for --write: config, and each input as its shape, or an int below the number
+EXAMPLES = dict(
+    siglip2=(dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=2, image_size=32, patch_size=8), dict(pixels=(2, 3, 32, 32))),
+    dinov2=(dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=4,
+                 image_size=32, patch_size=8), dict(pixels=(2, 3, 32, 32))),
+    qwen2=(dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
+           dict(input_ids=(2, 9, 50))),
+    dit=(dict(diffusion_tokens=16, diffusion_channels=8, z_channels=24, model_hidden_size=32,
+              model_depth=2, model_heads=2, class_dropout_prob=0.1, cfg_scale=2.0),
+         dict(x=(2, 16, 8), noise=(2, 16, 8), cond=(2, 16, 24), t=(2,))),
+    dit_dh=(dict(diffusion_tokens=16, diffusion_channels=8, z_channels=24,
+                 model_hidden_size=[32, 48], model_depth=[2, 1], model_heads=[2, 2],
+                 class_dropout_prob=0.1, cfg_scale=2.0),
+            dict(x=(2, 16, 8), noise=(2, 16, 8), cond=(2, 16, 24), t=(2,))),
+    rae_decoder=(dict(hidden_size=24, decoder_hidden_size=32, decoder_num_hidden_layers=2,
+                      decoder_num_attention_heads=2, decoder_intermediate_size=48, patch_size=8,
+                      num_patches=16), dict(latents=(2, 16, 24))),
+    dino_disc=(dict(dim=32, depth=3, num_heads=2, key_depths=[0, 2], patch=8, kernel_size=5,
+                    image_size=32), dict(images_pm1=(2, 3, 32, 32))),
+    lpips=(dict(width=0.125), dict(a=(2, 3, 32, 32), b=(2, 3, 32, 32))),
+    flux_vae=(dict(block_out_channels=[8, 16], layers_per_block=1, latent_channels=4,
+                   norm_num_groups=4), dict(pixels_pm1=(2, 3, 16, 16))),
+)
+
+
+@torch.no_grad()
+def write(folder, seed=0):
+    """One file a component, of our own outputs: what another implementation can check against."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (config, shapes) in EXAMPLES.items():
+        g, weights = torch.Generator().manual_seed(seed), {}
+        inputs = {k: torch.randint(s[-1], s[:-1], generator=g) if k == "input_ids" else
+                  torch.rand(s, generator=g) for k, s in shapes.items()}
+        tensors = {"out." + k: v for k, v in COMPONENTS[name](config, weights, inputs).items()}
+        tensors.update({"weights." + k: v for k, v in weights.items()})
+        tensors.update({"in." + k: v for k, v in inputs.items()})
+        meta = dict(component=name, config=json.dumps(config), tolerance="1e-4",
+                    source="this repository, tests/golden.py --write, random weights")
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()},
+                  folder / f"{name}.safetensors", meta)
+        print(folder / f"{name}.safetensors")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", metavar="FILE", help=".safetensors or sequence.json")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer of a .json file "
+                        "(default: qwen_tokenizer/ beside it)")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="write our own files to DIR")
+    args = parser.parse_args()
+    if not args.files and not args.write:
+        parser.error("give golden files, or --write DIR")
+    torch.set_num_threads(1)            # tiny tensors: threads would mostly wait for each other
+    if args.write:
+        write(args.write)
+    failed = 0
+    for path in args.files:
+        print(path)
+        try:
+            rows = (check_sequence(path, args.tokenizer) if path.endswith(".json") else check(path))
+        except Exception as error:                      # one bad file must not hide the others
+            rows = [("-", None, 0.0, f"{type(error).__name__}: {error}")]
+        for name, error, tolerance, note in rows:
+            failed += bool(note)
+            shown = "-" if error is None else f"{error:.2e}"
+            verdict = f"FAIL {note}" if note else "ok"
+            print(f"  {name:<40} {shown:>9}  (<= {tolerance:.0e})  {verdict}")
+    print(f"{failed} of the outputs FAILED" if failed else "all outputs agree")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,475 @@
+"""The data stream: pure, true to its captions, the same from files, for any ranks and workers.
+
+    pytest tests/test_data.py
+"""
+import collections
+import io
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data                                                             # noqa: E402
+from data import DataError, Mixture, Scene, SkipCounter, Thing, held_out, relation  # noqa: E402
+
+ALL = ["builtin:web=4", "builtin:synthetic=3", "builtin:text", "builtin:hq", "builtin:qa"]
+
+
+def digest(record):
+    """All that training sees of a record."""
+    return data.hash64(record["image"].tobytes(), record["conversations"], record["caption"])
+
+
+def collate(records):
+    return [(r["n"], digest(r)) for r in records]
+
+
+def run(*args):
+    return subprocess.run([sys.executable, ROOT / "data.py", *map(str, args)], capture_output=True,
+                          text=True)
+
+
+# ---- a pure function ----
+
+def test_same_in_any_order_and_process():
+    numbers = [7, 0, 123_456_789, 999, 31]
+    once = {n: digest(Mixture(ALL, 64, seed=3)[n]) for n in numbers}
+    mixture = Mixture(ALL, 64, seed=3)
+    assert {n: digest(mixture[n]) for n in reversed(numbers)} == once
+    code = ("import sys; sys.path[:0] = sys.argv[1:3]\nimport data, test_data as t\n"
+            f"m = data.Mixture(t.ALL, 64, seed=3)\nprint([t.digest(m[n]) for n in {numbers}])")
+    out = subprocess.run([sys.executable, "-c", code, ROOT, ROOT / "tests"], check=True, text=True,
+                         capture_output=True, env={"PYTHONHASHSEED": "5"}).stdout
+    assert json.loads(out) == [once[n] for n in numbers]
+    assert digest(Mixture(ALL, 64, seed=4)[7]) != once[7]
+
+
+def test_caches_never_change_a_pixel():
+    scenes = [data.scene(s, 0, i) for s in data.BUILTIN for i in range(40)]
+    warm = [data.render(s, 64) for s in scenes]
+    for s, image in zip(scenes, warm):
+        for f in (data.shape, data.sprite, data.letters, data.backdrop):
+            f.cache_clear()
+        assert np.array_equal(data.render(s, 64), image)
+
+
+def test_proportions():
+    mixture = Mixture(ALL, 64)
+    share = {s["source"]: s["weight"] for s in mixture.describe()}
+    assert sum(share.values()) == pytest.approx(1)
+    for start in (0, 950, 12_340):
+        seen = collections.Counter(mixture.names[mixture.plan[n % data.BLOCK][0]]
+                                   for n in range(start, start + 100))
+        for name, weight in share.items():
+            assert abs(seen[name] - 100 * weight) <= 2
+    # Each source's records come in order, none twice, none left out.
+    keys = collections.defaultdict(list)
+    for n in range(300):
+        keys[mixture[n]["source"]].append(mixture[n]["key"])
+    assert keys["builtin:web"] == [f"builtin:web/{i}" for i in range(len(keys["builtin:web"]))]
+
+
+@pytest.mark.parametrize("size", [1, 600, 4097, 9999])
+def test_epochs_are_permutations(size):
+    epochs = [[data.shuffled(size, e * size + i, 0, "x") for i in range(size)] for e in range(2)]
+    assert all(sorted(e) == list(range(size)) for e in epochs)
+    assert size == 1 or epochs[0] != epochs[1]
+
+
+def test_hq_is_600_scenes_of_any_seed():
+    keys = [Mixture(["builtin:hq"], 16)[n]["key"] for n in range(0, 600, 7)]
+    mixture = Mixture(["builtin:hq"], 16)
+    assert len(mixture) == 600 and len({mixture[n]["key"] for n in range(600)}) == 600
+    assert len(set(keys)) == len(keys)
+    assert data.scene("builtin:hq", 1, 5) == data.scene("builtin:hq", 2, 605)
+    with pytest.raises(TypeError, match="builtin:web is endless"):
+        len(Mixture(["builtin:hq", "builtin:web"], 16))
+
+
+# ---- scenes and captions ----
+
+SOURCES = ("builtin:web", "builtin:synthetic", "builtin:hq", "builtin:qa")
+
+
+def test_held_out_never_appears():
+    assert sum(held_out(s, c) for s in data.SHAPES for c in data.COLOURS) == 4
+    assert held_out("cat", "dog", "left of") == held_out("dog", "cat", "right of")
+    share = np.mean([held_out(a, b, "above") for a in data.KINDS for b in data.KINDS[:50]])
+    assert 0.04 < share < 0.06
+    related = 0
+    for source in SOURCES:
+        for i in range(5000):
+            things = data.scene(source, 0, i).things
+            for t in things:
+                assert not (t.colour and held_out(t.kind, t.colour))
+            for a, b in itertools.combinations(things, 2):
+                related += relation(a, b) is not None
+                assert not (relation(a, b) and held_out(a.kind, b.kind, relation(a, b)))
+    assert related > 5000
+    pairs = [f"{c} {s}" for s in data.SHAPES for c in data.COLOURS if held_out(s, c)]
+    for source in ("builtin:synthetic", "builtin:qa"):
+        mixture = Mixture([source], 8)
+        for n in range(1500):
+            text = mixture[n]["conversations"][0]["value"]
+            assert not any(p in text for p in pairs)
+
+
+def test_things_are_apart_inside_and_visible():
+    counts = collections.Counter()
+    for source in SOURCES:
+        for i in range(1500):
+            s = data.scene(source, 1, i)
+            counts[len(s.things)] += 1
+            for t in s.things:
+                assert min(t.x, t.y) - t.size / 2 > 0 and max(t.x, t.y) + t.size / 2 < 1
+                assert data.stands_out(t, s.background)
+            for a, b in itertools.combinations(s.things, 2):
+                assert max(abs(a.x - b.x), abs(a.y - b.y)) > (a.size + b.size) / 2
+    assert sorted(counts) == [1, 2, 3, 4] and all(counts[k] > 300 for k in counts)
+
+
+def test_drawn_pixels_stay_in_their_boxes():
+    for source in SOURCES:
+        for i in range(60):
+            s = data.scene(source, 2, i)
+            drawn = (data.render(s, 96) != data.render(Scene(s.background), 96)).any(-1)
+            boxes = np.zeros_like(drawn)
+            for t in s.things:
+                x0, x1, y0, y1 = (round(96 * v) for v in (
+                    t.x - t.size / 2, t.x + t.size / 2, t.y - t.size / 2, t.y + t.size / 2))
+                box = slice(max(0, y0 - 1), y1 + 1), slice(max(0, x0 - 1), x1 + 1)
+                boxes[box] = True
+                assert drawn[box].mean() > 0.1
+            assert not (drawn & ~boxes).any()
+
+
+def parse(text, scene):
+    """Read a complete caption back: ({(kind, colour): count}, relation, background words)."""
+    body, _, background = text.rpartition(" on a ")
+    where = next((r for r in data.RELATIONS if f" {r} " in body), None)
+    parts = body.split(f" {where} ") if where else body.replace(" and ", ", ").split(", ")
+    names = {}
+    for kind, colour, count in data.groups(scene):
+        names[data.noun(kind, colour, count)] = kind, colour, count
+    assert set(parts) == set(names)
+    return [names[p] for p in parts], where, background.removesuffix(" background")
+
+
+@pytest.mark.parametrize("source", ["builtin:synthetic", "builtin:hq"])
+def test_captions_are_true(source):
+    relations = 0
+    mixture = Mixture([source], 8, seed=5)
+    for n in range(1500):
+        r = mixture[n]
+        s = r["scene"]
+        items, where, background = parse(r["caption"], s)
+        assert sum(c for _, _, c in items) == len(s.things)
+        assert s.background[1] in background
+        if where:
+            relations += 1
+            a, b = (next(t for t in s.things if (t.kind, t.colour) == g[:2]) for g in items)
+            dx, dy = b.x - a.x, b.y - a.y
+            assert {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[where] >= 0.25
+    assert relations > 150
+
+
+def test_web_captions_leave_out_but_never_invent():
+    incomplete = 0
+    mixture = Mixture(["builtin:web"], 8)
+    for n in range(1500):
+        r = mixture[n]
+        text = r["caption"].lower()
+        there = [data.noun(*g, article=False) for g in data.groups(r["scene"])]
+        incomplete += not (all(t in text for t in there) and r["scene"].background[1] in text)
+        if not text.endswith((" image", " background")):
+            assert any(t.kind in text or data.PLURALS[t.kind] in text for t in r["scene"].things)
+    assert 0.1 < incomplete / 1500 < 0.3
+
+
+def test_answers_are_right():
+    types, mixture = collections.Counter(), Mixture(["builtin:qa"], 8, seed=1)
+    for n in range(3000):
+        r = mixture[n]
+        q, a = (t["value"] for t in r["conversations"])
+        s, kind = r["scene"], r["question"]
+        types[kind, a if kind in ("exists", "align") else ""] += 1
+        if kind == "count":
+            what = next(k for k in {t.kind for t in s.things} if f"many {data.PLURALS[k]} " in q)
+            assert a.lower() == data.NUMBERS[sum(t.kind == what for t in s.things)] + "."
+        elif kind == "exists":
+            yes = any(data.noun(t.kind) in q for t in s.things)
+            assert yes or a == "No."
+            if a == "Yes.":
+                assert yes
+        elif kind == "align":
+            text = q.split("the prompt: ")[1][:-1]
+            assert (text == data.caption(s)) == (a == "Yes.")
+        elif kind == "where":
+            assert relation(*s.things) in a.lower()
+    for kind in ("exists", "align"):
+        assert 0.8 < types[kind, "Yes."] / types[kind, "No."] < 1.25
+    assert len(types) == 8
+
+
+def test_half_of_the_wrong_prompts_change_one_attribute():
+    """One attribute changed leaves most words of the caption in place."""
+    close = []
+    for i in range(600):
+        s = data.scene("builtin:qa", 0, i)
+        rand, more = data.generator("t", i), itertools.count(1000 * (i + 1))
+        text = data.wrong_description(s, rand, lambda: data.scene("builtin:qa", 0, next(more)))
+        close.append(text.endswith(data.background_words(s.background) + " background")
+                     or text.startswith(data.describe(data.groups(s), data.relation_of(s))))
+    assert 0.4 < np.mean(close) < 0.6
+
+
+def test_looks_alike_at_any_resolution():
+    for source in data.BUILTIN:
+        values = []
+        for i in range(40):
+            s = data.scene(source, 0, i)
+            small = data.render(s, 64).astype(float)
+            large = Image.fromarray(data.render(s, 224)).resize((64, 64), Image.BICUBIC)
+            values.append(10 * np.log10(255 ** 2 / (((small - np.asarray(large)) ** 2).mean() + 1)))
+        assert np.mean(values) > 24 and min(values) > 17, (source, np.mean(values), min(values))
+
+
+def test_scene_by_hand():
+    image = data.render(Scene(("plain", "white"), (Thing("circle", "red", 0.5),)), 64)
+    assert tuple(image[32, 32]) == data.COLOURS["red"]
+    assert tuple(image[2, 2]) == data.BACKGROUNDS["white"]
+    area = (image != data.BACKGROUNDS["white"]).any(-1).sum() / 64 ** 2
+    assert area == pytest.approx(np.pi / 16, rel=0.1)
+    with pytest.raises(DataError, match="'blob'"):
+        data.render(Scene(("plain", "white"), (Thing("blob", "red"),)), 64)
+
+
+# ---- ranks and workers ----
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_loader_is_random_access(workers, world):
+    mixture, batch, start = Mixture(ALL, 32), 6, 100
+    ranks = [data.loader(mixture, collate, batch, start, workers, r, world) for r in range(world)]
+    got = [x for _ in range(3) for rank in ranks for x in next(rank)]
+    assert got == collate([mixture[n] for n in range(start, start + 3 * batch)])
+    with pytest.raises(DataError, match="micro-batch of 5 .* 2 ranks"):
+        data.loader(mixture, collate, 5, world=2)
+
+
+# ---- the user's files ----
+
+def pictures(folder, n=12, ext="png"):
+    """n images of their own colours and sizes; returns their captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(n):
+        Image.new("RGB", (30 + k, 20), (20 * k, 100, 50)).save(folder / f"{k:03d}.{ext}")
+    return [f"picture number {k}" for k in range(n)]
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def png(k):
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16), (k % 256, 100, k // 256)).save(out, "PNG")
+    return out.getvalue()
+
+
+def make(form, folder):
+    """The same 12 pictures and captions in one of the formats; returns the source."""
+    texts = pictures(folder)
+    names = [f"{k:03d}.png" for k in range(12)]
+    if form == "txt":
+        for name, text in zip(names, texts):
+            (folder / name).with_suffix(".txt").write_text(text + "\n")
+    elif form == "metadata":
+        (folder / "metadata.jsonl").write_text("\n".join(
+            json.dumps({"file_name": n, "text": t}) for n, t in zip(names, texts)))
+    elif form == "jsonl":
+        (folder / "all.jsonl").write_text("\n".join(
+            json.dumps({"image": n, "caption": t}) for n, t in zip(names, texts)))
+        return str(folder / "all.jsonl")
+    else:
+        for shard in range(3):
+            write_tar(folder / f"{shard:05d}.tar", [
+                m for k in range(4 * shard, 4 * shard + 4) for m in (
+                    (names[k], (folder / names[k]).read_bytes()),
+                    (names[k][:-3] + "txt", texts[k].encode()) if k % 2 else
+                    (names[k][:-3] + "json", json.dumps({"prompt": texts[k]}).encode()))])
+        return {"tars": str(folder), "glob": str(folder / "*.tar"),
+                "braces": str(folder / "{00000..00002}.tar")}[form]
+    return str(folder)
+
+
+@pytest.mark.parametrize("form", ["txt", "metadata", "jsonl", "tars", "glob", "braces"])
+def test_formats(form, tmp_path):
+    mixture = Mixture([make(form, tmp_path)], 16)
+    assert len(mixture) == 12
+    for epoch in range(2):
+        records = [mixture[n] for n in range(12 * epoch, 12 * epoch + 12)]
+        assert {r["caption"] for r in records} == {f"picture number {k}" for k in range(12)}
+        for r in records:
+            assert r["image"].shape == (16, 16, 3) and r["image"].dtype == np.uint8
+            assert r["image"][8, 8, 0] == 20 * int(r["caption"].split()[-1])
+            assert r["task"] == "t2i" and r["conversations"][1]["value"].endswith("<image>")
+            assert r["caption"] in r["conversations"][0]["value"] and not r["skipped"]
+    got = [x for b in itertools.islice(data.loader(mixture, collate, 4, workers=2), 4) for x in b]
+    assert got == collate([mixture[n] for n in range(16)])
+
+
+def test_conversations(tmp_path):
+    pictures(tmp_path, 2)
+    ask = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    draw = [{"from": "human", "value": "Draw a cat"}, {"from": "gpt", "value": "<image>"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(
+        json.dumps({"image": f"00{k}.png", "conversations": c}) for k, c in enumerate((ask, draw))))
+    mixture = Mixture([str(tmp_path / "a.jsonl")], 16)
+    seen = {r["task"]: r["conversations"] for r in (mixture[0], mixture[1])}
+    assert seen == {"qa": ask, "t2i": draw}
+
+
+def test_crops(tmp_path):
+    x = np.zeros((40, 80, 3), np.uint8)
+    x[:, :, 0] = np.arange(80) * 3
+    Image.fromarray(x).save(tmp_path / "a.png")
+    record = lambda crop, n=0: Mixture([str(tmp_path)], 20, crop=crop, text=False)[n]["image"]
+    red = {crop: record(crop)[10, :, 0].astype(int) for crop in data.CROPS}
+    assert red["squash"][0] < 12 and red["squash"][-1] > 225
+    assert 55 < red["center"][0] < 70 and 170 < red["center"][-1] < 185
+    assert np.ptp(red["random"]) == pytest.approx(20 * 80 / 60 * 3, abs=8)
+    assert np.array_equal(record("random", 3), record("random", 3))
+    assert len({record("random", n).tobytes() for n in range(6)}) > 3
+    with pytest.raises(DataError, match="'round'"):
+        record("round")
+
+
+def test_jpeg_rotation_and_transparency(tmp_path):
+    image = Image.new("RGB", (400, 200), "black")
+    image.paste("white", (0, 0, 200, 200))                          # its left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                # to be shown turned right
+    image.save(tmp_path / "a.jpg", exif=exif)
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "b.png")
+    mixture = Mixture([str(tmp_path)], 16, text=False)
+    images = {mixture[n]["key"][-5:]: mixture[n]["image"] for n in range(2)}
+    assert images["a.jpg"][3].min() > 240 and images["a.jpg"][12].max() < 15
+    assert images["b.png"].min() == 255
+
+
+@pytest.mark.parametrize("source", ["builtin:web", "builtin:qa"])
+def test_export_is_the_same_stream(source, tmp_path):
+    done = run("export", "--source", source, "--count", 25, "--out", tmp_path, "--resolution", 32,
+               "--shard", 10, "--seed", 2)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*.tar"))) == 3
+    copy, live = Mixture([str(tmp_path)], 32, seed=2), Mixture([source], 32, seed=2)
+    assert [digest(copy[n]) for n in range(25)] == [digest(live[n]) for n in range(25)]
+    assert [copy[n]["task"] for n in range(25)] == [live[n]["task"] for n in range(25)]
+    again = [digest(copy[n]) for n in range(25, 50)]                # the next epoch is reshuffled
+    assert sorted(again) == sorted(digest(live[n]) for n in range(25))
+    assert again != [digest(live[n]) for n in range(25)]
+    assert run("check", tmp_path).returncode == 0
+    assert "holds tars already" in run("export", "--out", tmp_path).stderr
+
+
+# ---- what is broken ----
+
+def test_broken_records_are_skipped_and_counted(tmp_path, capsys):
+    members = [(f"{k:04d}.{e}", c) for k in range(300)
+               for e, c in (("png", png(k)), ("txt", b"a cat"))]
+    members[2 * 7] = ("0007.png", png(7)[:50])                      # cut short
+    members[2 * 50] = ("0050.png", b"no picture")
+    members[2 * 90 + 1] = ("0090.txt", b"\xff\xfe")                 # not UTF-8
+    write_tar(tmp_path / "a.tar", members)
+    mixture, counter = Mixture([str(tmp_path)], 16), SkipCounter()
+    records = [mixture[n] for n in range(600)]
+    skipped = [s for r in records for s in r["skipped"]]
+    assert {key.rsplit("/")[-1] for key, _ in skipped} == {"0007.png", "0050.png", "0090.png"}
+    assert len(skipped) >= 6                                        # each once an epoch, or more
+    again = Mixture([str(tmp_path)], 16)
+    for n in range(300):
+        assert digest(again[n]) == digest(records[n])
+        assert again[n]["skipped"] == records[n]["skipped"]
+    for r in records[:300]:
+        counter.update(r["skipped"], 1)
+    assert capsys.readouterr().err.count("skipped ") == len(counter.keys) == 3
+    done = run("check", tmp_path)
+    assert done.returncode == 1 and "3 of 300 records are broken" in done.stdout
+
+
+def test_above_one_percent_the_run_stops():
+    counter = SkipCounter()
+    counter.update([(f"k{j}", "bad") for j in range(10)], 20)       # many, but no more than 10
+    counter.update([], 2000)
+    counter.update([("k10", "bad")], 1)                             # 11, but below 1 %
+    with pytest.raises(DataError, match="31 of 2031 .* 1 %"):
+        counter.update([(f"m{j}", "bad") for j in range(20)], 10)
+
+
+def test_nothing_but_broken_records(tmp_path):
+    write_tar(tmp_path / "a.tar", [(f"{k}.{e}", b"x") for k in range(9) for e in ("jpg", "txt")])
+    with pytest.raises(DataError, match="20 broken records in a row"):
+        Mixture([str(tmp_path)], 16)[0]
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("builtin:wep", "builtin:wep.*builtin:web, builtin:synthetic"),
+    ("builtin:web=0", "'0' is not a positive"), ("builtin:web=-1", "'-1'"),
+    ("builtin:web=much", "'much'"), ("builtin:web=nan", "'nan'"), ("builtin:web=", "''"),
+    ("/nowhere/at/all", "'/nowhere/at/all' is neither"), ("/nowhere/{0..2}.tar", "3 files of 3"),
+    ("/nowhere/*.tar", r"/nowhere/\*.tar: 0 files"), ("/nowhere/a.jsonl", "a.jsonl")])
+def test_bad_specs(spec, message):
+    with pytest.raises(DataError, match=message):
+        Mixture([spec], 16)
+
+
+def test_bad_files(tmp_path):
+    def refused(source, message):
+        with pytest.raises(DataError, match=message):
+            Mixture([str(source)], 16)
+    refused(tmp_path, "0 images")
+    pictures(tmp_path / "plain", 3)
+    refused(tmp_path / "plain", "3 images, 0 of them with a caption")
+    assert Mixture([str(tmp_path / "plain")], 16, text=False)[0]["conversations"] == []
+    lines = tmp_path / "a.jsonl"
+    for text, message in (("", "0 records"), ("[1]", ":1: not"),
+                          ('{"caption": "x"}', ":1: no image"),
+                          ('{"image": "a.png", "caption": "x"}\n{"image', ":2: not"),
+                          ('{"image": "a.png"}', ":1: no conversations or caption")):
+        lines.write_text(text)
+        refused(lines, message)
+    tar = tmp_path / "t" / "a.tar"
+    tar.parent.mkdir()
+    write_tar(tar, [])
+    refused(tar, "0 images")
+    write_tar(tar, [("a.png", png(1))])
+    refused(tar, "1 images, 0 with a caption")
+    write_tar(tar, [("a.txt", b"x"), ("a.png", png(1) + bytes(9000))])
+    tar.write_bytes(tar.read_bytes()[:3000])
+    refused(tar, "a.tar: unreadable as a tar")
+    assert run("check", tar.parent).returncode == 1
+    with pytest.raises(DataError, match="weight is 1e-06"):
+        Mixture(["builtin:web", "builtin:text=1e-6"], 16)
+
+
+def test_commands(tmp_path):
+    done = run("show", "--source", "builtin:text", "--out", tmp_path / "s.png", "--count", 5)
+    assert done.returncode == 0 and Image.open(tmp_path / "s.png").width > 600
+    for args in (("show", "--source", "builtin:wep"), ("show", "--crop", "round"),
+                 ("show", "--out", "/nowhere/s.png"), ("show", "--count", "0")):
+        done = run(*args)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr

@@ -1,0 +1,208 @@
+"""The scripts as a user runs them: outputs, resume bit for bit, kills, bad input. Slow parts are
+marked `slow` and run in CI too.
+
+    pytest tests/test_scripts.py
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+SMALL = ["--batch", "4", "--log-every", "1", "--sample-every", "3", "--save-every", "2"]
+DIT = ["train_dit.py", *SMALL, "--sample-steps", "2", "--steps", "6"]
+
+
+def run(*args, cwd=None, ok=True):
+    args = [str(a) for a in args]
+    done = subprocess.run([sys.executable, ROOT / args[0], *args[1:]], cwd=cwd or ROOT, env=ENV,
+                          capture_output=True, text=True, timeout=400)
+    if ok:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def dit_run(tmp_path_factory):
+    """One short uninterrupted run that several tests look at."""
+    out = tmp_path_factory.mktemp("runs") / "dit"
+    done = run(*DIT, "--out", out)
+    return out, done
+
+
+def test_run_folder(dit_run):
+    out, done = dit_run
+    assert "background right" in done.stdout and "parameters" in done.stdout
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "lr", "images_per_s", "tflops", "mfu", "memory_gb", "data_wait_s", "text",
+                "flow", "cond_spread"):
+        assert key in lines[-1], key
+    assert lines[-1]["loss"] == pytest.approx(lines[-1]["text"] + 2 * lines[-1]["flow"], rel=1e-5)
+    kept = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert kept == ["step-0000004", "step-0000006"]                         # --keep 2
+    for name in ("args.json", "loss.png", "samples/step-0000003.png", "samples/step-0000006.png",
+                 "final/model.safetensors", "final/ema.safetensors", "final/config.json",
+                 "final/tokenizer.json"):
+        assert (out / name).is_file(), name
+    assert Image.open(out / "samples/step-0000006.png").size == (8 * 66 + 2, 2 * 66 + 2)
+    keys = load_file(out / "final/model.safetensors")
+    assert {"model.latent_queries", "model.mm_projector.0.weight", "diff_head_projector.weight",
+            "diff_head.model.x_embedder.proj.weight"} <= keys.keys()
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bit_for_bit(dit_run, tmp_path):
+    """kill -9 after the first checkpoint, the same command again: the same final bytes. The first
+    part loads with a worker and accumulates, the second without: both are free to differ."""
+    whole, _ = dit_run
+    out = tmp_path / "dit"
+    command = [sys.executable, ROOT / DIT[0], *DIT[1:], "--out", out]
+    process = subprocess.Popen([str(c) for c in command], cwd=ROOT, env=ENV, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while not list((out / "checkpoints").glob("step-*/meta.json")) and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "final").exists()
+    done = run(*DIT, "--out", out, "--workers", "0")
+    assert "resumed" in done.stdout
+    for name in ("model", "ema"):
+        assert ((out / f"final/{name}.safetensors").read_bytes()
+                == (whole / f"final/{name}.safetensors").read_bytes()), name
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_the_step_and_saves(tmp_path):
+    out = tmp_path / "dit"
+    command = [sys.executable, ROOT / "train_dit.py", *SMALL, "--steps", "500", "--save-every", "499",
+               "--sample-every", "499", "--out", out]
+    process = subprocess.Popen([str(c) for c in command], cwd=ROOT, env=ENV, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text().count("\n") > 2:
+        time.sleep(0.1)
+        assert time.time() < deadline and process.poll() is None
+    second = run("train_dit.py", *SMALL, "--steps", "500", "--save-every", "499",
+                 "--sample-every", "499", "--out", out, ok=False)
+    assert second.returncode == 2 and "in use by another process" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and "the same command again" in said
+    assert len(list((out / "checkpoints").glob("step-*/meta.json"))) == 1
+
+
+@pytest.mark.slow
+def test_every_script_from_nothing(tmp_path):
+    """encoder -> decoder -> DiT -> picture, answer and reconstruction, on files made just now."""
+    small = ["--batch", "8", "--log-every", "2", "--sample-every", "4", "--save-every", "4"]
+    done = run("train_encoder.py", *small, "--steps", "4", "--width", "48", "--depth", "2", "--out",
+               tmp_path / "e")
+    assert "retrieval" in done.stdout
+    encoder = tmp_path / "e/final/model.safetensors"
+    done = run("train_decoder.py", *small, "--steps", "4", "--encoder", encoder, "--out",
+               tmp_path / "d")
+    assert "PSNR" in done.stdout
+    decoder = tmp_path / "d/final/ema.safetensors"
+    parts = ["--encoder", encoder, "--decoder", decoder]
+    run("train_dit.py", *small, "--steps", "4", *parts, "--llm", tmp_path / "e", "--sample-steps",
+        "2", "--out", tmp_path / "t")
+    model = ["--run", tmp_path / "t", *parts]
+    run("sample.py", "a red circle", "--direct", "--steps", "3", *model, "--out", tmp_path / "a.png",
+        "--save-latent", tmp_path / "z.safetensors")
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.size == (64, 64) and picture.info["prompt"] == "a red circle"
+    run("sample.py", "--latent", tmp_path / "z.safetensors", *model, "--out", tmp_path / "b.png")
+    assert (tmp_path / "b.png").is_file()
+    run("sample.py", "--image", tmp_path / "a.png", "what is it?", "--max-tokens", "4", *model)
+    run("sample.py", "--reconstruct", tmp_path / "a.png", *model, "--out", tmp_path / "r.png")
+    assert Image.open(tmp_path / "r.png").size == (2 * 66 + 2, 66 + 2)
+
+
+def test_shipped_weights_draw_the_same_picture_twice(tmp_path):
+    """In any batch: the noise belongs to (prompt, seed)."""
+    command = ["sample.py", "a red circle left of a blue star", "--steps", "10"]
+    run(*command, "--out", tmp_path / "a.png")
+    run(*command, "--n", "3", "--out", tmp_path / "b.png")
+    a, b = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b-0.png")
+    assert a.tobytes() == b.tobytes()
+    assert Image.open(tmp_path / "b-1.png").tobytes() != a.tobytes()
+
+
+def test_dry_run_and_bench(tmp_path):
+    done = run("train_dit.py", "--dry-run", "--json")
+    summary = json.loads(done.stdout)
+    assert summary["latent"] == [64, 96] and summary["alpha"] == pytest.approx(6.9282, abs=1e-3)
+    assert sum(v for k, v in summary["parameters"].items() if k != "total") == \
+        summary["parameters"]["total"]
+    done = run("train_dit.py", "--bench", "4", "--batch", "4", cwd=tmp_path)
+    assert json.loads(done.stdout.splitlines()[-1])["images_per_s"] > 0
+    assert not (tmp_path / "runs").exists()
+
+
+# what is typed, what the one line must say
+BAD = [
+    (["train_dit.py", "--size", "7b"], ["--size 7b", "0.5b"]),
+    (["train_dit.py", "--steps", "-1"], ["--steps"]),
+    (["train_dit.py", "--steps", "0"], ["--steps"]),
+    (["train_dit.py", "--batch", "6", "--micro-batch", "4"], ["--batch 6", "--micro-batch 4"]),
+    (["train_dit.py", "--shift", "nonsense"], ["--shift nonsense", "auto"]),
+    (["train_dit.py", "--shift", "-2"], ["--shift", "positive"]),
+    (["train_dit.py", "--head-width", "256"], ["--head-width", "--head-depth"]),
+    (["train_dit.py", "--data", "builtin:nope"], ["builtin:nope", "builtin:web"]),
+    (["train_dit.py", "--data", "builtin:web=0"], ["builtin:web", "0"]),
+    (["train_dit.py", "--data", "builtin:web=x"], ["builtin:web", "x"]),
+    (["train_dit.py", "--data", "no/such/folder"], ["no/such/folder"]),
+    (["train_dit.py", "--encoder", "no/such/file.safetensors"], ["no/such/file", "--encoder"]),
+    (["train_dit.py", "--encoder", "README.md"], ["README.md", "--encoder"]),
+    (["train_dit.py", "--encoder", "assets/tiny/decoder.safetensors"], ["--encoder|encoder"]),
+    (["train_dit.py", "--mesh", "fsdp=3"], ["--mesh fsdp=3", "1"]),
+    (["train_dit.py", "--mesh", "data=1"], ["--mesh data=1", "fsdp"]),
+    (["train_dit.py", "--device", "cuda"], ["--device cuda"]),
+    (["train_dit.py", "--device", "xla"], ["--device xla", "torch_xla"]),
+    (["train_dit.py", "--init", "no/such/run"], ["--init no/such/run"]),
+    (["train_dit.py", "--size", "2b"], ["--data"]),
+    (["train_decoder.py", "--size", "huge"], ["huge"]),
+    (["train_decoder.py", "--layers", "9"], ["--layers 9", "5"]),
+    (["train_decoder.py", "--lr", "nan"], ["--lr"]),
+    (["train_encoder.py", "--resolution", "60"], ["--resolution 60", "--patch 8"]),
+    (["train_encoder.py", "--width", "97"], ["--width 97", "--heads"]),
+    (["sample.py"], ["prompt"]),
+    (["sample.py", ""], ["empty|prompt"]),
+    (["sample.py", "a cat", "--steps", "0"], ["--steps"]),
+    (["sample.py", "a cat", "--run", "no/such/run"], ["no/such/run", "--run"]),
+    (["sample.py", "--image", "assets/sprites.tar", "what?"], ["assets/sprites.tar"]),
+    (["sample.py", "--reconstruct", "missing.png"], ["missing.png"]),
+    (["sample.py", "--latent", "missing.safetensors"], ["missing.safetensors"]),
+    (["sample.py", "--prompts", "missing.txt"], ["missing.txt"]),
+]
+
+
+@pytest.mark.parametrize("command, words", BAD, ids=[" ".join(c) for c, _ in BAD])
+def test_bad_input_is_one_clear_line(command, words, tmp_path):
+    """Exit status 2, the value and the flag in the message, no traceback, nothing written."""
+    command = [str(ROOT / a) if (ROOT / a).is_file() and i else a for i, a in enumerate(command)]
+    done = run(*command, cwd=tmp_path, ok=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert any(w in done.stderr for w in word.split("|")), (word, done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_contradicting_resume_shows_both(dit_run):
+    out, _ = dit_run
+    before = (out / "log.jsonl").read_bytes()
+    done = run(*DIT, "--out", out, "--lr", "0.5", ok=False)
+    assert done.returncode == 2 and "--lr" in done.stderr
+    assert "0.5" in done.stderr and "0.002" in done.stderr
+    assert (out / "log.jsonl").read_bytes() == before

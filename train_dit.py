@@ -1,0 +1,405 @@
+"""Stage 2: train the DiT and the language model that conditions it. The main job.
+
+    python train_dit.py                       # tiny, built-in data, 15 CPU minutes
+    python train_dit.py --size 2b --data shards/ --batch 2048
+
+    z    = encoder(image)                                   frozen
+    cond = LLM(chat(prompt), queries) at the queries        [B,N,Z]
+    x_t  = (1-t) z + t eps;   v = DiT(x_t, t, cond)
+    loss = CE(text) + 2 |v - (eps - z)|^2                   paper sections 2.2, 3.1, appendix B
+"""
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import data
+import dit as dits
+import flow
+import parallel
+import run as runs
+import text_model as text
+import weights
+from parallel import UserError
+from sample import direct_condition, generate
+
+# ------------------------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------------------------
+
+# tiny differs from the paper where its size asks for it. shift_base: 64 tokens of 96 channels give
+# a = sqrt(64*96/128) = 6.9, near the paper's 8.49; with 4096 it would be 1.2, and then x_t alone
+# gives the answer away at nearly every t and the caption is never heard.
+DEFAULTS = {
+    "tiny": dict(steps=2600, batch=32, lr=1.5e-3, lr_llm=1e-3, warmup=0.03, ema=0.998,
+                 shift_base=128.0, log_every=20, sample_every=200, save_every=200,
+                 data=["builtin:synthetic=6", "builtin:web=2", "builtin:text=0.5", "builtin:hq=0.5",
+                       "builtin:qa=1"]),
+    "paper": dict(steps=30_000, batch=2048, lr=5e-4, lr_llm=5e-5, warmup=0.0134, ema=0.9999,
+                  shift_base=4096.0, log_every=10, sample_every=1000, save_every=1000, data=None),
+}
+
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                epilog="All defaults follow from --size.")
+    runs.add_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None)
+    g = p.add_argument_group("model")
+    g.add_argument("--size", default="tiny", metavar="|".join(dits.SIZES),
+                   help="of the DiT; the paper's spellings (2.4B, 9.8B, ...) work too")
+    g.add_argument("--latent", choices=["siglip2", "webssl"], default="siglip2")
+    g.add_argument("--encoder", help="file, folder or hub id of the frozen encoder")
+    g.add_argument("--decoder", help="file, folder or hub id of the decoder (sample grids)")
+    g.add_argument("--llm", help="Qwen2.5 folder or hub id, or `random` (timing)")
+    g.add_argument("--freeze", choices=["llm"], help="train only DiT, its projector and the queries")
+    g.add_argument("--head-width", type=runs.positive(), default=0, help="DiT-DH: width (2688)")
+    g.add_argument("--head-depth", type=runs.positive(zero=True), default=0, help="DiT-DH: blocks (2)")
+    g.add_argument("--qk-norm", action="store_true")
+    g.add_argument("--allow-narrow", action="store_true", help="allow a width below the latent's C")
+    g = p.add_argument_group("flow and loss")
+    g.add_argument("--shift", default="auto", help="auto: sqrt(N C / base); none: 1; or a number")
+    g.add_argument("--shift-base", type=runs.positive(float))
+    g.add_argument("--diffusion-weight", type=runs.positive(float, zero=True), default=2.0)
+    g.add_argument("--cond-drop", type=runs.positive(float, zero=True), default=0.1,
+                   help="share of images that train the null condition")
+    g = p.add_argument_group("optimizer")
+    g.add_argument("--lr", type=runs.positive(float), help="DiT and its projector")
+    g.add_argument("--lr-llm", type=runs.positive(float), help="LLM, queries, mm_projector")
+    g.add_argument("--warmup", type=runs.positive(float, zero=True), help="share of the steps")
+    g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.95], help="of the DiT's group")
+    g.add_argument("--betas-llm", type=float, nargs=2, default=[0.9, 0.999])
+    g.add_argument("--clip", type=runs.positive(float), default=1.0, help="global gradient norm")
+    g.add_argument("--ema", type=runs.positive(float, zero=True), help="decay; 0: off")
+    g = p.add_argument_group("samples")
+    g.add_argument("--guidance", type=runs.positive(float, zero=True), default=3.0)
+    g.add_argument("--sample-steps", type=runs.positive(), default=25)
+    args = p.parse_args()
+
+    args.size = dits.PAPER_NAMES.get(args.size.upper(), args.size.lower())
+    if args.size not in dits.SIZES:
+        raise UserError(f"--size {args.size}: known sizes are {', '.join(dits.SIZES)} "
+                        f"(or the paper's {', '.join(dits.PAPER_NAMES)})")
+    for key, value in DEFAULTS["tiny" if args.size == "tiny" else "paper"].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.data is None:
+        raise UserError(f"--data is needed for --size {args.size}: a folder, a .jsonl, tar shards, "
+                        "or builtin:web")
+    if bool(args.head_width) != bool(args.head_depth):
+        raise UserError("--head-width and --head-depth go together (the paper's are 2688 and 2)")
+    args.out = args.out or Path(f"runs/dit-{args.size}")
+    return args
+
+
+def shift_of(args, tokens, channels):
+    """The alpha of --shift."""
+    if args.shift == "auto":
+        return flow.shift_alpha(tokens, channels, args.shift_base)
+    try:
+        alpha = 1.0 if args.shift == "none" else float(args.shift)
+    except ValueError:
+        alpha = 0.0
+    if not 0 < alpha < math.inf:
+        raise UserError(f"--shift {args.shift}: expected auto, none or a positive number")
+    return alpha
+
+
+# ------------------------------------------------------------------------------------------------
+# A batch: tokens, pictures, and every random number of the step
+# ------------------------------------------------------------------------------------------------
+
+class Collate:
+    """Records -> one batch; runs in the loader's worker.
+
+    images uint8 [B,3,S,S]; ids, labels [B,L]; start, answer [B]; and per image, drawn from
+    (seed, sample number) so that neither mesh nor micro-batch changes them: normal [B] (of the
+    time), eps [B,N,C], drop [B].
+    """
+
+    def __init__(self, tokenizer, tokens, channels, seed, cond_drop, limit=1024):
+        self.tokenizer, self.tokens, self.channels = tokenizer, tokens, channels
+        self.seed, self.cond_drop, self.limit = seed, cond_drop, limit
+
+    def __call__(self, records):
+        rows, skipped = [], [s for r in records for s in r["skipped"]]
+        for r in records:
+            row = text.expand(*text.chat(self.tokenizer, r["conversations"]), self.tokens)
+            if len(row[0]) > self.limit:                # never cut through an image: no loss at all
+                skipped.append((r["key"], f"{len(row[0])} tokens, more than {self.limit}"))
+                row = (row[0][:1], [text.IGNORE], None, False)
+            rows.append(row)
+        pad = self.tokenizer.token_to_id("<|endoftext|>")
+        ids, labels, start, answer = text.pad_batch(rows, pad)
+        draws = [torch.Generator().manual_seed(self.seed * 1_000_003 + r["n"]) for r in records]
+        shape = (self.tokens, self.channels)
+        return {
+            "images": torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records]),
+            "ids": ids, "labels": labels, "start": start, "answer": answer,
+            "normal": torch.stack([torch.randn((), generator=g) for g in draws]),
+            "drop": torch.stack([torch.rand((), generator=g) < self.cond_drop for g in draws]),
+            "eps": torch.stack([torch.randn(shape, generator=g) for g in draws]),
+            "keys": [r["key"] for r in records], "skipped": skipped}
+
+
+class ScaleRAE(nn.Module):
+    """The two networks that are trained, and the loss of a batch."""
+
+    def __init__(self, llm, dit, alpha):
+        super().__init__()
+        self.llm, self.dit, self.alpha = llm, dit, alpha
+
+    def forward(self, z, batch):
+        """Latents z [B,N,C] and a batch of `Collate` -> three scalars: cross-entropy summed over
+        the labelled tokens, flow loss summed over the answer images, and the condition's spread.
+
+        Images in questions pass through the DiT too and count zero: one graph for every batch.
+        The spread is the standard deviation of the condition across the batch over its rms; near 0
+        the text is not heard.
+        """
+        h = self.llm(self.llm.embed(batch["ids"], batch["start"], batch["answer"], z))  # [B,L,H]
+        ce = self.llm.text_loss(h, batch["labels"])
+        cond = self.llm.condition(h, batch["start"])                        # [B,N,Z]
+        t = flow.sample_time(batch["normal"], self.alpha)                   # [B]
+        x_t = flow.interpolate(z, batch["eps"], t)                          # [B,N,C]
+        v = self.dit(x_t, t, cond, batch["drop"])
+        mask = batch["answer"].float()
+        mse = (flow.flow_loss(v, z, batch["eps"]) * mask).sum()
+        w, c = mask[:, None, None], cond.detach().float()
+        mean = (c * w).sum(0, keepdim=True) / w.sum().clamp(min=1)
+        spread = (((c - mean).square() * w).sum() / (c.square() * w).sum().clamp(min=1e-12)).sqrt()
+        return ce, mse, spread
+
+
+# ------------------------------------------------------------------------------------------------
+# Samples: fixed prompts, fixed noise
+# ------------------------------------------------------------------------------------------------
+
+PROMPTS = [
+    "a red circle on a white background", "a blue square on a pink background",
+    "a yellow star on a black background", "a green heart on a beige background",
+    "a purple triangle on a light green background", "an orange ring on a light blue background",
+    "a white cross on a brown background", "a black diamond on a grey background",
+    "a red circle left of a blue star on a white background",
+    "a yellow heart above a purple square on a black background",
+    "three green squares on a white background", "two orange stars on a light blue background",
+    "an apple on a white background", "a cat on a light green background",
+    "two dogs on a beige background", "the word \"MOON\" in red on white"]
+
+
+def fixed_noise(count, tokens, channels, seed=0):
+    """[count,N,C]: row i depends on (seed, i) only."""
+    draws = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(count)]
+    return torch.stack([torch.randn(tokens, channels, generator=g) for g in draws])
+
+
+def colour_check(images, scenes):
+    """Built-in scenes of one shape: share of right backgrounds and of right object colours.
+
+    By a plain count: a pixel belongs to the nearest of the palette's colours; the background is
+    the commonest on the border, the object the commonest other colour inside it. images [B,3,S,S].
+    """
+    palette = {**data.BACKGROUNDS, **data.COLOURS}
+    names = list(palette)
+    rgb = torch.tensor([palette[n] for n in names]).float() / 255           # [K,3]
+    pixels = images.float().cpu().clamp(0, 1).permute(0, 2, 3, 1)           # [B,S,S,3]
+    nearest = (pixels[..., None, :] - rgb).square().sum(-1).argmin(-1)      # [B,S,S]
+    backgrounds, objects = 0, 0
+    same = [(torch.cdist(c[None], rgb)[0] < 0.16).nonzero().flatten().tolist() for c in rgb]
+    for grid, scene in zip(nearest, scenes):
+        border = torch.cat([grid[:4].flatten(), grid[-4:].flatten(),
+                            grid[:, :4].flatten(), grid[:, -4:].flatten()])
+        back = border.bincount(minlength=len(names)).argmax().item()
+        want = names.index(scene.background[1])
+        backgrounds += back in same[want]
+        inside = grid[8:-8, 8:-8].flatten().bincount(minlength=len(names))
+        for j in same[back]:
+            inside[j] = 0
+        objects += inside.argmax().item() in same[names.index(scene.things[0].colour)]
+    return backgrounds / len(scenes), objects / len(scenes)
+
+
+
+def main():
+    args = arguments()
+
+    # --------------------------------------------------------------------------------------------
+    # Devices
+    # --------------------------------------------------------------------------------------------
+    devices = parallel.setup(args.device, args.dtype, args.mesh)
+    runs.check_batch(args, devices)
+
+    # --------------------------------------------------------------------------------------------
+    # Models: the frozen encoder (and decoder, to look at samples), the LLM, the DiT
+    # --------------------------------------------------------------------------------------------
+    size, tiny = dits.SIZES[args.size], args.size == "tiny"
+    files = weights.find_parts(args, tiny, size.llm)
+    encoder = weights.load_encoder(files["encoder"], devices)
+    decoder = weights.load_decoder(files["decoder"], devices, encoder.channels, encoder.mean,
+                                   encoder.std) if files["decoder"] else None
+    N, C = encoder.tokens, encoder.channels
+    alpha = shift_of(args, N, C)
+    tokenizer = text.load_tokenizer(files["tokenizer"])
+    if size.width <= C and not args.allow_narrow:
+        raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the latent's "
+                        f"{C} channels. Noise fills all C dimensions of a token, so a narrower DiT "
+                        "cannot even copy it (paper appendix B). Take a larger --size, or override "
+                        "with --allow-narrow")
+    llm_config = dict(text.TINY, vocab_size=tokenizer.get_vocab_size())
+    llm = text.TextModel(llm_config, N, C, size.width, devices.dtype)
+    text.init_weights(llm, args.seed)
+    dit = dits.DiT(C, N, size.width, size.depth, size.heads, head_width=args.head_width,
+                   head_depth=args.head_depth, qk_norm=args.qk_norm, dtype=devices.dtype)
+    dits.init_weights(dit, args.seed)
+    if args.init:
+        state, _ = weights.read_weights(weights.final_of(args.init), "--init")
+        weights.load_model_state(llm, dit, state, f"--init {args.init}")
+    model = ScaleRAE(llm, dit, alpha)
+    llm.remat = dit.remat = args.remat == "block"
+    parallel.shard(model, devices, [*llm.model.layers, *dit.dit_blocks])
+    if args.freeze:
+        llm.requires_grad_(False)
+        for p in (llm.model.latent_queries, *llm.diff_head_projector.parameters()):
+            p.requires_grad_(True)
+
+    # --------------------------------------------------------------------------------------------
+    # Data
+    # --------------------------------------------------------------------------------------------
+    mixture = data.Mixture(args.data, encoder.image_size, args.seed)
+    collate = Collate(tokenizer, N, C, args.seed, args.cond_drop)
+    length = collate([mixture[i] for i in range(16)])["ids"].shape[1]       # a typical L
+
+    flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length),
+             "encoder": encoder.forward_flops()}
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    summary = dict(
+        parameters={"dit": count(dit), "llm": count(llm), "encoder (frozen)": count(encoder),
+                    "total": count(dit) + count(llm) + count(encoder)},
+        latent=[N, C], alpha=alpha, images_per_step=args.batch,
+        train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
+        device=str(devices), dtype=str(devices.dtype).removeprefix("torch."), attention="torch sdpa",
+        data=mixture.describe(), frozen={k: str(v) for k, v in files.items()})
+    if args.dry_run and args.json:
+        print(json.dumps(summary))
+    elif devices.main:
+        runs.table(f"train_dit --size {args.size}", list(summary.items()))
+    if args.dry_run:
+        return
+
+    # --------------------------------------------------------------------------------------------
+    # Optimizer: one AdamW, two groups (the DiT with its projector; everything else)
+    # --------------------------------------------------------------------------------------------
+    named = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    head = [p for k, p in named.items() if k.startswith("dit.") or "diff_head" in k]
+    rest = [p for k, p in named.items() if not (k.startswith("dit.") or "diff_head" in k)]
+    optimizer = torch.optim.AdamW(
+        [dict(params=head, lr=args.lr, betas=args.betas),
+         dict(params=rest, lr=args.lr_llm, betas=args.betas_llm)],
+        eps=1e-8, weight_decay=0.0, fused=devices.kind != "xla")
+    base_lr = [args.lr, args.lr_llm]
+    ema = {k: p.detach().clone() for k, p in named.items()} if args.ema else {}
+
+    # --------------------------------------------------------------------------------------------
+    # Resume
+    # --------------------------------------------------------------------------------------------
+    saved = {**named, **{f"ema.{k}": v for k, v in ema.items()}, **runs.moments(optimizer, named)}
+    if args.bench:
+        args.steps, args.log_every = args.bench, 1
+    run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
+    run.load(saved)
+    accumulate = args.batch // args.micro_batch
+    batches = iter(data.loader(mixture, collate, args.micro_batch, run.start * args.batch,
+                               args.workers, devices.rank, devices.world))
+    skips, meter = data.SkipCounter(), runs.Meter()
+    warmup = math.ceil(args.warmup * args.steps)
+
+    def sample(step):
+        """The fixed prompts with the EMA weights -> samples/step-*.png."""
+        runs.swap(named, ema)
+        noise = fixed_noise(len(PROMPTS), N, C).to(devices.device)
+        cond = direct_condition(llm, tokenizer, PROMPTS, devices.device)
+        z = generate(dit, cond, noise, alpha, args.sample_steps, args.guidance)
+        runs.swap(named, ema)
+        if run.main and decoder is not None:
+            runs.save_grid(decoder(z), run.dir / "samples" / f"step-{step:07d}.png", columns=8)
+
+    def check_colours(count):
+        """Backgrounds and colours on `count` single shapes that training has not seen."""
+        scenes = [s for s in (data.scene("builtin:synthetic", args.seed + 77, i)
+                              for i in range(20 * count)) if len(s.things) == 1][:count]
+        runs.swap(named, ema)
+        noise = fixed_noise(count, N, C, seed=1).to(devices.device)
+        cond = direct_condition(llm, tokenizer, map(data.caption, scenes), devices.device)
+        z = generate(dit, cond, noise, alpha, args.sample_steps, args.guidance)
+        runs.swap(named, ema)
+        back, colour = colour_check(decoder(z), scenes)
+        return dict(background_right=back, colour_right=colour)
+
+    # --------------------------------------------------------------------------------------------
+    # Loop: data, step, log, sample, save
+    # --------------------------------------------------------------------------------------------
+    for step in run.progress(args.steps):
+        factor = runs.cosine(step, args.steps, warmup)
+        for group, lr in zip(optimizer.param_groups, base_lr):
+            group["lr"] = lr * factor
+        t0 = time.perf_counter()
+        micros = [next(batches) for _ in range(accumulate)]
+        wait = time.perf_counter() - t0
+        tokens = sum((b["labels"][:, 1:] != text.IGNORE).sum().item() for b in micros)
+        answers = sum(b["answer"].sum().item() for b in micros)
+        tokens, answers = parallel.total([tokens, answers], devices)        # of the global batch
+        for batch in micros:
+            skips.update(batch["skipped"], args.micro_batch)
+            batch = parallel.place(batch, devices)
+            with torch.no_grad():
+                z = encoder(batch["images"].float() / 255)                  # [B,N,C], fp32
+            ce, mse, spread = model(z, batch)
+            ce, mse = ce / max(tokens, 1), mse / max(answers, 1)            # means over the batch
+            loss = ce + args.diffusion_weight * mse
+            (loss * devices.world).backward()               # FSDP averages, this loss must add up
+            meter.add(args.micro_batch, wait / accumulate, 1 / accumulate,
+                      loss=loss, text=ce, flow=mse, cond_spread=spread / accumulate)
+        norm = parallel.clip_grad(named.values(), args.clip)
+        runs.check_finite(run, step, norm, optimizer, batch["keys"])
+        optimizer.zero_grad(set_to_none=True)
+        runs.update_ema(ema, named, args.ema, step)
+        parallel.step_done(devices)
+
+        done = step + 1
+        values = {}
+        if run.due(done, args.sample_every):
+            sample(done)
+            if tiny and done < args.steps:
+                values.update(check_colours(32))
+        if run.due(done, args.log_every):
+            values = {**meter.read(sum(flops.values()), devices), "grad_norm": norm.item(), **values}
+            run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor, **values)
+        if run.due(done, args.sample_every):
+            run.plot(["loss", "flow", "text", "cond_spread", "background_right", "colour_right"])
+        if run.due(done, args.save_every):
+            run.save(done, saved)
+        if run.stop and done < args.steps:
+            return run.say_how_to_resume(done)
+    run.finish()
+    if not args.bench:
+        tower = weights.TINY_TOWER if tiny and not args.encoder else files["encoder"]
+        config = weights.model_config(llm, dit, tower, alpha)
+        run.export("model", weights.model_state(llm, dit), config)
+        runs.swap(named, ema)
+        run.export("ema", weights.model_state(llm, dit), config)
+        runs.swap(named, ema)
+        if run.main:
+            tokenizer.save(str(run.dir / "final" / "tokenizer.json"))
+            print(f"{run.dir}/final written; samples: {run.dir}/samples/step-{args.steps:07d}.png")
+        if tiny:
+            score = check_colours(128)
+            print(f"128 unseen single shapes, guidance {args.guidance}: background right "
+                  f"{score['background_right']:.1%}, object colour right {score['colour_right']:.1%}")
+    parallel.finish(devices)
+
+
+if __name__ == "__main__":
+    runs.main(main)
