@@ -971,6 +971,7 @@ def start_worker(_):
     import torch
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C is for the trainer, which saves
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int = 0,

@@ -34,12 +34,19 @@ class LayerNorm(nn.LayerNorm):
 
 def sincos_positions(D, side):
     """Fixed table [side*side, D]: first half of the channels codes the column, second the row."""
-    omega = 10000.0 ** (-torch.arange(D // 4, dtype=torch.float64) / (D // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega        # [side, D/4]
+    omega = 10000.0 ** (-torch.arange(D // 4, dtype=torch.float64, device="cpu") / (D // 4))
+    angle = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega  # [side, D/4]
     axis = torch.cat([angle.sin(), angle.cos()], 1)                         # [side, D/2]
     col = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)
     return torch.cat([col, row], 2).flatten(0, 1).float()
+
+
+def attention(q, k, v):
+    """Softmax attention of all tokens to all, each [B,H,L,hd]."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # torch's fused kernel is 3 to 5 times
+        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v   # slower there (LOG.md)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Block(nn.Module):
@@ -61,7 +68,7 @@ class Block(nn.Module):
         y, qkv = self.layernorm_before(x), self.attention.attention
         q, k, v = (qkv[n](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for n in ("query", "key", "value"))                      # [B,H,1+N,W/H]
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.attention.output["dense"](y)
         y = F.gelu(self.intermediate["dense"](self.layernorm_after(x)))
         return x + self.output["dense"](y)
@@ -88,15 +95,15 @@ class Decoder(nn.Module):
         self.dtype = dtype
         self.decoder_embed = Linear(C, W)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, W))
-        table = torch.cat([torch.zeros(1, W), sincos_positions(W, self.grid)])[None]
+        table = torch.cat([torch.zeros(1, W, device="cpu"), sincos_positions(W, self.grid)])[None]
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)   # [1,1+N,W]
         self.decoder_layers = nn.ModuleList(
             Block(W, heads, c["decoder_intermediate_size"], c["layer_norm_eps"])
             for _ in range(c["decoder_num_hidden_layers"]))
         self.decoder_norm = LayerNorm(W, eps=c["layer_norm_eps"])
         self.decoder_pred = Linear(W, self.patch ** 2 * 3)
-        self.register_buffer("image_mean", torch.tensor(c["image_mean"]).view(1, 3, 1, 1), False)
-        self.register_buffer("image_std", torch.tensor(c["image_std"]).view(1, 3, 1, 1), False)
+        for name in ("image_mean", "image_std"):        # in no file; on the CPU for meta builds too
+            self.register_buffer(name, torch.tensor(c[name], device="cpu").view(1, 3, 1, 1), False)
 
     def patches(self, z):
         """z [B,N,C] -> normalised pixels of each patch [B,N,p*p*3], channel fastest."""

@@ -7,29 +7,27 @@
 The training scripts call `setup`, `shard`, `place`, `clip_grad`, `step_done`, `full` and nothing
 else of a back end. Collectives are never written in a model file.
 """
-import json
 import os
 import re
 
 import torch
 import torch.distributed as dist
 
-# Which mesh axis shards each dimension of a parameter: the first row whose pattern is found in the
-# name. "fsdp" spreads storage, "tensor" splits the products: a Linear that widens is split by its
-# rows, the one that narrows back by its columns, so that one all-reduce a pair is enough. Everything
-# below 1 MB (norms, biases, positions, queries) stays whole.
+# Which mesh axis splits each dimension of a parameter, by name. "fsdp" spreads the storage, "tensor"
+# the products: a Linear that widens is split by its rows, the one that narrows back by its columns,
+# so that one all-reduce a pair is enough. A name in no row stays whole: norms, biases and other
+# things below 1 MB. tests/test_parallel.py holds every size against this table.
 TABLE = [
-    (r"(qkv|w12|q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|query|key|value"
-     r"|intermediate\.dense)\.weight$",                                  ("tensor", "fsdp")),
-    (r"adaLN_modulation\.1\.weight$",                                    ("tensor", "fsdp")),
-    (r"(attn\.proj|w3|o_proj|down_proj|out_proj|fc2|output\.dense)\.weight$", ("fsdp", "tensor")),
-    (r"(embed_tokens|lm_head)\.weight$",                                 ("tensor", "fsdp")),
+    (r"(qkv|w12|[qkv]_proj|gate_proj|up_proj|fc1|query|key|value|intermediate\.dense"
+     r"|adaLN_modulation\.1|embed_tokens|lm_head)\.weight$",            ("tensor", "fsdp")),
+    (r"(attn\.proj|w3|o_proj|down_proj|out_proj|fc2|output\.dense)\.weight$",
+                                                                        ("fsdp", "tensor")),
     (r"(mm_projector\.[02]|diff_head_projector|t_embedder\.mlp\.[02]|s_projector"
-     r"|final_layer\.linear|decoder_embed|decoder_pred|in_proj_weight)(\.weight)?$", ("fsdp", None)),
-    (r"(x_embedder|s_embedder|patch_embedding|projection)\.(proj\.)?weight$",
-     ("fsdp", None, None, None)),
-    (r"pos_embed$|position_embedding|latent_queries$|probe$",            ()),
-    (r"",                                                                ()),
+     r"|final_layer\.linear|decoder_embed)\.weight$|in_proj_weight$",   ("fsdp", None)),
+    (r"decoder_pred\.weight$",                                          (None, "fsdp")),
+    (r"(x_embedder\.proj|s_embedder\.proj|patch_embedding|projection)\.weight$",
+                                                                        ("fsdp", None, None, None)),
+    (r"pos_embed$|position_embedding|latent_queries$",                  (None, None, None)),
 ]
 
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0, "4090": 165.2}   # bf16
@@ -41,9 +39,8 @@ class UserError(Exception):
 
 def spec(name, shape):
     """The axes of TABLE for a parameter: one entry a dimension, None = not split."""
-    for pattern, axes in TABLE:
-        if re.search(pattern, name):
-            return tuple(axes[i] if i < len(axes) else None for i in range(len(shape)))
+    axes = next((axes for pattern, axes in TABLE if re.search(pattern, name)), (None,) * len(shape))
+    return axes[:len(shape)]
 
 
 class Devices:

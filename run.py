@@ -8,8 +8,10 @@ short never hides the one before. The data position, the learning rates and ever
 functions of (seed, step), so nothing else has to be saved for a resumed run to repeat the
 uninterrupted one bit for bit.
 """
+import argparse
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -29,11 +31,11 @@ from weights import check_keys
 
 # Arguments that may differ between a run and its resumption: they do not change what is computed.
 FREE = {"out", "fresh", "workers", "device", "compile", "log_every", "sample_every", "save_every",
-        "keep", "wandb", "dry_run", "bench", "json", "mesh", "minutes"}
+        "keep", "wandb", "dry_run", "bench", "json", "mesh", "sample_steps", "guidance", "decoder"}
 
 
 def main(function):
-    """Run a script's main: a UserError or ValueError of bad input is one line and exit status 2."""
+    """Run a script's main: bad input is one line on stderr and exit status 2."""
     try:
         function()
     except (UserError, DataError) as error:
@@ -76,7 +78,7 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500):
     g.add_argument("--dtype", choices=["bfloat16", "float32"],
                    help="of matrix products (default: bfloat16 where the device has it)")
     g.add_argument("--mesh", help="fsdp=8 or fsdp=16,tensor=4; default: all devices on fsdp")
-    g.add_argument("--compile", action=__import__("argparse").BooleanOptionalAction,
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction,
                    help="torch.compile each block (default: on CUDA)")
     g.add_argument("--remat", choices=["none", "block"], default="none",
                    help="recompute each block's activations in the backward pass")
@@ -114,7 +116,6 @@ def cosine(step, steps, warmup, final=0.0):
     """Factor of the learning rate: linear warm-up over `warmup` steps, then cosine to `final`."""
     if step < warmup:
         return (step + 1) / warmup
-    import math
     x = min(1.0, (step - warmup) / max(1, steps - warmup))
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * x))
 
@@ -197,7 +198,15 @@ class Run:
             write_text(path, "".join(keep))
 
     def load(self, named):
-        """Fill `named` {key: tensor} from the latest checkpoint, if there is one."""
+        """Fill `named` {key: tensor} from the latest checkpoint, if there is one. Raises UserError
+        too when the disk cannot hold the checkpoints to come."""
+        need = sum(v.numel() * v.element_size() for v in named.values()) * (self.args.keep + 1)
+        have = sum(f.stat().st_size for f in self.dir.glob("checkpoints/step-*/*"))
+        free = shutil.disk_usage(self.dir).free
+        if need - have > free:
+            raise UserError(f"--out {self.dir}: {self.args.keep} checkpoints and one being written "
+                            f"need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; lower --keep "
+                            "or take another --out")
         if self.latest is None:
             return
         path = self.latest / "state.safetensors"
@@ -306,11 +315,9 @@ class Run:
             self.bar.close()
             print(f"stopped and saved at step {step}; the same command again goes on from there")
 
-
     def finish(self):
         if self.main:
             self.bar.close()
-            write_text(self.dir / "done", "")
 
 
 class Bench:

@@ -16,11 +16,11 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-import data
 import flow
 import parallel
 import run as runs
@@ -105,16 +105,20 @@ def noise_for(prompt, seed, tokens, channels):
 # Files
 # ------------------------------------------------------------------------------------------------
 
-def read_image(path, size):
-    """A picture file -> [1,3,size,size] in [0,1], squashed to a square (the authors' processing)."""
+def open_image(path):
+    """A picture file -> RGB Pillow image. Raises UserError."""
     try:
-        image = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        return Image.open(path).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file")
     except Exception as error:      # Pillow raises many kinds
         raise UserError(f"{path}: not a picture that Pillow can read ({type(error).__name__})")
-    import numpy as np
-    return torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def to_tensor(image, size):
+    """Pillow image -> [1,3,size,size] in [0,1], squashed to a square (the authors' processing)."""
+    image = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
 
 
 def save_png(image, path, **info):
@@ -171,18 +175,32 @@ def arguments():
     return args
 
 
+def read_prompts(args):
+    if not args.prompts:
+        return [args.text]
+    if not args.prompts.is_file():
+        raise UserError(f"--prompts {args.prompts}: no such file")
+    prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {args.prompts}: no prompt in it; expected one a line")
+    return prompts
+
+
 def main():
     args = arguments()
     devices = parallel.setup(args.device, args.dtype or None)
     if args.dtype is None and devices.kind == "cpu":
         devices.dtype = torch.float32
     device = devices.device
+    picture = open_image(args.image or args.reconstruct) if args.image or args.reconstruct else None
+    prompts = read_prompts(args)
+    if args.latent and not args.latent.is_file():
+        raise UserError(f"--latent {args.latent}: no such file")
     run, = weights.locate([("model", args.run, "--run")])
 
     if args.reconstruct:
-        x = None
         encoder, decoder = weights.load_codec(weights.config_of(run), args, devices)
-        x = read_image(args.reconstruct, encoder.image_size).to(device)
+        x = to_tensor(picture, encoder.image_size).to(device)
         with torch.no_grad():
             x_hat = decoder(encoder(x)).clamp(0, 1)
         x = torch.nn.functional.interpolate(x, x_hat.shape[-2:], mode="area")
@@ -204,7 +222,7 @@ def main():
         if args.image:
             encoder, _ = weights.load_codec(config, args, devices, decoder=False)
             with torch.no_grad():
-                z = encoder(read_image(args.image, encoder.image_size).to(device))
+                z = encoder(to_tensor(picture, encoder.image_size).to(device))
         else:
             z = weights.read_latent(args.latent, N, C).to(device)[:1]
         for piece in answer(llm, tokenizer, args.text, device, z, args.max_tokens):
@@ -222,13 +240,6 @@ def main():
         return
 
     # ---- prompts -> pictures ----
-    prompts = [args.text]
-    if args.prompts:
-        if not args.prompts.is_file():
-            raise UserError(f"--prompts {args.prompts}: no such file")
-        prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
-        if not prompts:
-            raise UserError(f"--prompts {args.prompts}: no prompt in it; expected one a line")
     folder = args.out if args.prompts else None
     if folder is not None and folder.suffix:
         folder = folder.with_suffix("")

@@ -36,7 +36,7 @@ from sample import direct_condition, generate
 # gives the answer away at nearly every t and the caption is never heard.
 DEFAULTS = {
     "tiny": dict(steps=2600, batch=32, lr=1.5e-3, lr_llm=1e-3, warmup=0.03, ema=0.998,
-                 shift_base=128.0, log_every=20, sample_every=200, save_every=200,
+                 shift_base=128.0, log_every=20, sample_every=300, save_every=300,
                  data=["builtin:synthetic=6", "builtin:web=2", "builtin:text=0.5", "builtin:hq=0.5",
                        "builtin:qa=1"]),
     "paper": dict(steps=30_000, batch=2048, lr=5e-4, lr_llm=5e-5, warmup=0.0134, ema=0.9999,

@@ -1,9 +1,12 @@
-"""Weight files: found, read, checked and built into networks; and written in the released layout.
+"""Weight files: found, read, checked and built into networks; our own go out in the same layout.
 
-Files are read with safetensors, a .pt only with weights_only=True. Every key and shape must fit;
-what does not is one error that names the first of each kind.
+Files are safetensors, or a .pt/.pth/.bin that holds tensors alone (weights_only: one with code in
+it is refused). Every key and shape must fit; what does not is one UserError that names the first of
+each kind. Layout of the released folders: README.md, "Use the released weights".
 """
+import contextlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -11,63 +14,109 @@ import torch
 from safetensors import safe_open
 
 import decoder as decoders
+import discriminator
 import dit as dits
 import encoder as encoders
+import perceptual
 import text_model as text
+import vae as vaes
 from parallel import UserError
 
-WRAPPERS = ("_orig_module.", "_fsdp_wrapped_module.", "_fpw_module.", "_orig_mod.", "module.")
+ASSETS = Path(__file__).parent / "assets" / "tiny"
+TINY_TOWER = "assets/tiny/encoder.safetensors"          # in configs; found beside this file
+TINY_CODEC = (ASSETS / "encoder.safetensors", ASSETS / "decoder.safetensors")
+HUB = {"siglip2": ("google/siglip2-so400m-patch14-224", "nyu-visionx/siglip2_decoder"),
+       "webssl": ("facebook/webssl-dino300m-full2b-224", "nyu-visionx/webssl300m_decoder")}
+FILES = ("model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
+         "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+# what torch_xla's and torch's FSDP, torch.compile and DDP leave anywhere in a key
+WRAPPERS = re.compile(r"(?<![^.])((_orig_|_fsdp_wrapped_|_fpw_)?module|_orig_mod)[.]")
+
+
+@contextlib.contextmanager
+def user_errors(what):
+    """What a damaged file or a component makes of it becomes one UserError that begins `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:      # torch, safetensors, json and tokenizers raise many kinds
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            lines = [f"refused, it holds code to run ({code[1]}), not only tensors; convert it to "
+                     "safetensors where you trust it"]
+        elif "Weights only load failed" in str(error):
+            lines = ["damaged, or not a file of tensors that torch.save wrote"]
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise UserError(f"{what}: {'; '.join(lines[:3])}{more} ({type(error).__name__})") from error
+
+
+def _read_file(path):
+    """One file -> (state dict, the config in its metadata or {})."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as f:
+            config = json.loads((f.metadata() or {}).get("config", "{}"))
+            return {k: f.get_tensor(k) for k in f.keys()}, config
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if torch.is_tensor(state):
+        state = {path.stem: state}                      # the authors' --save-latent
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    if not state or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+        raise ValueError("expected a state dict of tensors, bare or under the key 'model'")
+    return state, {}
 
 
 def read_weights(path, flag="--init"):
     """A weight file or folder -> (state dict, config dict).
 
-    A folder holds config.json and model.safetensors, an index of shards, model.pt or
-    pytorch_model.bin; a file is .safetensors (config in its metadata or beside it) or a .pt/.pth of
-    tensors, bare or under "model" (read with weights_only: code inside is refused). Prefixes that
-    wrappers leave in keys are stripped. Raises UserError naming `flag`.
+    A folder holds config.json and one of FILES, whole or in shards with their index; a file has its
+    config in its metadata or beside it. Wrappers' prefixes are stripped from the keys. Raises
+    UserError naming `flag`: nothing there, compressed, damaged, code inside, a shard missing.
     """
-    path = Path(path)
-    if not path.exists():
+    file = folder = Path(path)
+    if not file.exists():
         raise UserError(f"{flag} {path}: no such file or folder")
-    config, state = {}, {}
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir():
-        names = ["model.safetensors.index.json", "model.safetensors",
-                 "diffusion_pytorch_model.safetensors", "pytorch_model.bin.index.json",
-                 "pytorch_model.bin", "model.pt", "model.pth"]
-        found = next((path / n for n in names if (path / n).is_file()), None)
-        if found is None:
-            raise UserError(f"{flag} {path}: no weights; expected one of {', '.join(names)}")
-        path = found
-    if (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text())
-    try:
-        files = [path]
-        if path.name.endswith(".index.json"):
-            shards = set(json.loads(path.read_text())["weight_map"].values())
-            files = [folder / shard for shard in sorted(shards)]
-        for file in files:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as f:
-                    config = json.loads((f.metadata() or {}).get("config", "null")) or config
-                    state.update((k, f.get_tensor(k)) for k in f.keys())
-            else:
-                part = torch.load(file, map_location="cpu", weights_only=True)
-                state.update(part.get("model", part) if isinstance(part, dict) else part)
-    except Exception as error:      # whatever a damaged file raises, the user gets one line
-        raise UserError(f"{flag} {file}: unreadable weights ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0]})")
-    for wrapper in WRAPPERS:
-        state = {k.replace(wrapper, ""): v for k, v in state.items()}
+    if folder.is_dir():
+        packed = [*folder.glob("*.zst"), *folder.glob("*.zstd")]
+        file = next((folder / n for n in FILES if (folder / n).is_file()), *packed[:1] or [None])
+        if file is None:
+            raise UserError(f"{flag} {path}: no weights; expected one of {', '.join(FILES)} (in a "
+                            "run folder: final/, written when the run ends)")
+    else:
+        folder = file.parent
+    if file.suffix in (".zst", ".zstd"):
+        raise UserError(f"{flag} {file} is compressed; unpack it once: "
+                        f"zstd -d {file} -o {file.with_suffix('')}")
+    state, config, files = {}, {}, [file]
+    with user_errors(f"{flag} {folder / 'config.json'}"):
+        if (folder / "config.json").is_file():
+            config = json.loads((folder / "config.json").read_text())
+    with user_errors(f"{flag} {file}: unreadable index"):
+        if file.name.endswith(".index.json"):
+            index = json.loads(file.read_text())["weight_map"]
+            files = [folder / shard for shard in sorted(set(index.values()))]
+    absent = [f.name for f in files if not f.is_file()]
+    if absent:
+        raise UserError(f"{flag} {file} names {len(files)} shards, {len(absent)} are not there "
+                        f"(first: {absent[0]})")
+    for part in files:
+        with user_errors(f"{flag} {part}: unreadable weights"):
+            tensors, inside = _read_file(part)
+            state.update((WRAPPERS.sub("", k), v) for k, v in tensors.items())
+            config = inside or config
     return state, config
 
 
 def check_keys(want, have, what):
     """Compare {key: shape} of a model and of a file. Raises UserError naming the first of each."""
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-    wrong = [f"{k} is {list(have[k])}, expected {list(want[k])}" for k in sorted(want.keys() & have.keys())
-             if list(have[k]) != list(want[k])]
+    wrong = [f"{k} is {list(have[k])}, expected {list(want[k])}"
+             for k in sorted(want.keys() & have.keys()) if list(have[k]) != list(want[k])]
     problems = [f"{len(keys)} {name} (first: {keys[0]})" for name, keys in
                 (("missing", missing), ("unexpected", extra), ("of another shape", wrong)) if keys]
     if problems:
@@ -75,27 +124,40 @@ def check_keys(want, have, what):
 
 
 def load_strict(module, state, what, ignore=(), optional=()):
-    """Load every key or raise UserError. ignore: substrings of file keys that are dropped (they are
-    recomputed); optional: substrings of model keys that a file may lack."""
-    state = {k: v for k, v in state.items() if not any(i in k for i in ignore)}
-    own = module.state_dict()
-    want = {k: v.shape for k, v in own.items() if not any(i in k for i in ignore)
-            and not (any(o in k for o in optional) and k not in state)}
-    check_keys(want, {k: v.shape for k, v in state.items()}, what)
-    module.load_state_dict(state, strict=False)
+    """Load every key, whatever its stored dtype, or raise UserError.
+
+    ignore: substrings of keys that are not loaded because they are recomputed; their shapes must
+    fit all the same. optional: substrings of keys that the file may lack. A module built on the
+    meta device takes the file's tensors for its own, without a copy.
+    """
+    own, skip = module.state_dict(), lambda k: any(i in k for i in ignore)
+    have = {k: v.shape for k, v in state.items() if k in own or not skip(k)}
+    want = {k: v.shape for k, v in own.items()
+            if k in have or not (skip(k) or any(o in k for o in optional))}
+    check_keys(want, have, what)
+    state = {k: state[k].to(own[k].dtype) for k in have if not skip(k)}
+    state.update((k, torch.zeros(v.shape, dtype=v.dtype)) for k, v in own.items()
+                 if v.is_meta and k not in state)       # optional ones that the file lacks
+    module.load_state_dict(state, strict=False, assign=any(v.is_meta for v in own.values()))
     return module
 
+
+def check_config(config, found, what):
+    """Fields of a config against what the tensors' shapes say. Raises UserError with both."""
+    wrong = [f"{k} is {config[k]!r} in the config, {v!r} in the weights"
+             for k, v in found.items() if config.get(k) is not None and config[k] != v]
+    if wrong:
+        raise UserError(f"{what}: {'; '.join(wrong)}")
+
+
+def depth_of(state, blocks):
+    """The number of blocks `blocks`.0, .1, ... among the keys."""
+    numbers = (k[len(blocks) + 1:].split(".")[0] for k in state if k.startswith(blocks + "."))
+    return 1 + max(map(int, numbers), default=-1)
+
 # ------------------------------------------------------------------------------------------------
-# The networks: where they are found, and how they are built
+# Finding
 # ------------------------------------------------------------------------------------------------
-
-ASSETS = Path(__file__).parent / "assets" / "tiny"
-HUB = {"siglip2": ("google/siglip2-so400m-patch14-224", "nyu-visionx/siglip2_decoder"),
-       "webssl": ("facebook/webssl-dino300m-full2b-224", "nyu-visionx/webssl300m_decoder")}
-
-
-TINY_TOWER = "assets/tiny/encoder.safetensors"          # in configs; found beside this file
-
 
 def locate(wanted):
     """[(what, path or hub id, flag), ...] -> paths that exist.
@@ -126,167 +188,32 @@ def locate(wanted):
     return paths
 
 
-def load_encoder(path, devices, layers=1):
-    """A frozen encoder in the compute dtype, from a file of ours or a published folder."""
-    state, config = read_weights(path, "--encoder")
-    model = encoders.build_encoder(config, layers, devices.dtype)
-    if any(k.startswith("vision_model.") for k in state):       # the full SigLIP file has text too
-        state = {k: v for k, v in state.items() if k.startswith("vision_model.")}
-    load_strict(model, state, f"encoder {path}", optional=("mask_token",))
-    return model.requires_grad_(False).eval().to(devices.device)
-
-
-def load_decoder(path, devices, channels, mean, std):
-    """A decoder in the compute dtype; its latent must have `channels` channels. mean, std: of the
-    encoder's normalisation, because a published decoder's config does not hold them."""
-    state, config = read_weights(path, "--decoder")
-    config.setdefault("image_mean", list(mean))
-    config.setdefault("image_std", list(std))
-    if "decoder_embed.weight" in state:             # the encoder's width wins over the config's
-        config["hidden_size"] = state["decoder_embed.weight"].shape[1]
-        config["patch_size"] = int((len(state["decoder_pred.weight"]) / 3) ** 0.5)
-    if config.get("hidden_size") != channels:
-        raise UserError(f"decoder {path} takes latents of {config.get('hidden_size')} channels, the "
-                        f"encoder gives {channels}; give the decoder of this encoder by --decoder")
-    model = decoders.Decoder(config, devices.dtype)
-    load_strict(model, state, f"decoder {path}", optional=("decoder_pos_embed",))
-    return model.requires_grad_(False).eval().to(devices.device)
-
-
-def model_config(llm, dit, encoder_name, alpha):
-    """config.json of a stage-2 model in the authors' field names (Qwen2's fields stay)."""
-    wide = dit.head_depth > 0
-    pair = (lambda a, b: [a, b] if wide else a)
-    return {**llm.config, "model_type": "cambrian_qwen", "vision_loss": "diffusion-loss",
-            "vision_loss_mode": "query", "dit_cls": "DDT" if wide else "DiT",
-            "diffusion_model_hidden_size": pair(dit.width, dit.head_width),
-            "diffusion_model_depth": pair(dit.depth, dit.head_depth),
-            "diffusion_model_heads": pair(dit.heads, dit.head_heads),
-            "diffusion_model_channels": dit.channels,
-            "diffusion_model_z_channels": dit.cond_width,
-            "diffusion_class_dropout_prob": 0.1,
-            "vision_tower_aux_token_len_list": [dit.tokens],
-            "mm_vision_tower_aux_list": [str(encoder_name)],
-            "mm_projector_type": "mlp2x_gelu",
-            "mm_hidden_size": llm.model.mm_projector[0].in_features,
-            "mm_use_im_start_end": True, "image_aspect_ratio": "square", "shift_alpha": alpha}
-
-
-def build_model(config, dtype):
-    """The LLM and the DiT of a stage-2 config, weights not yet meaningful. Raises UserError."""
-    lengths = config.get("vision_tower_aux_token_len_list", [256])
-    first = lambda v: v[0] if isinstance(v, list) else v
-    second = lambda v: v[1] if isinstance(v, list) else 0
-    D, depth, heads = (config[f"diffusion_model_{k}"] for k in ("hidden_size", "depth", "heads"))
-    try:
-        llm = text.TextModel(config, lengths[0], config["mm_hidden_size"],
-                             config["diffusion_model_z_channels"], dtype)
-        dit = dits.DiT(config["diffusion_model_channels"], lengths[0], first(D), first(depth),
-                       first(heads), config["diffusion_model_z_channels"], second(D), second(depth),
-                       second(heads) or None, null=config.get("diffusion_class_dropout_prob", 0) > 0,
-                       qk_norm=config.get("diffusion_qk_norm", False), dtype=dtype)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"stage-2 config: {error}")
-    return llm, dit
-
-
-RECOMPUTED = ("rope.freqs_", "rotary_emb.inv_freq")     # in files, but recomputed in fp32
-
-
-def model_state(llm, dit):
-    """The two networks' tensors under the released keys."""
-    return {**llm.state_dict(), **{f"diff_head.model.{k}": v for k, v in dit.state_dict().items()}}
-
-
-def load_model_state(llm, dit, state, what):
-    """Fill LLM and DiT from released keys; a tied model ignores a stored lm_head."""
-    head = {k.removeprefix("diff_head.model."): v for k, v in state.items()
-            if k.startswith("diff_head.model.")}
-    rest = {k: v for k, v in state.items() if not k.startswith("diff_head.model.")}
-    tied = ("lm_head.weight",) if llm.config["tie_word_embeddings"] else ()
-    load_strict(dit, head, f"{what} (diff_head)", RECOMPUTED, optional=("pos_embed",))
-    load_strict(llm, rest, what, RECOMPUTED + tied)
-
-
-def load_model(path, devices, flag="--run", ema=True):
-    """A run folder or a released folder -> (llm, dit, tokenizer, config), in eval mode.
-
-    A run folder gives its final/ with the EMA weights.
-    """
-    folder = Path(path)
-    if (folder / "final").is_dir():
-        folder = folder / "final"
-    file = folder / "ema.safetensors" if ema and (folder / "ema.safetensors").is_file() else folder
-    state, config = read_weights(file, flag)
-    if "diffusion_model_hidden_size" not in config:
-        raise UserError(f"{flag} {path}: its config has no diffusion_model_hidden_size; this is not "
-                        "a Scale-RAE model folder")
-    llm, dit = build_model(config, devices.dtype)
-    load_model_state(llm, dit, state, f"{flag} {path}")
-    for model in (llm, dit):
-        model.requires_grad_(False).eval().to(devices.device)
-    return llm, dit, text.load_tokenizer(folder if file.parent == folder or file == folder
-                                         else file.parent), config
-
-
-def final_of(path):
-    """A run folder stands for its final/ weights (EMA where there are some)."""
+def final_of(path, ema=True):
+    """A run folder stands for its final/ weights (EMA where there are some) -> Path."""
     final = Path(path) / "final"
-    if final.is_dir():
-        return final / "ema.safetensors" if (final / "ema.safetensors").is_file() else final
-    return path
+    if not final.is_dir():
+        return Path(path)
+    return final / "ema.safetensors" if ema and (final / "ema.safetensors").is_file() else final
 
 
 def find_parts(args, tiny, llm):
     """Paths of the frozen networks and tokenizer that train_dit.py needs: flags first, then
-    assets/tiny for the tiny preset, else the published ones. Raises UserError listing what lacks."""
-    if tiny:
-        encoder, decoder = ASSETS / "encoder.safetensors", ASSETS / "decoder.safetensors"
-        wanted = [("encoder", args.encoder or encoder, "--encoder"),
-                  ("tokenizer", args.llm or ASSETS, "--llm"),
-                  ("decoder", args.decoder or decoder, "--decoder")]
-    else:
-        encoder, decoder = HUB[args.latent]
-        wanted = [("encoder", args.encoder or encoder, "--encoder"),
-                  ("tokenizer", args.llm or llm, "--llm"),
-                  ("decoder", args.decoder or decoder, "--decoder")]
+    assets/tiny for the tiny preset, else the published ones. Raises UserError (see locate)."""
+    encoder, decoder = TINY_CODEC if tiny else HUB[args.latent]
+    wanted = [("encoder", args.encoder or encoder, "--encoder"),
+              ("tokenizer", args.llm or (ASSETS if tiny else llm), "--llm"),
+              ("decoder", args.decoder or decoder, "--decoder")]
     return dict(zip((w[0] for w in wanted), locate(wanted)))
 
 
-def load_codec(config, args, devices, encoder=True, decoder=True):
-    """The encoder and decoder that belong to a stage-2 config (None for one not asked for).
-
-    --encoder and --decoder win; else the config's tower, with the tiny or the released decoder.
-    """
-    tower = re.sub(r"-(interp|res)\d+$", "", config["mm_vision_tower_aux_list"][0])
-    if tower == TINY_TOWER:
-        names = ASSETS / "encoder.safetensors", ASSETS / "decoder.safetensors"
-    else:
-        names = tower, next((d for e, d in HUB.values() if e == tower), "decoder")
-    wanted = [("encoder", args.encoder or names[0], "--encoder"),
-              ("decoder", args.decoder or names[1], "--decoder")]
-    paths = locate([w for w, needed in zip(wanted, (encoder, decoder)) if needed])
-    e = load_encoder(paths[0], devices) if encoder else None
-    if not decoder:
-        return e, None
-    mean, std = (e.mean, e.std) if e else (encoders.SigLIP2.mean, encoders.SigLIP2.std)
-    if "dino" in tower:
-        mean, std = encoders.DINOv2.mean, encoders.DINOv2.std
-    return e, load_decoder(paths[-1], devices, config["diffusion_model_channels"], mean, std)
-
-
 def config_of(path):
-    """The config of a model folder without its weights."""
-    folder = Path(path) / "final" if (Path(path) / "final").is_dir() else Path(path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--run {path}: no config.json in {folder}")
-    return json.loads((folder / "config.json").read_text())
+    """The config of a model folder without its weights. Raises UserError."""
+    with user_errors(f"--run {path}"):
+        return json.loads((final_of(path, ema=False) / "config.json").read_text())
 
 
 def read_latent(path, tokens, channels):
-    """A file of --save-latent -> [n,N,C]. Raises UserError on another size."""
-    if not Path(path).is_file():
-        raise UserError(f"--latent {path}: no such file")
+    """A file of --save-latent, ours or the authors' -> [n,N,C]. Raises UserError."""
     state, _ = read_weights(path, "--latent")
     z = next(iter(state.values())).float()
     z = z[None] if z.dim() == 2 else z
@@ -294,3 +221,247 @@ def read_latent(path, tokens, channels):
         raise UserError(f"--latent {path}: latents of {list(z.shape[1:])}, the model's are "
                         f"[{tokens}, {channels}]")
     return z
+
+# ------------------------------------------------------------------------------------------------
+# The frozen networks. Built on the meta device: nothing is initialised that a file replaces
+# ------------------------------------------------------------------------------------------------
+
+def load_encoder(path, devices, layers=1):
+    """A frozen encoder in the compute dtype, from a file of ours or a published folder."""
+    what = f"--encoder {path}"
+    state, config = read_weights(final_of(path), "--encoder")
+    if any(k.startswith("vision_model.") for k in state):       # the full SigLIP file has text too
+        state = {k: v for k, v in state.items() if k.startswith("vision_model.")}
+    with user_errors(what), torch.device("meta"):
+        model = encoders.build_encoder(config, layers, devices.dtype)
+    headless = () if any(".head." in k for k in state) else ("vision_model.head.",)
+    load_strict(model, state, what, optional=("mask_token", *headless))     # neither is in z's way
+    return model.requires_grad_(False).eval().to(devices.device)
+
+
+def load_decoder(path, devices, channels, mean, std):
+    """A decoder in the compute dtype for latents of `channels` channels. mean, std: of the
+    encoder's normalisation, because a published decoder's config does not hold them; nor need its
+    hidden_size and patch_size be right: the weights' win. Raises UserError."""
+    what = f"--decoder {path}"
+    state, config = read_weights(final_of(path), "--decoder")
+    ends = ("decoder_embed.weight", "decoder_layers.0.intermediate.dense.weight",
+            "decoder_pred.weight")
+    if lacks := [k for k in ends if k not in state]:
+        raise UserError(f"{what} is not a decoder: it lacks {', '.join(lacks)}")
+    embed, hidden, pixels = (state[k].shape for k in ends)              # [W,C], [h,W], [p*p*3,W]
+    if embed[1] != channels:
+        raise UserError(f"{what} takes latents of {embed[1]} channels, the encoder gives "
+                        f"{channels}; give the decoder of this encoder")
+    found = dict(decoder_hidden_size=embed[0], decoder_intermediate_size=hidden[0],
+                 decoder_num_hidden_layers=depth_of(state, "decoder_layers"))
+    check_config(config, found, what)
+    tokens = config.get("num_patches") or (config.get("image_size", 224)
+                                           // config.get("patch_size", 14)) ** 2
+    if "decoder_pos_embed" in state:
+        tokens = state["decoder_pos_embed"].shape[1] - 1
+    config = {"decoder_num_attention_heads": 16, "image_mean": list(mean), "image_std": list(std),
+              **config, **found, "hidden_size": channels, "num_patches": tokens,
+              "patch_size": math.isqrt(pixels[0] // 3)}
+    with user_errors(what), torch.device("meta"):
+        model = decoders.Decoder(config, devices.dtype)
+    load_strict(model, state, what, optional=("decoder_pos_embed",))
+    return model.requires_grad_(False).eval().to(devices.device)
+
+
+def load_vae(path, devices, flag="--vae"):
+    """FLUX's VAE: ae.safetensors, diffusers' file, or a folder that holds either or vae/."""
+    inside = (Path(path) / "vae", Path(path) / "ae.safetensors", Path(path))
+    with user_errors(f"{flag} {path}"):
+        model = vaes.load_vae(next((p for p in inside if p.exists()), path))
+    return model.requires_grad_(False).eval().to(devices.device)
+
+
+def load_perceptual(vgg, lpips, devices):
+    """VGG16 with the LPIPS weights, for --vgg and --lpips-weights (None: both are in `vgg`)."""
+    for path, flag in ((vgg, "--vgg"), (lpips, "--lpips-weights")):
+        if path is not None:
+            read_weights(path, flag)                    # missing, damaged or unsafe: said clearly
+    with user_errors(f"--vgg {vgg}"):
+        model = perceptual.load_perceptual(vgg, lpips, devices.dtype)
+    return model.to(devices.device)
+
+
+def load_discriminator(path, devices, config=None, seed=0):
+    """The discriminator with its frozen trunk from --dino (a trunk's file, or a whole one's)."""
+    read_weights(path, "--dino")
+    with user_errors(f"--dino {path}"):
+        model = discriminator.load_discriminator(path, config, seed)
+    return model.to(devices.device)
+
+
+def load_codec(config, args, devices, encoder=True, decoder=True):
+    """The encoder and decoder that belong to a stage-2 config (None for one not asked for).
+
+    --encoder and --decoder win; else the config's tower, with the tiny or the released decoder.
+    """
+    tower = (config.get("mm_vision_tower_aux_list") or ["encoder"])[0]
+    tower = re.sub(r"-(interp|res)\d+$", "", tower)
+    names = TINY_CODEC if tower == TINY_TOWER else (
+        tower, next((d for e, d in HUB.values() if e == tower), "decoder"))
+    wanted = [("encoder", args.encoder or names[0], "--encoder"),
+              ("decoder", args.decoder or names[1], "--decoder")]
+    paths = locate([w for w, needed in zip(wanted, (encoder, decoder)) if needed])
+    e = load_encoder(paths[0], devices) if encoder else None
+    if not decoder:
+        return e, None
+    dino = "dino" in f"{tower} {args.encoder}".lower()
+    kind = e or (encoders.DINOv2 if dino else encoders.SigLIP2)
+    C = config["diffusion_model_channels"]
+    return e, load_decoder(paths[-1], devices, C, kind.mean, kind.std)
+
+# ------------------------------------------------------------------------------------------------
+# Stage 2: the language model and the DiT
+# ------------------------------------------------------------------------------------------------
+
+DIT = "diff_head.model."                                # the DiT's prefix in the released keys
+RECOMPUTED = ("rope.freqs_", "rotary_emb.inv_freq")     # in files, but recomputed in fp32
+REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "intermediate_size", "diffusion_model_hidden_size", "diffusion_model_depth",
+            "diffusion_model_heads")
+
+
+def model_config(llm, dit, encoder_name, alpha):
+    """config.json of a stage-2 model in the authors' field names, with Qwen2's.
+
+    Complete for their code, which reads some fields that do nothing here. encoder_name: the hub id
+    (or path) of the encoder.
+    """
+    wide, N = dit.head_depth > 0, dit.tokens
+    pair = (lambda a, b: [a, b] if wide else a)
+    base = N * dit.channels / alpha ** 2                # theirs is None where it is the paper's
+    C = llm.model.mm_projector[0].in_features           # of the encoder that understands
+    return dict(
+        {"hidden_act": "silu", "max_position_embeddings": 32768, **llm.config},
+        architectures=["ScaleRAEQwenForCausalLM"], model_type="cambrian_qwen",
+        torch_dtype="float32", rope_theta=llm.rope_theta, rope_scaling=None,
+        vision_loss="diffusion-loss", vision_loss_mode="query", dit_cls="DDT" if wide else "DiT",
+        diffusion_model_hidden_size=pair(dit.width, dit.head_width),
+        diffusion_model_depth=pair(dit.depth, dit.head_depth),
+        diffusion_model_heads=pair(dit.heads, dit.head_heads),
+        diffusion_model_channels=dit.channels, diffusion_model_z_channels=dit.cond_width,
+        diffusion_class_dropout_prob=0.1 if hasattr(dit, "y_embedder") else 0.0,
+        diffusion_base_dim=None if abs(base - 4096) < 1 else base, shift_alpha=alpha,
+        diffusion_qk_norm=hasattr(dit.dit_blocks[0].attn.q_norm, "weight"),     # ours, as the alpha
+        diffusion_norm_stats_path=None, diffusion_split_per_token=N, ddt_encoder_depth=2,
+        vision_tower_aux_token_len_list=[N], mm_vision_tower_aux_token_len_list=[N],
+        mm_vision_tower_aux_list=[str(encoder_name)], mm_vision_select_layer=-1, mm_hidden_size=C,
+        mm_projector_type="mlp2x_gelu", mm_use_im_start_end=True, mm_use_im_patch_token=False,
+        image_aspect_ratio="square", tokenizer_model_max_length=1024,
+        tokenizer_padding_side="right", generation_alignment_tower=None, patch_size=2,
+        vision_hidden_size=C, connector_only=True, si_token_len=729, miv_token_len=0,
+        image_position=35)
+
+
+def dit_sizes(config):
+    """Width, depth and heads of the trunk, then of the wide head (0: there is none)."""
+    D, depth, heads = (config[f"diffusion_model_{k}"] for k in ("hidden_size", "depth", "heads"))
+    if isinstance(D, list):
+        return D[0], depth[0], heads[0], D[1], depth[1], heads[1]
+    if config.get("vision_loss") == "ddt-loss":         # one width, split: the classic DDT
+        k = config["ddt_encoder_depth"]
+        return D, k, heads, D, depth - k, heads
+    return D, depth, heads, 0, 0, 0
+
+
+def stage2_config(config, state, what):
+    """The config checked against the tensors' shapes; the vocabulary's size is the file's.
+
+    Raises UserError: fields lacking, another kind of model, every size that config and weights give
+    differently (heads too, which only the stored rotary table tells).
+    """
+    lacks = [k for k in REQUIRED if config.get(k) is None]
+    if lacks:
+        raise UserError(f"{what}: its config lacks {', '.join(lacks)}; expected a Scale-RAE model "
+                        "folder with its config.json")
+    if config.get("vision_loss_mode", "query") != "query":
+        raise UserError(f"{what}: vision_loss_mode is {config['vision_loss_mode']!r}; known: query")
+    size = (lambda key, axis=0: state[key].shape[axis] if key in state else 0)
+    pair = (lambda a, b: [a, b] if b else a)
+    with user_errors(f"{what}: diffusion_model_hidden_size, _depth and _heads"):
+        D, depth, heads, D2, depth2, heads2 = dit_sizes(config)
+    hd, hd1, hd2 = (size(f"{DIT}{r}_rope.freqs_cos", 1) for r in ("feat", "enc", "dec"))
+    found = {"hidden_size": size("model.embed_tokens.weight", 1),
+             "num_hidden_layers": depth_of(state, "model.layers"),
+             "intermediate_size": size("model.layers.0.mlp.gate_proj.weight"),
+             "mm_hidden_size": size("model.mm_projector.0.weight", 1),
+             "vision_tower_aux_token_len_list": [size("model.latent_queries")],
+             "diffusion_model_channels": size(DIT + "x_embedder.proj.weight", 1),
+             "diffusion_model_z_channels": size("diff_head_projector.weight"),
+             "diffusion_model_hidden_size": pair(size(DIT + "x_embedder.proj.weight"),
+                                                 size(DIT + "s_embedder.proj.weight")),
+             "diffusion_model_depth": depth_of(state, DIT + "dit_blocks"),
+             "diffusion_model_heads": D // hd if hd else hd1 and hd2 and [D // hd1, D2 // hd2]}
+    found = {k: v for k, v in found.items() if v and v != [0]}
+    check_config({**config, "diffusion_model_hidden_size": pair(D, D2),
+                  "diffusion_model_depth": depth + depth2,
+                  "diffusion_model_heads": heads if hd else pair(heads, heads2)}, found, what)
+    null = 0.1 if DIT + "y_embedder.dropout_embedding" in state else 0.0
+    given = {k: v for k, v in config.items() if v is not None}
+    return {"diffusion_class_dropout_prob": null, **found, **given,
+            "vocab_size": size("model.embed_tokens.weight")}
+
+
+def build_model(config, dtype):
+    """The LLM and the DiT of a stage-2 config, weights not yet meaningful. Raises UserError."""
+    with user_errors("stage-2 config"):
+        N, Z = config["vision_tower_aux_token_len_list"][0], config["diffusion_model_z_channels"]
+        D, depth, heads, D2, depth2, heads2 = dit_sizes(config)
+        llm = text.TextModel(config, N, config["mm_hidden_size"], Z, dtype)
+        dit = dits.DiT(config["diffusion_model_channels"], N, D, depth, heads, Z, D2, depth2,
+                       heads2 or None, null=config["diffusion_class_dropout_prob"] > 0,
+                       qk_norm=config.get("diffusion_qk_norm", False), dtype=dtype)
+    return llm, dit
+
+
+def model_state(llm, dit):
+    """The two networks' tensors under the released keys."""
+    return {**llm.state_dict(), **{DIT + k: v for k, v in dit.state_dict().items()}}
+
+
+def load_model_state(llm, dit, state, what):
+    """Fill LLM and DiT from released keys; a tied model ignores a stored lm_head. A stored
+    pos_embed is kept. Raises UserError."""
+    head = {k.removeprefix(DIT): v for k, v in state.items() if k.startswith(DIT)}
+    rest = {k: v for k, v in state.items() if not k.startswith(DIT)}
+    tied = ("lm_head.weight",) if llm.config["tie_word_embeddings"] else ()
+    load_strict(llm, rest, what, RECOMPUTED + tied)
+    load_strict(dit, head, f"{what} (diff_head)", RECOMPUTED, optional=("pos_embed",))
+
+
+def load_model(path, devices, flag="--run", ema=True):
+    """A run folder or a released folder -> (llm, dit, tokenizer, config), in eval mode.
+
+    A run folder gives its final/ with the EMA weights. Raises UserError.
+    """
+    what, file = f"{flag} {path}", final_of(path, ema)
+    state, config = read_weights(file, flag)
+    config = stage2_config(config, state, what)
+    with torch.device("meta"):
+        llm, dit = build_model(config, devices.dtype)
+    load_model_state(llm, dit, state, what)
+    for model in (llm, dit):
+        model.requires_grad_(False).eval().to(devices.device)
+    with user_errors(what):
+        tokenizer = text.load_tokenizer(file if file.is_dir() else file.parent)
+    if tokenizer.get_vocab_size() > config["vocab_size"]:
+        raise UserError(f"{what}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the "
+                        f"embedding {config['vocab_size']} rows")
+    return llm, dit, tokenizer, config
+
+
+def save_tokenizer(tokenizer, folder):
+    """tokenizer.json, and the files from which the authors' slow Qwen2 tokenizer reads the same."""
+    folder, added = Path(folder), tokenizer.get_added_tokens_decoder()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.model.save(str(folder))                   # vocab.json, merges.txt
+    (folder / "added_tokens.json").write_text(json.dumps({t.content: i for i, t in added.items()}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="Qwen2Tokenizer", model_max_length=1024, padding_side="right",
+        bos_token=None, unk_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=[t.content for t in added.values()]), indent=1))

@@ -1,0 +1,59 @@
+"""The sharding table against every parameter of every size; meshes; peaks.
+
+    pytest tests/test_parallel.py
+"""
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import decoder as decoders
+import dit as dits
+import encoder as encoders
+import parallel
+import text_model as text
+
+
+def networks():
+    """Every network of the real sizes on the meta device: no memory."""
+    with torch.device("meta"):
+        for key, s in dits.SIZES.items():
+            if key != "tiny":
+                yield f"dit {key}", dits.DiT(1152, 256, s.width, s.depth, s.heads)
+        yield "dit 2b + wide head", dits.DiT(1152, 256, 2048, 32, 32, None, 2688, 2)
+        yield "qwen 1.5b", text.TextModel(text.QWEN_1_5B, 256, 1152, 2048)
+        yield "qwen 7b", text.TextModel(text.QWEN_7B, 256, 1152, 4096)
+        for size in ("b", "l", "xl"):
+            config = decoders.decoder_config(size, 1152, 256, 14, (0.5,) * 3, (0.5,) * 3)
+            yield f"decoder {size}", decoders.Decoder(config)
+        yield "siglip2", encoders.SigLIP2(encoders.SO400M)
+        yield "webssl", encoders.DINOv2(encoders.WEBSSL_300M)
+
+
+@pytest.mark.parametrize("name, model", list(networks()), ids=lambda v: v if isinstance(v, str) else "")
+def test_every_large_parameter_matches_one_row_and_divides(name, model):
+    """Each parameter above 1 MB matches exactly one row and, positions and queries aside, divides
+    over 64 devices on the fsdp axis."""
+    for key, p in model.named_parameters():
+        if p.numel() * 4 <= 2 ** 20 or not p.requires_grad:
+            continue
+        rows = [pattern for pattern, _ in parallel.TABLE if re.search(pattern, key)]
+        assert len(rows) == 1, (key, rows)
+        axes = parallel.spec(key, p.shape)
+        if "latent_queries" in key or "position" in key or "pos_embed" in key:
+            continue                                        # a few MB, whole on purpose
+        assert "fsdp" in axes, key
+        for size, axis in zip(p.shape, axes):
+            if axis == "fsdp":
+                assert size % 64 == 0, (key, tuple(p.shape), axes)
+
+
+def test_mesh():
+    assert parallel.parse_mesh(None, 8) == {"fsdp": 8, "tensor": 1}
+    assert parallel.parse_mesh("fsdp=4,tensor=2", 8) == {"fsdp": 4, "tensor": 2}
+    for bad in ("fsdp=3", "rows=8", "fsdp", "fsdp=0"):
+        with pytest.raises(parallel.UserError, match="--mesh"):
+            parallel.parse_mesh(bad, 8)

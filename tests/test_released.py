@@ -1,0 +1,697 @@
+"""Released checkpoints: key tables at full size, loading every layout, wrong and damaged files.
+
+    OMP_NUM_THREADS=1 python -m pytest -q tests/test_released.py          # under a minute
+
+The real files are not needed: key names and shapes are written down here once, from the layout of
+the released repositories; small folders with exactly these keys are made from them and loaded.
+"""
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import decoder as decoders  # noqa: E402
+import discriminator  # noqa: E402
+import dit as dits  # noqa: E402
+import encoder as encoders  # noqa: E402
+import flow  # noqa: E402
+import parallel  # noqa: E402
+import perceptual  # noqa: E402
+import sample  # noqa: E402
+import text_model as text  # noqa: E402
+import vae  # noqa: E402
+import weights  # noqa: E402
+from parallel import UserError  # noqa: E402
+
+torch.set_num_threads(1)
+CPU = parallel.setup("cpu", "float32")
+TOKENIZER = HERE.parent / "assets/tiny/tokenizer.json"
+GOLDEN = HERE / "golden"
+
+# ------------------------------------------------------------------------------------------------
+# The key tables: {key: shape}
+# ------------------------------------------------------------------------------------------------
+
+
+def linear(name, out, width, bias=True):
+    return {f"{name}.weight": [out, width], **({f"{name}.bias": [out]} if bias else {})}
+
+
+def norm(name, width):
+    return {f"{name}.weight": [width], f"{name}.bias": [width]}
+
+
+def llm_keys(H, layers, heads, kv, mlp, V, tied, N=0, C=0, Z=0):
+    keys = {"model.embed_tokens.weight": [V, H], "model.norm.weight": [H]}
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        keys |= {p + "input_layernorm.weight": [H], p + "post_attention_layernorm.weight": [H],
+                 **linear(p + "self_attn.q_proj", H, H),
+                 **linear(p + "self_attn.k_proj", H // heads * kv, H),
+                 **linear(p + "self_attn.v_proj", H // heads * kv, H),
+                 **linear(p + "self_attn.o_proj", H, H, bias=False),
+                 **linear(p + "mlp.gate_proj", mlp, H, bias=False),
+                 **linear(p + "mlp.up_proj", mlp, H, bias=False),
+                 **linear(p + "mlp.down_proj", H, mlp, bias=False)}
+    if not tied:
+        keys["lm_head.weight"] = [V, H]
+    if N:
+        keys |= {"model.latent_queries": [N, H], **linear("model.mm_projector.0", H, C),
+                 **linear("model.mm_projector.2", H, H), **linear("diff_head_projector", Z, H)}
+    return keys
+
+
+def dit_keys(C, N, D, depth, heads, Z, D2=0, depth2=0, heads2=0):
+    """Under `diff_head.model.`; D2, depth2, heads2: the wide head."""
+    keys = {"pos_embed": [1, N, D], "x_embedder.proj.weight": [D, C, 1, 1],
+            "x_embedder.proj.bias": [D], **linear("t_embedder.mlp.0", Z, 512),
+            **linear("t_embedder.mlp.2", Z, Z), "y_embedder.dropout_embedding": [Z]}
+    for i in range(depth + depth2):
+        p, W, cond = f"dit_blocks.{i}.", D if i < depth else D2, Z if i < depth else D2
+        h = int(2 / 3 * int(4 * W))
+        keys |= {p + "norm1.weight": [W], p + "norm2.weight": [W],
+                 **linear(p + "attn.qkv", 3 * W, W), **linear(p + "attn.proj", W, W),
+                 **linear(p + "mlp.w12", 2 * h, W), **linear(p + "mlp.w3", W, h),
+                 **linear(p + "adaLN_modulation.1", 6 * W, cond)}
+    W, cond = (D2, D2) if depth2 else (D, Z)
+    keys |= {"final_layer.norm_final.weight": [W], **linear("final_layer.linear", C, W),
+             **linear("final_layer.adaLN_modulation.1", 2 * W, cond)}
+    if depth2:
+        keys |= {"s_embedder.proj.weight": [D2, C, 1, 1], "s_embedder.proj.bias": [D2]}
+        keys |= linear("s_projector", D2, D) if D2 != D else {}
+    ropes = {"enc_rope": D // heads, "dec_rope": D2 // heads2} if depth2 else {
+        "feat_rope": D // heads}
+    keys |= {f"{r}.freqs_{f}": [N, hd] for r, hd in ropes.items() for f in ("cos", "sin")}
+    return {"diff_head.model." + k: v for k, v in keys.items()}
+
+
+def decoder_keys(C, W, layers, mlp, tokens, patch):
+    keys = {**linear("decoder_embed", W, C), "decoder_pos_embed": [1, 1 + tokens, W],
+            "trainable_cls_token": [1, 1, W], **norm("decoder_norm", W),
+            **linear("decoder_pred", 3 * patch ** 2, W)}
+    for i in range(layers):
+        p = f"decoder_layers.{i}."
+        keys |= {**norm(p + "layernorm_before", W), **norm(p + "layernorm_after", W),
+                 **linear(p + "attention.output.dense", W, W),
+                 **linear(p + "intermediate.dense", mlp, W), **linear(p + "output.dense", W, mlp)}
+        for name in ("query", "key", "value"):
+            keys |= linear(p + f"attention.attention.{name}", W, W)
+    return keys
+
+
+def siglip_keys(C, layers, mlp, tokens, patch):
+    keys = {"embeddings.patch_embedding.weight": [C, 3, patch, patch],
+            "embeddings.patch_embedding.bias": [C],
+            "embeddings.position_embedding.weight": [tokens, C], **norm("post_layernorm", C),
+            "head.probe": [1, 1, C], "head.attention.in_proj_weight": [3 * C, C],
+            "head.attention.in_proj_bias": [3 * C], **linear("head.attention.out_proj", C, C),
+            **norm("head.layernorm", C), **linear("head.mlp.fc1", mlp, C),
+            **linear("head.mlp.fc2", C, mlp)}
+    for i in range(layers):
+        p = f"encoder.layers.{i}."
+        keys |= {**norm(p + "layer_norm1", C), **norm(p + "layer_norm2", C),
+                 **linear(p + "mlp.fc1", mlp, C), **linear(p + "mlp.fc2", C, mlp)}
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            keys |= linear(p + f"self_attn.{name}", C, C)
+    return {"vision_model." + k: v for k, v in keys.items()}
+
+
+def dino_keys(C, layers, tokens, patch):
+    keys = {"embeddings.cls_token": [1, 1, C], "embeddings.mask_token": [1, C],
+            "embeddings.position_embeddings": [1, 1 + tokens, C], **norm("layernorm", C),
+            "embeddings.patch_embeddings.projection.weight": [C, 3, patch, patch],
+            "embeddings.patch_embeddings.projection.bias": [C]}
+    for i in range(layers):
+        p = f"encoder.layer.{i}."
+        keys |= {**norm(p + "norm1", C), **norm(p + "norm2", C), p + "layer_scale1.lambda1": [C],
+                 p + "layer_scale2.lambda1": [C], **linear(p + "attention.output.dense", C, C),
+                 **linear(p + "mlp.fc1", 4 * C, C), **linear(p + "mlp.fc2", C, 4 * C)}
+        for name in ("query", "key", "value"):
+            keys |= linear(p + f"attention.attention.{name}", C, C)
+    return keys
+
+
+def shapes(state):
+    return {k: list(v.shape) for k, v in state.items()}
+
+
+def count(keys):
+    """Parameters in a key table: all but the rotary tables."""
+    return sum(torch.Size(v).numel() for k, v in keys.items() if "freqs_" not in k)
+
+
+# ------------------------------------------------------------------------------------------------
+# Full size, on the meta device
+# ------------------------------------------------------------------------------------------------
+
+QWEN = {"1.5b": (1536, 28, 12, 2, 8960), "7b": (3584, 28, 28, 4, 18944)}
+LLM = {"1.5b": text.QWEN_1_5B, "7b": text.QWEN_7B}
+
+
+def full_config(llm, D, depth, heads, C=1152, C_enc=1152):
+    Z = D[0] if isinstance(D, list) else D
+    return dict(LLM[llm], diffusion_model_hidden_size=D, diffusion_model_depth=depth,
+                diffusion_model_heads=heads, diffusion_model_z_channels=Z,
+                diffusion_model_channels=C, mm_hidden_size=C_enc, diffusion_class_dropout_prob=0.1,
+                vision_tower_aux_token_len_list=[256])
+
+
+def build(config):
+    with torch.device("meta"):
+        return weights.build_model(config, torch.float32)
+
+
+@pytest.mark.parametrize("llm", QWEN)
+@pytest.mark.parametrize("size, billions, printed", [
+    ("0.5b", 0.4811, 0.481), ("2b", 2.4359, 2.436), ("3b", 3.0820, 3.082), ("5b", 5.4754, 5.475),
+    ("9b", 9.7288, 9.729)])
+def test_keys_and_counts_of_every_size(size, billions, printed, llm):
+    s, (H, layers, heads, kv, mlp) = dits.SIZES[size], QWEN[llm]
+    want = dit_keys(1152, 256, s.width, s.depth, s.heads, s.width)
+    assert round(count(want) / 1e9, 4) == billions and round(count(want) / 1e9, 3) == printed
+    want |= llm_keys(H, layers, heads, kv, mlp, 151667, llm == "1.5b", 256, 1152, s.width)
+    models = build(full_config(llm, s.width, s.depth, s.heads))
+    assert shapes(weights.model_state(*models)) == want
+    assert sum(p.numel() for m in models for p in m.parameters()) == count(want)
+
+
+def test_keys_and_counts_of_the_variants():
+    """The documentation's 3072 x 48, WebSSL's and the VAE's channels, the wide head."""
+    assert round(count(dit_keys(1152, 256, 3072, 48, 48, 3072)) / 1e9, 4) == 8.1942
+    plain = count(dit_keys(1152, 256, 2048, 32, 32, 2048))
+    wide = dit_keys(1152, 256, 2048, 32, 32, 2048, 2688, 2, 32)
+    assert round((count(wide) - plain) / 1e9, 4) == 0.2756
+    tables = {(1024, 1024): dit_keys(1024, 256, 2048, 32, 32, 2048),        # WebSSL
+              (64, 1152): dit_keys(64, 256, 2048, 32, 32, 2048)}            # FLUX VAE
+    for (C, C_enc), want in tables.items():
+        llm, dit = build(full_config("1.5b", 2048, 32, 32, C, C_enc))
+        want |= llm_keys(*QWEN["1.5b"], 151667, True, 256, C_enc, 2048)
+        assert shapes(weights.model_state(llm, dit)) == want
+    _, dit = build(full_config("1.5b", [2048, 2688], [32, 2], [32, 32]))
+    assert {"diff_head.model." + k: v for k, v in shapes(dit.state_dict()).items()} == wide
+
+
+def test_counts_of_the_public_language_models():
+    """Qwen2.5-Instruct with its own vocabulary: the published totals."""
+    for name, V, total in (("1.5b", 151936, 1_543_714_304), ("7b", 152064, 7_615_616_512)):
+        with torch.device("meta"):
+            model = text.TextModel(dict(LLM[name], vocab_size=V))
+        assert sum(p.numel() for p in model.parameters()) == total
+        assert shapes(model.state_dict()) == llm_keys(*QWEN[name], V, name == "1.5b")
+
+
+def test_keys_and_counts_of_decoders_and_encoders():
+    with torch.device("meta"):
+        decoder = decoders.Decoder(decoders.decoder_config("xl", 1152, 256, 14, (.5,) * 3, (.5,) * 3))
+        siglip, dino = encoders.build_encoder({}), encoders.build_encoder(encoders.WEBSSL_300M)
+    want = decoder_keys(1152, 1152, 28, 4096, 256, 14)
+    assert shapes(decoder.state_dict()) == want and round(count(want) / 1e6, 1) == 415.3
+    assert not decoder.image_mean.is_meta and not decoder.decoder_pos_embed.is_meta
+    want = siglip_keys(1152, 27, 4304, 256, 14)
+    assert shapes(siglip.state_dict()) == want
+    assert count(want) == 428_225_600 - (27 ** 2 - 16 ** 2) * 1152      # of the 384 px file
+    want = dino_keys(1024, 24, 256, 14)
+    assert shapes(dino.state_dict()) == want
+    assert count(want) == 304_368_640 - (37 ** 2 - 16 ** 2) * 1024      # of DINOv2-L at 518 px
+
+
+# ------------------------------------------------------------------------------------------------
+# Small folders in the released layout. The DiT is the golden file's: N = 16, C = 24, Z = 32
+# ------------------------------------------------------------------------------------------------
+
+SMALL = (32, 2, 2, 1, 48)                               # H, layers, heads, kv heads, MLP
+VOCABULARY = text.load_tokenizer(TOKENIZER.parent).get_vocab_size()
+
+
+def golden_tensors(name, part):
+    return {k.removeprefix(part): v for k, v in load_file(GOLDEN / f"{name}.safetensors").items()
+            if k.startswith(part)}
+
+
+def random_state(keys, seed=0):
+    """Matrices N(0, 1/fan in), vectors N(0, 0.1^2), norms about 1."""
+    g = torch.Generator().manual_seed(seed)
+    state = {}
+    for k, shape in keys.items():
+        noise = torch.randn(shape, generator=g)
+        state[k] = noise / noise[0].numel() ** 0.5 if len(shape) > 1 else 0.1 * noise + (
+            "norm" in k and k.endswith("weight"))
+    return state
+
+
+def released(tied=True, wide=False, V=VOCABULARY):
+    """-> (config, state) as in a released repository."""
+    config = dict(
+        architectures=["ScaleRAEQwenForCausalLM"], model_type="cambrian_qwen", vocab_size=V,
+        **dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "intermediate_size"), SMALL)),
+        hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=None,
+        tie_word_embeddings=tied, vision_loss="diffusion-loss", vision_loss_mode="query",
+        dit_cls="DDT" if wide else "DiT", diffusion_model_hidden_size=[48, 96] if wide else 64,
+        diffusion_model_depth=[2, 2] if wide else 3, diffusion_model_heads=[4, 4] if wide else 4,
+        diffusion_model_channels=24, diffusion_model_z_channels=32,
+        diffusion_class_dropout_prob=0.1, ddt_encoder_depth=2, diffusion_base_dim=None,
+        vision_tower_aux_token_len_list=[16], mm_hidden_size=24,
+        mm_vision_tower_aux_list=["google/siglip2-so400m-patch14-224-interp256"])
+    head = golden_tensors("dit_dh" if wide else "dit", "weights.model.")
+    state = random_state(llm_keys(*SMALL, V, tied, 16, 24, 32))
+    return config, {**state, **{"diff_head.model." + k: v for k, v in head.items()}}
+
+
+def write(folder, config, state, form="safetensors", tokenizer=True):
+    """form: safetensors, shards, bin, bin shards, model.pt, model.pth."""
+    folder.mkdir(exist_ok=True)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    if tokenizer:
+        (folder / "tokenizer.json").write_text(TOKENIZER.read_text())
+    if "shards" in form:
+        suffix, names, index = ("bin", "pytorch_model", {}) if "bin" in form else (
+            "safetensors", "model", {})
+        for i in range(3):
+            part = dict(sorted(state.items())[i::3])
+            name = f"{names}-{i + 1:05d}-of-00003.{suffix}"
+            index.update(dict.fromkeys(part, name))
+            torch.save(part, folder / name) if suffix == "bin" else save_file(
+                part, folder / name, {"format": "pt"})
+        (folder / f"{names}.{suffix}.index.json").write_text(
+            json.dumps({"metadata": {"total_size": 0}, "weight_map": index}))
+    elif form == "safetensors":
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+    elif form == "bin":
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        torch.save({"model": state} if form == "model.pth" else state, folder / form)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["safetensors", "shards", "bin", "bin shards", "model.pt",
+                                  "model.pth"])
+@pytest.mark.parametrize("options", [
+    dict(), dict(dtype=torch.bfloat16), dict(dtype=torch.float16, wide=True), dict(tied=False),
+    dict(tied=False, wide=True, dtype=torch.bfloat16), dict(prefix="_orig_module."),
+    dict(inner=("layers.", "layers._fsdp_wrapped_module.")), dict(prefix="module._fpw_module."),
+    dict(stored_head=True), dict(tables=False)], ids=lambda o: ",".join(o) or "plain")
+def test_loads_every_layout(tmp_path, form, options):
+    if form != "shards" and options and set(options) != {"dtype"}:
+        pytest.skip("the other options are tried with shards")
+    o = dict(dtype=torch.float32, tied=True, wide=False, prefix="", inner=("", ""),
+             stored_head=False, tables=True) | options
+    config, state = released(o["tied"], o["wide"])
+    if o["stored_head"]:                                # some tied files hold the head all the same
+        state["lm_head.weight"] = torch.ones(VOCABULARY, SMALL[0])
+    pos = "diff_head.model.pos_embed"
+    if o["tables"]:
+        state[pos] = state[pos] + 1                     # a finetune may have moved it: kept
+        for k in state:
+            if "freqs_" in k:
+                state[k] = torch.full_like(state[k], 7.0)       # never trusted
+    else:
+        state = {k: v for k, v in state.items() if "freqs_" not in k and k != pos}
+    state = {k: v.to(o["dtype"]).contiguous() for k, v in state.items()}
+    write(tmp_path / "m", config, {o["prefix"] + k.replace(*o["inner"]): v for k, v in state.items()}
+          , form)
+    llm, dit, tokenizer, config = weights.load_model(tmp_path / "m", CPU)
+    loaded = weights.model_state(llm, dit)
+    assert tokenizer.token_to_id("<im_start>") == VOCABULARY - 2
+    assert (dit.head_depth > 0) == o["wide"] and ("lm_head.weight" in loaded) != o["tied"]
+    fresh = dits.DiT(24, 16, 48, 2, 4, 32, 96, 2, 4) if o["wide"] else dits.DiT(24, 16, 64, 3, 4, 32)
+    for k, v in loaded.items():
+        assert v.dtype == torch.float32 and not v.is_meta, k
+        own = fresh.state_dict().get(k.removeprefix("diff_head.model."))
+        from_file = k in state and "freqs_" not in k
+        assert torch.equal(v, state[k].float() if from_file else own), k
+    assert set(state) - set(loaded) == ({"lm_head.weight"} if o["stored_head"] else set())
+    assert torch.equal(dit.t_embedder.frequencies, fresh.t_embedder.frequencies)
+    assert not any(p.requires_grad for m in (llm, dit) for p in m.parameters())
+
+
+def test_vocabulary_and_what_the_config_leaves_out_are_the_files(tmp_path):
+    config, state = released(V=VOCABULARY + 3)
+    config["vocab_size"] = 9999
+    for k in ("mm_hidden_size", "diffusion_model_z_channels", "diffusion_class_dropout_prob",
+              "vision_tower_aux_token_len_list", "diffusion_model_channels"):
+        config.pop(k)
+    llm, dit, _, config = weights.load_model(write(tmp_path / "m", config, state), CPU)
+    assert len(llm.model.embed_tokens.weight) == config["vocab_size"] == VOCABULARY + 3
+    assert hasattr(dit, "y_embedder")
+
+
+def test_classic_ddt_is_one_width_and_split(tmp_path):
+    """vision_loss ddt-loss with an int width: s_embedder, one rotary table, no s_projector."""
+    keys = dit_keys(24, 16, 64, 1, 4, 32, 64, 2, 4)
+    keys = {k.replace("enc_rope", "feat_rope"): v for k, v in keys.items() if "dec_rope" not in k}
+    config, state = released()
+    config |= dict(vision_loss="ddt-loss", ddt_encoder_depth=1)
+    state = {k: v for k, v in state.items() if "diff_head.model" not in k} | random_state(keys)
+    _, dit, _, _ = weights.load_model(write(tmp_path / "m", config, state), CPU)
+    assert (dit.depth, dit.head_depth, dit.head_width) == (1, 2, 64)
+
+
+def test_tokenizer_from_either_kind_of_files(tmp_path):
+    """tokenizer.json, and vocab.json + merges.txt + added_tokens.json, with the same ids."""
+    slow = text.load_tokenizer(GOLDEN / "qwen_tokenizer")
+    slow.save(str(tmp_path / "tokenizer.json"))
+    fast = text.load_tokenizer(tmp_path)
+    for line in ("a <im_start>cat<im_end>\n\n  d\u00e9j\u00e0 vu 1234 <|im_end|>", "\u732b\ud83d\ude00"
+                 .encode("utf-16", "surrogatepass").decode("utf-16")):
+        assert slow.encode(line).ids == fast.encode(line).ids
+    assert [fast.token_to_id(t) for t in ("<im_start>", "<im_end>")] == [151665, 151666]
+    for name, tokenizer in (("qwen", slow), ("tiny", text.load_tokenizer(TOKENIZER.parent))):
+        (tmp_path / name).mkdir()
+        weights.save_tokenizer(tokenizer, tmp_path / name)
+        fast = text.load_tokenizer(tmp_path / name)
+        (tmp_path / name / "tokenizer.json").unlink()   # now from the files of a slow tokenizer
+        again = text.load_tokenizer(tmp_path / name)
+        line = "<|im_start|>user\nTwo caf\u00e9s, 12 cats!<|im_end|>\n<im_start>"
+        assert tokenizer.encode(line).ids == fast.encode(line).ids == again.encode(line).ids
+
+
+# ------------------------------------------------------------------------------------------------
+# Our exports
+# ------------------------------------------------------------------------------------------------
+
+# what the authors' code reads in config.json, besides Qwen2's fields
+FIELDS = dict(
+    model_type="cambrian_qwen", vision_loss="diffusion-loss", vision_loss_mode="query",
+    dit_cls="DiT", diffusion_model_hidden_size=64, diffusion_model_depth=2, diffusion_model_heads=4,
+    diffusion_model_z_channels=64, diffusion_model_channels=24, diffusion_class_dropout_prob=0.1,
+    ddt_encoder_depth=2, diffusion_split_per_token=16, diffusion_base_dim=None,
+    diffusion_norm_stats_path=None, vision_tower_aux_token_len_list=[16],
+    mm_vision_tower_aux_list=["google/siglip2-so400m-patch14-224"],
+    mm_vision_tower_aux_token_len_list=[16], mm_projector_type="mlp2x_gelu", mm_hidden_size=24,
+    mm_use_im_start_end=True, mm_vision_select_layer=-1, image_aspect_ratio="square",
+    tokenizer_padding_side="right", tokenizer_model_max_length=1024,
+    generation_alignment_tower=None, patch_size=2, si_token_len=729, miv_token_len=0,
+    image_position=35, vision_hidden_size=24, connector_only=True, vocab_size=VOCABULARY,
+    rope_theta=1e6, rope_scaling=None, rms_norm_eps=1e-6, hidden_act="silu",
+    tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(head_width=96, head_depth=1), dict(qk_norm=True),
+                                     dict(head_depth=1), dict(null=False)], ids=str)
+def test_export_then_load_is_the_same(tmp_path, options):
+    dit = dits.DiT(24, 16, 64, 2, 4, **options)
+    dits.init_weights(dit, 0)
+    qwen = dict(text.TINY, vocab_size=VOCABULARY)
+    llm = text.TextModel(qwen, 16, 24, 64)
+    text.init_weights(llm, 0)
+    alpha = flow.shift_alpha(16, 24)
+    config = weights.model_config(llm, dit, weights.HUB["siglip2"][0], alpha)
+    if not options:
+        assert {k: config.get(k, "lacking") for k in FIELDS} == FIELDS
+        tiny = weights.model_config(llm, dit, "x", flow.shift_alpha(16, 24, 128))
+        assert flow.shift_alpha(16, 24, tiny["diffusion_base_dim"]) == pytest.approx(
+            flow.shift_alpha(16, 24, 128))
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    state = {k: v.clone() for k, v in weights.model_state(llm, dit).items()}
+    average = {k: v + 1 if k == "model.norm.weight" else v for k, v in state.items()}
+    for name, tensors in (("model", state), ("ema", average)):
+        save_file(tensors, final / f"{name}.safetensors", {"config": json.dumps(config)})
+    (final / "config.json").write_text(json.dumps(config))
+    weights.save_tokenizer(text.load_tokenizer(TOKENIZER.parent), final)
+    for ema, want in ((True, average), (False, state)):
+        *models, _, again = weights.load_model(tmp_path / "run", CPU, ema=ema)
+        loaded = weights.model_state(*models)
+        assert loaded.keys() == want.keys() and again == config
+        assert all(torch.equal(loaded[k], v) for k, v in want.items())
+    # and into a model that trains
+    other = text.TextModel(qwen, 16, 24, 64), dits.DiT(24, 16, 64, 2, 4, **options)
+    weights.load_model_state(*other, state, "--init x")
+    assert all(torch.equal(v, state[k]) for k, v in weights.model_state(*other).items())
+    assert all(p.requires_grad for k, p in other[1].named_parameters() if k != "pos_embed")
+
+
+# ------------------------------------------------------------------------------------------------
+# The frozen networks
+# ------------------------------------------------------------------------------------------------
+
+MAE = dict(model_type="vit_mae", hidden_size=768, num_hidden_layers=12, decoder_hidden_size=32,
+           decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
+           decoder_intermediate_size=48, image_size=56, patch_size=14, layer_norm_eps=1e-12)
+
+
+def decoder_folder(folder, config=MAE, pos=True, patch=14, name="model.pt"):
+    state = random_state(decoder_keys(24, 32, 2, 48, 16, patch), seed=1)
+    if not pos:
+        state.pop("decoder_pos_embed")
+    write(folder, config, state, name, tokenizer=False)
+    return state
+
+
+@pytest.mark.parametrize("options, side", [
+    (dict(), 56), (dict(pos=False), 56), (dict(patch=16), 64), (dict(name="model.pth"), 56),
+    (dict(config={"decoder_num_attention_heads": 4}), 56)], ids=str)
+def test_decoder_folder(tmp_path, options, side):
+    """hidden_size and patch_size of the config may be wrong; the table of positions may lack."""
+    state = decoder_folder(tmp_path / "d", **options)
+    model = weights.load_decoder(tmp_path / "d", CPU, 24, (.1, .2, .3), (.4, .5, .6))
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in state.items())
+    table = loaded["decoder_pos_embed"]
+    assert "decoder_pos_embed" in state or torch.equal(table[0, 1:], decoders.sincos_positions(32, 4))
+    assert model(torch.rand(1, 16, 24)).shape == (1, 3, side, side)
+    assert model.image_mean.flatten().tolist() == pytest.approx([.1, .2, .3])
+    assert model.decoder_layers[0].heads == 4 and model.decoder_norm.eps == 1e-12
+
+
+def encoder_folder(folder):
+    """As google/siglip2-*: both towers, and a nested config without what is the class's default."""
+    keys = siglip_keys(24, 2, 48, 16, 56)               # image_size 224 and 12 heads are defaults
+    extra = {"text_model.embeddings.token_embedding.weight": [9, 24], "text_model.head.bias": [24],
+             "logit_scale": [1], "logit_bias": [1]}
+    config = dict(model_type="siglip", text_config={"hidden_size": 24}, vision_config=dict(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=2, patch_size=56))
+    state = random_state({**keys, **extra}, seed=2)
+    write(folder, config, {k: v.bfloat16() for k, v in state.items()}, tokenizer=False)
+    return {k: v.bfloat16().float() for k, v in state.items() if k in keys}
+
+
+def test_encoder_folders(tmp_path):
+    state = encoder_folder(tmp_path / "siglip")
+    model = weights.load_encoder(tmp_path / "siglip", CPU)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert (model.tokens, model.channels, model.image_size) == (16, 24, 224)
+    assert model.vision_model.encoder.layers[0].self_attn.heads == 12
+
+    keys = dino_keys(24, 2, 16, 14)
+    state = random_state(keys, seed=3)
+    mask = state.pop("embeddings.mask_token")
+    config = dict(model_type="dinov2", hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+                  image_size=56, patch_size=14, mlp_ratio=4)
+    model = weights.load_encoder(write(tmp_path / "dino", config, state, tokenizer=False), CPU)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+    assert torch.equal(model.embeddings.mask_token, torch.zeros_like(mask))
+    assert model(torch.rand(1, 3, 56, 56)).shape == (1, 16, 24)
+    with pytest.raises(UserError, match="model_type is 'clip_vision_model'"):
+        weights.load_encoder(write(tmp_path / "clip", {"model_type": "clip_vision_model"}, state,
+                                   tokenizer=False), CPU)
+
+
+def test_vae_perceptual_and_discriminator(tmp_path):
+    torch.manual_seed(0)
+    small = dict(vae.FLUX, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+    state = vae.VAE(small).state_dict()
+    (tmp_path / "flux" / "vae").mkdir(parents=True)
+    save_file(state, tmp_path / "flux" / "vae" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "flux" / "vae" / "config.json").write_text(json.dumps(small))
+    loaded = weights.load_vae(tmp_path / "flux", CPU).state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in state.items())
+
+    model = perceptual.Perceptual(perceptual.TINY_WIDTH)
+    save_file(model.state_dict(), tmp_path / "vgg.safetensors")
+    weights.load_perceptual(tmp_path / "vgg.safetensors", None, CPU)
+    trunk = {k[5:]: v for k, v in discriminator.Discriminator(discriminator.TINY).state_dict().items()
+             if k.startswith("dino.") and "x_s" not in k}
+    save_file(trunk, tmp_path / "dino.safetensors")
+    weights.load_discriminator(tmp_path / "dino.safetensors", CPU, discriminator.TINY)
+
+    for load, flag in ((lambda p: weights.load_vae(p, CPU), "--vae"),
+                       (lambda p: weights.load_perceptual(p, None, CPU), "--vgg"),
+                       (lambda p: weights.load_perceptual(tmp_path / "vgg.safetensors", p, CPU),
+                        "--lpips-weights"),
+                       (lambda p: weights.load_discriminator(p, CPU), "--dino")):
+        (tmp_path / "damaged.safetensors").write_bytes(b"12345678" * 9)
+        save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+        for name in ("absent.safetensors", "damaged.safetensors", "other.safetensors"):
+            with pytest.raises(UserError, match=flag) as error:
+                load(tmp_path / name)
+            assert len(str(error.value)) < 700 and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# The authors' sampler, as a whole program
+# ------------------------------------------------------------------------------------------------
+
+def test_compat_sampler_from_a_released_folder(tmp_path):
+    folder = write(tmp_path / "model", *released(), form="shards")
+    decoder_folder(tmp_path / "decoder")
+    encoder_folder(tmp_path / "encoder")
+    llm, dit, tokenizer, _ = weights.load_model(folder, CPU)
+    alpha = flow.shift_alpha(16, 24)
+
+    # the same weights through the same function give the golden file's sample
+    cond, noise = (golden_tensors("dit", "in.")[k] for k in ("cond", "noise"))
+    want = golden_tensors("dit", "out.")["sample_cfg1"]
+    got = sample.generate(dit, cond, noise, alpha, 50, 1.0, "compat")
+    assert (got - want).abs().max() <= 2e-5 * max(1.0, want.abs().max().item())
+
+    prompt = "a red circle on a white background"
+    command = [sys.executable, str(HERE.parent / "sample.py"), prompt, "--run", str(folder),
+               "--encoder", str(tmp_path / "encoder"), "--decoder", str(tmp_path / "decoder"),
+               "--schedule", "compat", "--steps", "50", "--guidance", "1", "--direct", "--seed", "3",
+               "--save-latent", "z.safetensors", "--out", "out.png", "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.png").is_file()
+    cond = sample.direct_condition(llm, tokenizer, [prompt], CPU.device)
+    noise = sample.noise_for(prompt, 3, 16, 24)[None]
+    z = flow.euler(lambda x, t: dit(x, t, cond), noise, flow.compat_schedule(50, alpha))
+    saved = weights.read_latent(tmp_path / "z.safetensors", 16, 24)
+    assert torch.allclose(saved, z, atol=1e-5)
+    torch.save(z[0].detach(), tmp_path / "theirs.pt")   # the authors' --save-latent: [N,C], bare
+    assert torch.equal(weights.read_latent(tmp_path / "theirs.pt", 16, 24), z)
+
+
+# ------------------------------------------------------------------------------------------------
+# Wrong and damaged files: one UserError each
+# ------------------------------------------------------------------------------------------------
+
+HEAD = "diff_head.model."
+WRONG = {           # changes to the config, keys dropped, keys added or replaced, what the error says
+    "three kinds": ({}, ["model.norm.weight"], {"model.spare": [2], "model.latent_queries": [16, 9]},
+                    ["1 missing (first: model.norm.weight)", "1 unexpected (first: model.spare)",
+                     "model.latent_queries is [16, 9], expected [16, 32]"]),
+    "in the DiT": ({}, [HEAD + "final_layer.linear.bias"], {},
+                   ["(diff_head)", "1 missing (first: final_layer.linear.bias)"]),
+    "depth": ({"diffusion_model_depth": 4}, [], {},
+              ["diffusion_model_depth is 4 in the config, 3 in the weights"]),
+    "width": ({"diffusion_model_hidden_size": 96}, [], {},
+              ["diffusion_model_hidden_size is 96 in the config, 64 in the weights"]),
+    "heads": ({"diffusion_model_heads": 2}, [], {},
+              ["diffusion_model_heads is 2 in the config, 4 in the weights"]),
+    "LLM depth and width": ({"num_hidden_layers": 3, "hidden_size": 64}, [], {},
+                            ["num_hidden_layers is 3 in the config, 2 in the weights",
+                             "hidden_size is 64 in the config, 32 in the weights"]),
+    "no wide head": ({"diffusion_model_hidden_size": [64, 96], "diffusion_model_depth": [2, 1],
+                      "diffusion_model_heads": [4, 4]}, [], {},
+                     ["diffusion_model_hidden_size is [64, 96] in the config, 64 in the weights"]),
+    "half a pair": ({"diffusion_model_hidden_size": [64, 96]}, [], {},
+                    ["diffusion_model_hidden_size, _depth and _heads"]),
+    "tokens, channels, Z": ({"vision_tower_aux_token_len_list": [256], "mm_hidden_size": 1152,
+                             "diffusion_model_channels": 64, "diffusion_model_z_channels": 2048},
+                            [], {}, ["[256] in the config, [16]", "mm_hidden_size is 1152",
+                                     "diffusion_model_channels is 64 in the config, 24",
+                                     "diffusion_model_z_channels is 2048 in the config, 32"]),
+    "untied without a head": ({"tie_word_embeddings": False}, [], {}, ["lm_head.weight"]),
+    "null condition lacks": ({}, [HEAD + "y_embedder.dropout_embedding"], {},
+                             ["1 missing (first: y_embedder.dropout_embedding)"]),
+    "null condition too many": ({"diffusion_class_dropout_prob": 0.0}, [], {},
+                                ["1 unexpected (first: y_embedder.dropout_embedding)"]),
+    "another mode": ({"vision_loss_mode": "block"}, [], {}, ["vision_loss_mode is 'block'"]),
+    "not a stage-2 config": ({"diffusion_model_depth": None}, [], {},
+                             ["config lacks diffusion_model_depth"]),
+    "latent statistics": ({}, [], {"diff_head.data_mean": [24]}, ["diff_head.data_mean"]),
+    "rows below the tokenizer": ({}, [], {"model.embed_tokens.weight": [100, 32]},
+                                 [f"the tokenizer has {VOCABULARY} tokens, the embedding 100 rows"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_models(tmp_path, name):
+    fields, dropped, added, says = WRONG[name]
+    config, state = released()
+    state = {k: v for k, v in state.items() if k not in dropped}
+    state.update((k, torch.zeros(shape)) for k, shape in added.items())
+    write(tmp_path / "m", {**config, **fields}, state)
+    with pytest.raises(UserError) as error:
+        weights.load_model(tmp_path / "m", CPU)
+    assert str(error.value).startswith(f"--run {tmp_path}")
+    assert all(part in str(error.value) for part in says), str(error.value)
+
+
+class Code:
+    """Unpickling one would make a file: what weights_only must refuse."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+DAMAGED = {         # form, what happens to the folder, what the error says
+    "absent": (None, lambda f: None, ["no such file or folder"]),
+    "empty folder": ("safetensors", lambda f: (f / "model.safetensors").unlink(),
+                     ["no weights; expected one of model.safetensors"]),
+    "compressed": ("safetensors", lambda f: (f / "model.safetensors").rename(f / "model.pth.zstd"),
+                   ["is compressed", "zstd -d", "model.pth.zstd -o"]),
+    "cut safetensors": ("safetensors", lambda f: cut(f / "model.safetensors", 5000),
+                        ["model.safetensors: unreadable weights"]),
+    "empty safetensors": ("safetensors", lambda f: cut(f / "model.safetensors", 0),
+                          ["model.safetensors: unreadable weights"]),
+    "shard absent": ("shards", lambda f: (f / "model-00002-of-00003.safetensors").unlink(),
+                     ["names 3 shards, 1 are not there (first: model-00002-of-00003.safetensors)"]),
+    "shard cut": ("shards", lambda f: cut(f / "model-00003-of-00003.safetensors", 3000),
+                  ["model-00003-of-00003.safetensors: unreadable weights"]),
+    "index cut": ("shards", lambda f: cut(f / "model.safetensors.index.json", 40),
+                  ["model.safetensors.index.json: unreadable index"]),
+    "config cut": ("safetensors", lambda f: cut(f / "config.json", 40), ["config.json"]),
+    "tokenizer cut": ("safetensors", lambda f: cut(f / "tokenizer.json", 40), ["--run"]),
+    "tokenizer absent": ("safetensors", lambda f: (f / "tokenizer.json").unlink(),
+                         ["no tokenizer in", "vocab.json"]),
+    "cut pt": ("model.pt", lambda f: cut(f / "model.pt", 5000), ["model.pt: unreadable weights"]),
+    "empty pt": ("model.pt", lambda f: cut(f / "model.pt", 0), ["model.pt: unreadable weights"]),
+    "text": ("model.pt", lambda f: (f / "model.pt").write_text("hello" * 99),
+             ["model.pt: unreadable weights"]),
+    "code": ("model.pt", lambda f: torch.save({"model": Code(f / "ran")}, f / "model.pt"),
+             ["refused, it holds code to run (posix.mkdir)", "safetensors"]),
+    "code in a plain pickle": ("bin", lambda f: (f / "pytorch_model.bin").write_bytes(
+        pickle.dumps({"a": Code(f / "ran")}, 2)), ["unreadable weights"]),
+    "a module": ("model.pt", lambda f: torch.save(torch.nn.Linear(1, 1), f / "model.pt"),
+                 ["refused, it holds code"]),
+    "numbers": ("model.pt", lambda f: torch.save({"epoch": 3}, f / "model.pt"),
+                ["expected a state dict of tensors"]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files(tmp_path, name):
+    form, damage, says = DAMAGED[name]
+    if form:
+        write(tmp_path / "m", *released(), form)
+        damage(tmp_path / "m")
+    with pytest.raises(UserError) as error:
+        weights.load_model(tmp_path / "m", CPU)
+    message = str(error.value)
+    assert all(part in message for part in says) and "\n" not in message, message
+    assert len(message) < 600 and not (tmp_path / "m" / "ran").exists()
+
+
+def test_decoders_that_do_not_fit(tmp_path):
+    for k, (config, channels, says) in enumerate((
+            (MAE, 32, "takes latents of 24 channels, the encoder gives 32"),
+            (dict(MAE, decoder_num_hidden_layers=3), 24,
+             "decoder_num_hidden_layers is 3 in the config, 2 in the weights"),
+            (dict(MAE, decoder_hidden_size=512), 24,
+             "decoder_hidden_size is 512 in the config, 32 in the weights"),
+            (dict(MAE, decoder_num_attention_heads=16), 24, "multiple of 4 x heads"))):
+        decoder_folder(tmp_path / str(k), config)
+        with pytest.raises(UserError, match="--decoder") as error:
+            weights.load_decoder(tmp_path / str(k), CPU, channels, (.5,) * 3, (.5,) * 3)
+        assert says in str(error.value)
