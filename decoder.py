@@ -7,6 +7,7 @@ The patch size is free: 16 x 16 tokens give 224 px with patch 14 and 256 px with
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # key: depth, width, heads, MLP; parameters with C = 1152, patch 14
 SIZES = {
@@ -79,6 +80,11 @@ class Decoder(nn.Module):
     `decoder_num_hidden_layers`, `decoder_num_attention_heads`, `decoder_intermediate_size`,
     `patch_size`, `num_patches` (N), and `image_mean`, `image_std` of the encoder (default 0.5),
     because the network predicts pixels normalised as the encoder saw them.
+
+    With `latent_stats` true in it, the statistics of the latent, `latent_mean` and `latent_var`
+    [C,h,w], are stored among the weights: stage 2 works on `normalise(encoder(x))`, and `forward`
+    takes that (optional in RAE, arXiv 2510.11690; off in Scale-RAE). remat: recompute each block's
+    activations in the backward pass.
     """
 
     def __init__(self, config, dtype=torch.float32):
@@ -104,6 +110,21 @@ class Decoder(nn.Module):
         self.decoder_pred = Linear(W, self.patch ** 2 * 3)
         for name in ("image_mean", "image_std"):        # in no file; on the CPU for meta builds too
             self.register_buffer(name, torch.tensor(c[name], device="cpu").view(1, 3, 1, 1), False)
+        if c.get("latent_stats"):
+            self.register_buffer("latent_mean", torch.zeros(C, self.grid, self.grid))
+            self.register_buffer("latent_var", torch.ones(C, self.grid, self.grid))
+        self.remat = False
+
+    def statistics(self):
+        """Mean and standard deviation of the latent, each [N,C]."""
+        return self.latent_mean.flatten(1).mT, (self.latent_var.flatten(1).mT + 1e-5).sqrt()
+
+    def normalise(self, z):
+        """The encoder's latent [B,N,C] -> the one that stage 2 and `forward` work on."""
+        if not self.config.get("latent_stats"):
+            return z
+        mean, std = self.statistics()
+        return (z - mean) / std
 
     def patches(self, z):
         """z [B,N,C] -> normalised pixels of each patch [B,N,p*p*3], channel fastest."""
@@ -111,7 +132,7 @@ class Decoder(nn.Module):
         x = torch.cat([self.trainable_cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
         x = x + self.decoder_pos_embed.to(x.dtype)                          # [B,1+N,W]
         for block in self.decoder_layers:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.remat else block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:].float()
 
     def unpatchify(self, x):
@@ -122,7 +143,26 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         """z [B,N,C] -> image [B,3,H,W], fp32, meant in [0,1] but not clamped (losses want that)."""
+        if self.config.get("latent_stats"):
+            mean, std = self.statistics()
+            z = z * std + mean
         return self.unpatchify(self.patches(z)) * self.image_std + self.image_mean
+
+    def forward_flops(self):
+        """FLOPs to decode one image, 2 per multiply-add; training takes three times as many."""
+        c, L, W = self.config, self.tokens + 1, self.config["decoder_hidden_size"]
+        block = 4 * W * W + 2 * L * W + 2 * W * c["decoder_intermediate_size"]
+        return 2 * (L * (c["decoder_num_hidden_layers"] * block + 3 * self.patch ** 2 * W)
+                    + self.tokens * self.channels * W)
+
+    def activation_bytes(self):
+        """Kept for the backward pass of one image: a token and block the fp32 inputs of two norms
+        and, in the compute dtype, their outputs, q, k, v, attention's output and its copy, GELU's
+        input and output. With remat a block's input. Checked against autograd in the tests."""
+        c, W, e = self.config, self.config["decoder_hidden_size"], self.dtype.itemsize
+        block = 8 * W + e * (7 * W + 2 * c["decoder_intermediate_size"])
+        return ((self.tokens + 1) * c["decoder_num_hidden_layers"] * (e * W if self.remat else block)
+                + self.remat * (self.tokens + 1) * block)
 
 
 def init_weights(model, seed):

@@ -6,6 +6,7 @@ From StyleGAN-T (arXiv 2301.09515) by way of the RAE code (arXiv 2510.11690), wh
 
 B batch, N patches (196), d trunk width (384), L number of heads of the discriminator (5).
 """
+import json
 import math
 import pickle
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 DINO_S16 = dict(dim=384, depth=12, num_heads=6, key_depths=(2, 5, 8, 11), patch=16, kernel_size=9,
@@ -164,21 +165,39 @@ class Discriminator(nn.Module):
         logits = [head(f).flatten(1) for head, f in zip(self.heads, features)]  # L of [B, N]
         return torch.cat(logits, 1)
 
+    def forward_flops(self):
+        """FLOPs of one image, 2 per multiply-add -> (frozen trunk, trained heads)."""
+        c, d = self.config, self.config["dim"]
+        N = (c["image_size"] // c["patch"]) ** 2
+        trunk = c["depth"] * (N + 1) * (12 * d * d + 2 * (N + 1) * d) + 3 * N * c["patch"] ** 2 * d
+        heads = len(self.heads) * N * (d * d + c["kernel_size"] * d * d + d)
+        return 2 * trunk, 2 * heads
+
+    def activation_bytes(self):
+        """Kept for the backward pass through one image, fp32: a block the inputs of its two norms,
+        q, k, v, attention's output and its copy, GELU's input (4d) = 11 d a token (the frozen
+        Linears keep none); a head about 12 maps. Checked against autograd in the tests."""
+        c, d = self.config, self.config["dim"]
+        N = (c["image_size"] // c["patch"]) ** 2
+        return 4 * d * (c["depth"] * (N + 1) * 11 + len(self.heads) * N * 12)
+
 
 # ------------------------------------------------------------------------------------------------
 # augmentation and losses
 # ------------------------------------------------------------------------------------------------
 
-def augment(images, generator=None):
+def augment(images, generator=None, draws=None):
     """Differentiable augmentation (arXiv 2006.10738), one draw an image: [B,3,H,W] in [0,1].
 
     Translation by up to 1/8 of the side with grey fill, brightness, saturation, contrast; no
     cutout, as in the RAE code. Its numbers are for [-1,1], so this goes there and back: the fill
-    is 0 and brightness +-0.5 on that scale. `generator`: of the CPU, or of the images' device.
+    is 0 and brightness +-0.5 on that scale. `generator`: of the CPU, or of the images' device; or
+    `draws` [B,5], uniform in [0,1), made elsewhere (train_decoder.py keys them by image).
     """
     x, (B, _, H, W) = 2 * images - 1, images.shape
     device = getattr(generator, "device", images.device)
-    r = torch.rand(5, B, 1, 1, 1, generator=generator, device=device).to(images.device)
+    r = (torch.rand(5, B, generator=generator, device=device) if draws is None else draws.mT)
+    r = r.to(images.device)[..., None, None, None]                      # [5, B, 1, 1, 1]
     dy, dx = round(H / 8), round(W / 8)
     x = F.pad(x, (dx, dx, dy, dy))                                      # [B, 3, H+2dy, W+2dx]
     top = (r[0, :, 0, 0, 0] * (2 * dy + 1)).long()                      # [B], 0..2dy
@@ -214,7 +233,8 @@ def adaptive_weight(rec_loss, gan_loss, last_weight):
     """|d rec / d W| / (|d gan / d W| + 1e-6), clamped to [0, 1e4], detached (arXiv 2012.09841).
 
     Balances the two losses at W = `last_weight`, the decoder's `decoder_pred.weight`. Keeps both
-    graphs for the real backward pass.
+    graphs for the real backward pass. With a loss' gradient g at the picture x in hand,
+    (x * g).sum() stands for the loss: above x it has the same gradient.
     """
     rec, gan = (torch.autograd.grad(loss, last_weight, retain_graph=True)[0]
                 for loss in (rec_loss, gan_loss))
@@ -266,14 +286,18 @@ def load_strict(module, state, what):
 def load_discriminator(path, config=None, seed=0):
     """From a DINO trunk file (new heads) or a whole discriminator's; .safetensors, .pt, .pth.
 
-    The k bias of every qkv is set to zero, as in the RAE code; softmax does not see it.
+    config: None takes the one in a safetensors file's metadata, else DINO ViT-S/16. The k bias of every qkv is set to zero, as in the RAE code; softmax does not see it.
     Raises FileNotFoundError, or ValueError naming the keys that do not fit.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no DINO weights at {path} (given by --dino)")
     try:
-        state = (load_file(path) if str(path).endswith(".safetensors") else
-                 torch.load(path, map_location="cpu", weights_only=True))
+        if str(path).endswith(".safetensors"):
+            state = load_file(path)
+            with safe_open(path, "pt") as f:
+                config = config or json.loads((f.metadata() or {}).get("config", "{}"))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} (given by --dino) cannot be read: {error}") from error
     model = Discriminator(config)

@@ -111,6 +111,12 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def attention_backend(device, dtype):
+    """Which of the two `attention` takes, for the start-up table."""
+    plain = device == "cpu" and dtype == torch.bfloat16
+    return "plain products" if plain else "torch scaled_dot_product_attention"
+
+
 class Attention(nn.Module):
     def __init__(self, D, heads, qk_norm):
         super().__init__()
@@ -295,6 +301,16 @@ class DiT(nn.Module):
         macs += C * D2 + 2 * D2 * (D2 if self.head_depth else Z)            # final layer
         time = 512 * Z + Z * Z
         return 6 * (macs * self.tokens + time)
+
+
+    def activation_bytes(self):
+        """What the backward pass keeps of one image, eager: 40 D values a token and block (counted
+        with saved_tensors_hooks, bf16); with remat a block's input, and one block in full."""
+        size = torch.empty(0, dtype=self.dtype).element_size() * self.tokens
+        widths = [self.width] * self.depth + [self.head_width] * self.head_depth
+        if self.remat:
+            return size * (sum(widths) + 40 * max(widths))
+        return size * 40 * sum(widths)
 
 
 def init_weights(model, seed):

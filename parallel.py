@@ -60,7 +60,7 @@ class Devices:
 
     def __str__(self):
         mesh = ",".join(f"{k}={v}" for k, v in self.axes.items())
-        return f"{self.kind} {device_name(self)} x {self.count}, mesh {mesh}"
+        return f"{device_name(self)} x {self.count}, mesh {mesh}"
 
 
 def device_name(devices):
@@ -159,6 +159,19 @@ def place(batch, devices):
         return out
     return {k: v.to(devices.device, non_blocking=True) if torch.is_tensor(v) else v
             for k, v in batch.items()}
+
+
+def adamw(groups, devices, **options):
+    """AdamW, fused where there is such a kernel; on xla with its scalars on the device."""
+    xla = devices.kind == "xla"
+    return torch.optim.AdamW(groups, fused=not xla, capturable=xla, foreach=False if xla else None,
+                             **options)
+
+
+def scalar(value, device):
+    """A number that changes every step: on xla a tensor, because a constant would be compiled in
+    and every step would compile anew."""
+    return torch.tensor(value).to(device) if device.type == "xla" else value
 
 
 def clip_grad(parameters, limit):

@@ -92,6 +92,28 @@ class Perceptual(nn.Module):
             fb = self.maps(x)
         return self.lpips(fa, fb), self.gram(fa, fb, gram_layers)
 
+    def sizes(self, side):
+        """The elements of each convolution's output for a square image, stage by stage."""
+        return [[round(c * self.width) * (side >> i) ** 2] * n
+                for i, (c, n) in enumerate(zip(WIDTHS, CONVS))]
+
+    def forward_flops(self, side):
+        """FLOPs of the features of one square image, 2 per multiply-add."""
+        total, c_in = 0, 3
+        for stage, c in zip(self.sizes(side), (round(c * self.width) for c in WIDTHS)):
+            for elements in stage:
+                total, c_in = total + 2 * 9 * c_in * elements, c
+        return total
+
+    def activation_bytes(self, side):
+        """Kept for the backward pass to one square x_hat: every ReLU's output, a pool's output
+        and its 8-byte indices, and at the five taps some four fp32 copies for the losses. Checked
+        against autograd in the tests."""
+        e, stages = self.features[0].weight.element_size(), self.sizes(side)
+        pools = sum(stage[0] // 4 for stage in stages[:-1])
+        taps = sum(stage[0] for stage in stages)
+        return e * sum(map(sum, stages)) + (8 + e) * pools + 16 * taps
+
 
 def init_weights(model, seed):
     """He-normal convolutions, zero biases (VGG has no norms), on the CPU generator; LPIPS 1/C.

@@ -106,10 +106,29 @@ def check_batch(args, devices):
 
 
 def table(title, rows):
-    """The start-up table: [(name, text)]."""
+    """Print what was derived: [(name, value)], one line each."""
+    def show(value):
+        if isinstance(value, dict):
+            return ", ".join(f"{k} {show(v)}" for k, v in value.items())
+        if isinstance(value, (list, tuple)):
+            return (" x " if all(isinstance(v, int) for v in value) else "; ").join(map(show, value))
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
     print(title)
     for name, value in rows:
-        print(f"  {name:<18} {value}")
+        print(f"  {name:<22} {show(value)}")
+
+
+def memory_gb(trained, frozen, activations, devices, ema):
+    """Planned memory of one device by part, in GB: parameter counts, and bytes of activations of
+    the images that are on one device at a time. fp32 weights, gradients, two moments, EMA."""
+    n = devices.count
+    parts = {"weights": 4 * trained / n + 4 * frozen, "gradients": 4 * trained / n,
+             "moments": 8 * trained / n, "ema": 4 * trained / n if ema else 0,
+             "activations": activations}
+    return {k: v / 1e9 for k, v in {**parts, "total": sum(parts.values())}.items()}
 
 
 def cosine(step, steps, warmup, final=0.0):
@@ -365,19 +384,21 @@ def moments(optimizer, named):
         if not p.requires_grad:
             continue
         state = optimizer.state[p]
-        state["step"] = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
+        on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
+        state["step"] = torch.zeros((), device=p.device if on_device else "cpu")
         for moment in ("exp_avg", "exp_avg_sq"):
             state[moment] = torch.zeros_like(p, memory_format=torch.preserve_format)
         keys.update({f"optimizer.{name}.{k}": v for k, v in state.items()})
     return keys
 
 
+@torch.no_grad()
 def update_ema(ema, named, decay, step):
     """ema += (1 - decay) (p - ema); the first steps average over what there is, so that a short run
     is not dominated by the initial weights."""
-    if ema:
-        decay = min(decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.values()), [named[k].detach() for k in ema], 1 - decay)
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    for k, average in ema.items():
+        average.lerp_(named[k], parallel.scalar(weight, average.device))
 
 
 @torch.no_grad()

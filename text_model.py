@@ -224,6 +224,14 @@ class TextModel(nn.Module):
         return 6 * macs * length
 
 
+    def activation_bytes(self, length):
+        """What the backward pass keeps of one sequence, eager: 16 H + 4 MLP values a token and layer
+        (counted as in dit.py); with remat a layer's input, and one layer in full."""
+        size = torch.empty(0, dtype=self.dtype).element_size() * length
+        layer, depth = 16 * self.width + 4 * self.config["intermediate_size"], len(self.model.layers)
+        return size * (depth * self.width + layer if self.remat else depth * layer)
+
+
 def init_weights(model, seed):
     """Training from scratch: N(0, 0.02) for matrices and embeddings, zero biases (Qwen2's); the
     queries N(0, 1/H). On the CPU generator."""

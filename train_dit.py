@@ -9,6 +9,7 @@
     loss = CE(text) + 2 |v - (eps - z)|^2                   paper sections 2.2, 3.1, appendix B
 """
 import argparse
+import itertools
 import json
 import math
 import time
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import data
 import dit as dits
+import encoder as encoders
 import flow
 import parallel
 import run as runs
@@ -48,13 +51,18 @@ def arguments():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 epilog="All defaults follow from --size.")
     runs.add_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None)
+    p.add_argument("--epochs", type=runs.positive(float), help="length in passes over finite --data, "
+                   "instead of --steps (finetuning)")
+    p.add_argument("--overfit", action="store_true", help="train on the first batch only: a check")
     g = p.add_argument_group("model")
     g.add_argument("--size", default="tiny", metavar="|".join(dits.SIZES),
                    help="of the DiT; the paper's spellings (2.4B, 9.8B, ...) work too")
     g.add_argument("--latent", choices=["siglip2", "webssl"], default="siglip2")
     g.add_argument("--encoder", help="file, folder or hub id of the frozen encoder")
     g.add_argument("--decoder", help="file, folder or hub id of the decoder (sample grids)")
-    g.add_argument("--llm", help="Qwen2.5 folder or hub id, or `random` (timing)")
+    g.add_argument("--llm", help="Qwen2.5 folder or hub id; tiny: a folder with a tokenizer")
+    g.add_argument("--random-init", action="store_true",
+                   help="random LLM and encoder of the real shapes: timing only (says so)")
     g.add_argument("--freeze", choices=["llm"], help="train only DiT, its projector and the queries")
     g.add_argument("--head-width", type=runs.positive(), default=0, help="DiT-DH: width (2688)")
     g.add_argument("--head-depth", type=runs.positive(zero=True), default=0, help="DiT-DH: blocks (2)")
@@ -83,10 +91,12 @@ def arguments():
     if args.size not in dits.SIZES:
         raise UserError(f"--size {args.size}: known sizes are {', '.join(dits.SIZES)} "
                         f"(or the paper's {', '.join(dits.PAPER_NAMES)})")
+    if args.epochs and args.steps:
+        raise UserError(f"--epochs {args.epochs} and --steps {args.steps}: give one of them")
     for key, value in DEFAULTS["tiny" if args.size == "tiny" else "paper"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.data is None:
+    if args.data is None and not (args.dry_run or args.bench):
         raise UserError(f"--data is needed for --size {args.size}: a folder, a .jsonl, tar shards, "
                         "or builtin:web")
     if bool(args.head_width) != bool(args.head_depth):
@@ -153,8 +163,9 @@ class ScaleRAE(nn.Module):
         self.llm, self.dit, self.alpha = llm, dit, alpha
 
     def forward(self, z, batch):
-        """Latents z [B,N,C] and a batch of `Collate` -> three scalars: cross-entropy summed over
-        the labelled tokens, flow loss summed over the answer images, and the condition's spread.
+        """Latents z [B,N,C] and a batch of `Collate` -> cross-entropy summed over the labelled
+        tokens; flow loss of each image [B], zero for those that are not answers; times t [B]; the
+        spread of the condition.
 
         Images in questions pass through the DiT too and count zero: one graph for every batch.
         The spread is the standard deviation of the condition across the batch over its rms; near 0
@@ -167,11 +178,17 @@ class ScaleRAE(nn.Module):
         x_t = flow.interpolate(z, batch["eps"], t)                          # [B,N,C]
         v = self.dit(x_t, t, cond, batch["drop"])
         mask = batch["answer"].float()
-        mse = (flow.flow_loss(v, z, batch["eps"]) * mask).sum()
+        mse = flow.flow_loss(v, z, batch["eps"]) * mask                     # [B]
         w, c = mask[:, None, None], cond.detach().float()
         mean = (c * w).sum(0, keepdim=True) / w.sum().clamp(min=1)
         spread = (((c - mean).square() * w).sum() / (c.square() * w).sum().clamp(min=1e-12)).sqrt()
-        return ce, mse, spread
+        return ce, mse, t, spread
+
+
+def buckets(t, each, answer):
+    """Losses [B] by time: [10,2], the sum and the number of answer images in each tenth of t."""
+    inside = F.one_hot((t * 10).long().clamp(max=9), 10).float()            # [B,10]
+    return inside.T @ torch.stack([each, answer.float()], 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,7 +239,6 @@ def colour_check(images, scenes):
     return backgrounds / len(scenes), objects / len(scenes)
 
 
-
 def main():
     args = arguments()
 
@@ -236,52 +252,83 @@ def main():
     # Models: the frozen encoder (and decoder, to look at samples), the LLM, the DiT
     # --------------------------------------------------------------------------------------------
     size, tiny = dits.SIZES[args.size], args.size == "tiny"
-    files = weights.find_parts(args, tiny, size.llm)
-    encoder = weights.load_encoder(files["encoder"], devices)
-    decoder = weights.load_decoder(files["decoder"], devices, encoder.channels, encoder.mean,
-                                   encoder.std) if files["decoder"] else None
+    planned = not tiny and (args.dry_run or args.random_init)   # shapes only: no files are needed
+    if planned:
+        files = {}
+        config = encoders.SO400M if args.latent == "siglip2" else encoders.WEBSSL_300M
+        with torch.device("meta" if args.dry_run else devices.device):
+            encoder, decoder = encoders.build_encoder(config, dtype=devices.dtype), None
+        llm_config = text.QWEN_7B if "7B" in size.llm else text.QWEN_1_5B
+        tokenizer = text.load_tokenizer(weights.ASSETS)
+    else:
+        files = weights.find_parts(args, tiny, size.llm)
+        encoder = weights.load_encoder(files["encoder"], devices)
+        decoder = weights.load_decoder(files["decoder"], devices, encoder.channels, encoder.mean,
+                                       encoder.std)
+        tokenizer = text.load_tokenizer(files["llm"])
+        llm_config = dict(text.TINY, vocab_size=tokenizer.get_vocab_size())
     N, C = encoder.tokens, encoder.channels
     alpha = shift_of(args, N, C)
-    tokenizer = text.load_tokenizer(files["tokenizer"])
     if size.width <= C and not args.allow_narrow:
         raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the latent's "
                         f"{C} channels. Noise fills all C dimensions of a token, so a narrower DiT "
                         "cannot even copy it (paper appendix B). Take a larger --size, or override "
                         "with --allow-narrow")
-    llm_config = dict(text.TINY, vocab_size=tokenizer.get_vocab_size())
-    llm = text.TextModel(llm_config, N, C, size.width, devices.dtype)
-    text.init_weights(llm, args.seed)
-    dit = dits.DiT(C, N, size.width, size.depth, size.heads, head_width=args.head_width,
-                   head_depth=args.head_depth, qk_norm=args.qk_norm, dtype=devices.dtype)
-    dits.init_weights(dit, args.seed)
+    with torch.device("meta" if planned and args.dry_run else "cpu"):
+        if tiny or planned:
+            llm = text.TextModel(llm_config, N, C, size.width, devices.dtype)
+        else:
+            llm = weights.load_llm(files["llm"], tokenizer, N, C, size.width, devices.dtype)
+        dit = dits.DiT(C, N, size.width, size.depth, size.heads, head_width=args.head_width,
+                       head_depth=args.head_depth, qk_norm=args.qk_norm, dtype=devices.dtype)
+    if not args.dry_run:
+        if tiny or planned:
+            text.init_weights(llm, args.seed)
+        else:
+            text.init_extras(llm, args.seed)            # what Qwen2 does not have
+        dits.init_weights(dit, args.seed)
     if args.init:
         state, _ = weights.read_weights(weights.final_of(args.init), "--init")
         weights.load_model_state(llm, dit, state, f"--init {args.init}")
     model = ScaleRAE(llm, dit, alpha)
     llm.remat = dit.remat = args.remat == "block"
-    parallel.shard(model, devices, [*llm.model.layers, *dit.dit_blocks])
     if args.freeze:
         llm.requires_grad_(False)
         for p in (llm.model.latent_queries, *llm.diff_head_projector.parameters()):
             p.requires_grad_(True)
+    if not args.dry_run:
+        parallel.shard(model, devices, [*llm.model.layers, *dit.dit_blocks])
 
     # --------------------------------------------------------------------------------------------
     # Data
     # --------------------------------------------------------------------------------------------
+    if not tiny and (args.dry_run or args.bench):
+        args.data = args.data or ["builtin:web"]        # a stand-in, where no pictures are learned
     mixture = data.Mixture(args.data, encoder.image_size, args.seed)
+    if args.epochs:
+        try:
+            args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
+        except TypeError as error:
+            raise UserError(f"--epochs {args.epochs}: {error}")
     collate = Collate(tokenizer, N, C, args.seed, args.cond_drop)
     length = collate([mixture[i] for i in range(16)])["ids"].shape[1]       # a typical L
 
     flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length),
              "encoder": encoder.forward_flops()}
     count = lambda m: sum(p.numel() for p in m.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = count(model) - trained + count(encoder) + (count(decoder) if decoder else 0)
+    activations = (dit.activation_bytes() + llm.activation_bytes(length)) * args.micro_batch
     summary = dict(
         parameters={"dit": count(dit), "llm": count(llm), "encoder (frozen)": count(encoder),
                     "total": count(dit) + count(llm) + count(encoder)},
         latent=[N, C], alpha=alpha, images_per_step=args.batch,
         train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
-        device=str(devices), dtype=str(devices.dtype).removeprefix("torch."), attention="torch sdpa",
-        data=mixture.describe(), frozen={k: str(v) for k, v in files.items()})
+        memory_gb_per_device=runs.memory_gb(trained, frozen, activations // devices.count, devices,
+                                            args.ema),
+        device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
+        attention=dits.attention_backend(devices.device.type, devices.dtype),
+        data=mixture.describe(), frozen={k: str(v) for k, v in files.items()} or "random weights")
     if args.dry_run and args.json:
         print(json.dumps(summary))
     elif devices.main:
@@ -295,10 +342,10 @@ def main():
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     head = [p for k, p in named.items() if k.startswith("dit.") or "diff_head" in k]
     rest = [p for k, p in named.items() if not (k.startswith("dit.") or "diff_head" in k)]
-    optimizer = torch.optim.AdamW(
+    optimizer = parallel.adamw(
         [dict(params=head, lr=args.lr, betas=args.betas),
          dict(params=rest, lr=args.lr_llm, betas=args.betas_llm)],
-        eps=1e-8, weight_decay=0.0, fused=devices.kind != "xla")
+        devices, eps=1e-8, weight_decay=0.0)
     base_lr = [args.lr, args.lr_llm]
     ema = {k: p.detach().clone() for k, p in named.items()} if args.ema else {}
 
@@ -313,8 +360,11 @@ def main():
     accumulate = args.batch // args.micro_batch
     batches = iter(data.loader(mixture, collate, args.micro_batch, run.start * args.batch,
                                args.workers, devices.rank, devices.world))
+    if args.overfit:
+        batches = itertools.cycle([next(batches) for _ in range(accumulate)])
     skips, meter = data.SkipCounter(), runs.Meter()
     warmup = math.ceil(args.warmup * args.steps)
+    by_time = torch.zeros(10, 2, device=devices.device)
 
     def sample(step):
         """The fixed prompts with the EMA weights -> samples/step-*.png."""
@@ -344,7 +394,7 @@ def main():
     for step in run.progress(args.steps):
         factor = runs.cosine(step, args.steps, warmup)
         for group, lr in zip(optimizer.param_groups, base_lr):
-            group["lr"] = lr * factor
+            group["lr"] = parallel.scalar(lr * factor, devices.device)
         t0 = time.perf_counter()
         micros = [next(batches) for _ in range(accumulate)]
         wait = time.perf_counter() - t0
@@ -356,12 +406,13 @@ def main():
             batch = parallel.place(batch, devices)
             with torch.no_grad():
                 z = encoder(batch["images"].float() / 255)                  # [B,N,C], fp32
-            ce, mse, spread = model(z, batch)
-            ce, mse = ce / max(tokens, 1), mse / max(answers, 1)            # means over the batch
+            ce, each, t, spread = model(z, batch)
+            ce, mse = ce / max(tokens, 1), each.sum() / max(answers, 1)     # means over the batch
             loss = ce + args.diffusion_weight * mse
             (loss * devices.world).backward()               # FSDP averages, this loss must add up
             meter.add(args.micro_batch, wait / accumulate, 1 / accumulate,
                       loss=loss, text=ce, flow=mse, cond_spread=spread / accumulate)
+            by_time += buckets(t, each.detach(), batch["answer"])
         norm = parallel.clip_grad(named.values(), args.clip)
         runs.check_finite(run, step, norm, optimizer, batch["keys"])
         optimizer.zero_grad(set_to_none=True)
@@ -375,7 +426,11 @@ def main():
             if tiny and done < args.steps:
                 values.update(check_colours(32))
         if run.due(done, args.log_every):
-            values = {**meter.read(sum(flops.values()), devices), "grad_norm": norm.item(), **values}
+            sums, counts = parallel.full(by_time).T
+            values = {**meter.read(sum(flops.values()), devices), "grad_norm": norm.item(), **values,
+                      "flow_by_t": [s / c if c else None for s, c in zip(sums.tolist(),
+                                                                         counts.tolist())]}
+            by_time = torch.zeros_like(by_time)
             run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor, **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "flow", "text", "cond_spread", "background_right", "colour_right"])

@@ -2,11 +2,15 @@
 
     python train_encoder.py                       # built-in data, a few CPU minutes
     python train_encoder.py --data folder/ --steps 100000 --batch 256
+    python train_encoder.py --arch vgg            # the tiny preset's perceptual net (LPIPS, Gram)
+    python train_encoder.py --arch dino           # the trunk of its discriminator
 
 Sigmoid image-text loss (SigLIP, arXiv 2303.15343) plus a dense term: from each latent token one
 linear layer must predict the pixels of its own patch, also where the input patch was hidden. The
 term stands in for SigLIP-2's captioning, self-distillation and masked prediction (arXiv 2502.14786):
 without it a contrastive encoder throws pixels away and no decoder can bring them back.
+The two networks of the decoder's loss learn from the sigmoid loss alone. They are small stand-ins for
+VGG16 and DINO ViT-S/16, of the same architecture, and say so wherever they are used.
 """
 import argparse
 import copy
@@ -20,8 +24,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import discriminator
 import encoder as encoders
 import parallel
+import perceptual
 import run as runs
 import text_model as text
 import weights
@@ -32,29 +38,45 @@ from parallel import UserError
 # ------------------------------------------------------------------------------------------------
 
 TINY_DATA = ["builtin:web=3", "builtin:synthetic=2", "builtin:text=1"]
+ARCH = {    # width: C of the vit, channels of VGG's first stage, d of DINO
+    "vit": dict(width=encoders.TINY["hidden_size"], depth=encoders.TINY["num_hidden_layers"],
+                heads=encoders.TINY["num_attention_heads"], dense=30.0, lr=1.5e-3),
+    "vgg": dict(width=round(perceptual.WIDTHS[0] * perceptual.TINY_WIDTH), depth=0, heads=1,
+                dense=0.0, lr=1e-3),
+    "dino": dict(width=discriminator.TINY["dim"], depth=discriminator.TINY["depth"],
+                 heads=discriminator.TINY["num_heads"], dense=0.0, lr=1.5e-3),
+}
 
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     runs.add_flags(p, steps=3000, batch=64, data=TINY_DATA, log=20, sample=500, save=500)
     g = p.add_argument_group("model")
-    g.add_argument("--arch", choices=["vit"], default="vit", help="vit: the encoder")
-    g.add_argument("--width", type=runs.positive(), default=encoders.TINY["hidden_size"],
-                   help="C, the channels of the latent")
-    g.add_argument("--depth", type=runs.positive(), default=encoders.TINY["num_hidden_layers"])
-    g.add_argument("--heads", type=runs.positive(), default=encoders.TINY["num_attention_heads"])
+    g.add_argument("--arch", choices=list(ARCH), default="vit", help="vit: the encoder; vgg: the "
+                   "perceptual net; dino: the discriminator's trunk")
+    g.add_argument("--width", type=runs.positive(), help="C, the channels of the latent (vgg: of "
+                   "the first stage, 64 is VGG16)")
+    g.add_argument("--depth", type=runs.positive(), help="blocks (not for vgg)")
+    g.add_argument("--heads", type=runs.positive(), help="of the attention (not for vgg)")
     g.add_argument("--resolution", type=runs.positive(), default=64)
     g.add_argument("--patch", type=runs.positive(), default=8)
     g.add_argument("--tokenizer", type=Path, help="a tokenizer folder (default: train one here)")
     g = p.add_argument_group("loss and optimizer")
-    g.add_argument("--dense", type=runs.positive(float, zero=True), default=30.0,
-                   help="weight of the pixel term (mean squared error, pixels in [-1,1])")
+    g.add_argument("--dense", type=runs.positive(float, zero=True),
+                   help="weight of the pixel term (mean squared error, pixels in [-1,1]); vit only")
     g.add_argument("--mask", type=runs.positive(float, zero=True), default=0.1,
                    help="share of the patches hidden from the encoder (grey), for the dense term")
-    g.add_argument("--lr", type=runs.positive(float), default=1.5e-3)
+    g.add_argument("--lr", type=runs.positive(float))
     g.add_argument("--warmup", type=runs.positive(zero=True), default=200, help="steps")
     args = p.parse_args()
-    args.out = args.out or Path("runs/encoder-tiny")
+    if args.arch == "vgg" and (args.depth or args.heads):
+        raise UserError("--arch vgg has neither --depth nor --heads: its 13 convolutions are fixed")
+    if args.arch != "vit" and args.dense:
+        raise UserError(f"--dense {args.dense}: only --arch vit has the pixel term")
+    for key, value in ARCH[args.arch].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.out = args.out or Path(f"runs/{'encoder' if args.arch == 'vit' else args.arch}-tiny")
     return args
 
 
@@ -88,6 +110,36 @@ class Trainee(nn.Module):
 
     def similarity(self, image, caption):
         return image @ caption.T * self.logit_scale.exp() + self.logit_bias
+
+
+class LossNet(nn.Module):
+    """The same for a network of the decoder's loss: `encoder` is a Perceptual or a Dino, whose
+    features are pooled over space and projected; there is no latent and no dense term."""
+
+    def __init__(self, encoder, features, vocab_size, dtype, embedding=96):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(True)
+        self.text = text.TextModel(dict(text.TINY, vocab_size=vocab_size), dtype=dtype)
+        self.text_projection = nn.Linear(self.text.width, embedding)
+        self.image_projection = nn.Linear(features, embedding)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+
+    def pool(self, images):
+        """[B,3,S,S] -> [B,features]: VGG's five maps (all five are used), DINO's normed tokens."""
+        if isinstance(self.encoder, perceptual.Perceptual):
+            return torch.cat([f.mean((2, 3)) for f in self.encoder.maps(images)], 1)
+        return self.encoder.norm(self.encoder(images)[0].mT).mean(1)
+
+    def forward(self, images, seen, ids, last):
+        """As Trainee's; seen is not used, the error and the latent are zeros."""
+        h = self.text(self.text.embed(ids))                                 # [B,L,W]
+        h = h[torch.arange(len(ids), device=ids.device), last].float()      # [B,W], last token
+        image = F.normalize(self.image_projection(self.pool(images)), dim=-1)
+        zero = images.new_zeros(1, 1, 1)
+        return image, F.normalize(self.text_projection(h), dim=-1), zero.sum(), zero
+
+    similarity = Trainee.similarity
 
 
 def patchify(images, p):
@@ -135,6 +187,25 @@ class Collate:
                 "skipped": [s for r in records for s in r["skipped"]]}
 
 
+def loss_net(args, vocab_size, dtype):
+    """The initialised LossNet of --arch vgg | dino -> (network, config, forward FLOPs an image).
+    Its `encoder` is exported as perceptual.load_perceptual and load_discriminator read it."""
+    if args.arch == "vgg":
+        width = args.width / perceptual.WIDTHS[0]
+        net = perceptual.Perceptual(width)
+        perceptual.init_weights(net, args.seed)
+        features = sum(round(c * width) for c in perceptual.WIDTHS)
+        config, flops = dict(width=width), net.forward_flops(args.resolution)
+    else:
+        config = dict(discriminator.TINY, dim=args.width, depth=args.depth, num_heads=args.heads,
+                      key_depths=[i for i in range(args.depth) if i % 2], patch=args.patch,
+                      image_size=args.resolution)
+        whole = discriminator.Discriminator(config)
+        discriminator.init_weights(whole, args.seed)
+        net, features, flops = whole.dino, args.width, whole.forward_flops()[0]
+    return LossNet(net, features, vocab_size, dtype), config, flops
+
+
 def tokenizer_for(args):
     """The given tokenizer, or a BPE of 1,024 tokens trained on the built-in captions, questions."""
     if args.tokenizer:
@@ -151,6 +222,8 @@ def evaluate(model, batch):
     images = batch["images"].float() / 255
     image, caption, mse, z = model(images, images, batch["ids"], batch["last"])
     hit = (image @ caption.T).argmax(1).cpu() == torch.arange(len(images))
+    if isinstance(model, LossNet):
+        return dict(retrieval=hit.float().mean().item())
     return dict(retrieval=hit.float().mean().item(), probe_psnr=-10 * math.log10(mse.item() / 4),
                 effective_rank=effective_rank(z.cpu()))
 
@@ -185,14 +258,21 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Model
     # --------------------------------------------------------------------------------------------
-    config = dict(encoders.TINY, hidden_size=args.width, intermediate_size=4 * args.width,
-                  num_hidden_layers=args.depth, num_attention_heads=args.heads,
-                  image_size=args.resolution, patch_size=args.patch)
-    model = Trainee(config, tokenizer.get_vocab_size(), devices.dtype)
-    encoders.init_weights(model.encoder, args.seed)
+    vocab = tokenizer.get_vocab_size()
+    if args.arch == "vit":
+        config = dict(encoders.TINY, hidden_size=args.width, intermediate_size=4 * args.width,
+                      num_hidden_layers=args.depth, num_attention_heads=args.heads,
+                      image_size=args.resolution, patch_size=args.patch)
+        model = Trainee(config, vocab, devices.dtype)
+        encoders.init_weights(model.encoder, args.seed)
+        config, forward_flops = model.encoder.config, model.encoder.forward_flops()
+        heads = model.text_projection, model.pixels
+    else:
+        model, config, forward_flops = loss_net(args, vocab, devices.dtype)
+        heads = model.text_projection, model.image_projection
     text.init_weights(model.text, args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    for module in (model.text_projection, model.pixels):
+    for module in heads:
         module.weight.data.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
         module.bias.data.zero_()
     if args.init:
@@ -203,7 +283,8 @@ def main():
     e = model.encoder
     count = {name: sum(p.numel() for p in child.parameters())
              for name, child in (("encoder", e), ("text", model.text))}
-    summary = dict(parameters=count, latent=[e.tokens, e.channels], images_per_step=args.batch,
+    latent = dict(latent=[e.tokens, e.channels]) if args.arch == "vit" else {}
+    summary = dict(arch=args.arch, parameters=count, **latent, images_per_step=args.batch,
                    device=str(devices), dtype=str(devices.dtype), data=mixture.describe())
     if args.dry_run and args.json:
         print(json.dumps(summary))
@@ -215,7 +296,8 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Optimizer
     # --------------------------------------------------------------------------------------------
-    named = dict(model.named_parameters())
+    named = {k: p for k, p in model.named_parameters() 
+             if not k.startswith("encoder.lin")}                            # LPIPS': they stay 1/C
     optimizer = torch.optim.AdamW(named.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=devices.kind != "xla")
     moments = runs.moments(optimizer, named)
@@ -234,9 +316,8 @@ def main():
     unseen = data.Mixture(args.data, args.resolution, args.seed + 1000)
     unseen = parallel.place(collate([unseen[i] for i in range(256)]), devices)
     skips, meter = data.SkipCounter(), runs.Meter()
-    N, C = e.tokens, e.channels
-    block = 4 * C * C + 2 * N * C + 2 * C * 4 * C
-    flops = 6 * (N * args.depth * block + 24 * sum(p.numel() for p in model.text.model.layers.parameters()))
+    captions = 24 * sum(p.numel() for p in model.text.model.layers.parameters())    # some 24 tokens
+    flops = 3 * forward_flops + 6 * captions
 
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, save
@@ -272,17 +353,21 @@ def main():
                 values.update(evaluate(model, unseen))
             run.log(done, lr=optimizer.param_groups[0]["lr"], **values)
         if run.due(done, args.sample_every):
-            run.plot(["loss", "contrast", "dense", "retrieval", "probe_psnr"])
+            run.plot(["loss", "contrast", *["dense"] * (args.dense > 0), "retrieval", "probe_psnr"])
         if run.due(done, args.save_every):
             run.save(done, saved)
         if run.stop and done < args.steps:
             return run.say_how_to_resume(done)
     run.finish()
-    run.export("model", e.state_dict(), e.config)
-    final = evaluate(model, unseen)
-    if devices.main:
-        print(f"{run.dir}/final: retrieval among {len(unseen['ids'])} {final['retrieval']:.1%}, "
-              f"linear probe {final['probe_psnr']:.1f} dB, effective rank {final['effective_rank']:.0f}")
+    if not args.bench:
+        run.export("model", e.state_dict(), config)
+        final = evaluate(model, unseen)
+        words = f"retrieval among {len(unseen['ids'])} {final['retrieval']:.1%}"
+        if args.arch == "vit":
+            words += (f", linear probe {final['probe_psnr']:.1f} dB, effective rank "
+                      f"{final['effective_rank']:.0f}")
+        if devices.main:
+            print(f"{run.dir}/final: {words}")
     parallel.finish(devices)
 
 

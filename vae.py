@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch.utils.flop_counter import FlopCounterMode
 
 # black-forest-labs/FLUX.1-dev, vae/config.json: f = 8, 256 px -> 32x32x16 -> 256 tokens of 64
 FLUX = dict(in_channels=3, out_channels=3, block_out_channels=(128, 256, 512, 512),
@@ -193,6 +194,24 @@ class VAE(nn.Module):
     def decode(self, tokens):
         """tokens [B,N,4c] of a square image -> images [B,3,H,W], about [0,1], not clamped."""
         return (self.decoder(unpack(tokens) / self.scale + self.shift) + 1) / 2
+
+    def forward_flops(self, side):
+        """FLOPs to encode and decode one square image, counted by torch on the meta device."""
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            twin = VAE(self.config)
+            twin.decode(twin.encode(torch.empty(1, 3, side, side)))
+        return counter.get_total_flops()
+
+    def activation_bytes(self, side):
+        """Kept for the backward pass of one square image, fp32: a ResnetBlock some six maps of its
+        size (the inputs of its norms, SiLUs and convolutions), a resampling its input. Checked
+        against autograd in the tests."""
+        c, total = self.config, 0
+        for i, width in enumerate(c["block_out_channels"]):
+            blocks = 2 * c["layers_per_block"] + 1              # of the encoder and the decoder
+            blocks += 4 * (i == len(c["block_out_channels"]) - 1)       # two mid blocks
+            total += 4 * width * (side >> i) ** 2 * (6 * blocks + 5)
+        return total
 
 
 # The names in ae.safetensors (those of ldm) -> diffusers'.

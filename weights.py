@@ -95,7 +95,7 @@ def read_weights(path, flag="--init"):
     state, config, files = {}, {}, [file]
     with user_errors(f"{flag} {folder / 'config.json'}"):
         if (folder / "config.json").is_file():
-            config = json.loads((folder / "config.json").read_text())
+            config = dict(json.loads((folder / "config.json").read_text()))
     with user_errors(f"{flag} {file}: unreadable index"):
         if file.name.endswith(".index.json"):
             index = json.loads(file.read_text())["weight_map"]
@@ -201,7 +201,7 @@ def find_parts(args, tiny, llm):
     assets/tiny for the tiny preset, else the published ones. Raises UserError (see locate)."""
     encoder, decoder = TINY_CODEC if tiny else HUB[args.latent]
     wanted = [("encoder", args.encoder or encoder, "--encoder"),
-              ("tokenizer", args.llm or (ASSETS if tiny else llm), "--llm"),
+              ("llm", args.llm or (ASSETS if tiny else llm), "--llm"),
               ("decoder", args.decoder or decoder, "--decoder")]
     return dict(zip((w[0] for w in wanted), locate(wanted)))
 
@@ -272,7 +272,7 @@ def load_decoder(path, devices, channels, mean, std):
 def load_vae(path, devices, flag="--vae"):
     """FLUX's VAE: ae.safetensors, diffusers' file, or a folder that holds either or vae/."""
     inside = (Path(path) / "vae", Path(path) / "ae.safetensors", Path(path))
-    with user_errors(f"{flag} {path}"):
+    with user_errors(flag):
         model = vaes.load_vae(next((p for p in inside if p.exists()), path))
     return model.requires_grad_(False).eval().to(devices.device)
 
@@ -282,7 +282,7 @@ def load_perceptual(vgg, lpips, devices):
     for path, flag in ((vgg, "--vgg"), (lpips, "--lpips-weights")):
         if path is not None:
             read_weights(path, flag)                    # missing, damaged or unsafe: said clearly
-    with user_errors(f"--vgg {vgg}"):
+    with user_errors("--vgg, --lpips-weights" if lpips else "--vgg"):
         model = perceptual.load_perceptual(vgg, lpips, devices.dtype)
     return model.to(devices.device)
 
@@ -290,7 +290,7 @@ def load_perceptual(vgg, lpips, devices):
 def load_discriminator(path, devices, config=None, seed=0):
     """The discriminator with its frozen trunk from --dino (a trunk's file, or a whole one's)."""
     read_weights(path, "--dino")
-    with user_errors(f"--dino {path}"):
+    with user_errors("--dino"):
         model = discriminator.load_discriminator(path, config, seed)
     return model.to(devices.device)
 
@@ -401,10 +401,10 @@ def stage2_config(config, state, what):
     check_config({**config, "diffusion_model_hidden_size": pair(D, D2),
                   "diffusion_model_depth": depth + depth2,
                   "diffusion_model_heads": heads if hd else pair(heads, heads2)}, found, what)
-    null = 0.1 if DIT + "y_embedder.dropout_embedding" in state else 0.0
-    given = {k: v for k, v in config.items() if v is not None}
-    return {"diffusion_class_dropout_prob": null, **found, **given,
-            "vocab_size": size("model.embed_tokens.weight")}
+    null = DIT + "y_embedder.dropout_embedding" in state
+    found["diffusion_class_dropout_prob"] = 0.1 if null else 0.0        # where the config is silent
+    given = {k: v for k, v in config.items() if v is not None or k not in found}
+    return {**found, **given, "vocab_size": size("model.embed_tokens.weight")}
 
 
 def build_model(config, dtype):

@@ -36,6 +36,7 @@ torch.set_num_threads(1)
 CPU = parallel.setup("cpu", "float32")
 TOKENIZER = HERE.parent / "assets/tiny/tokenizer.json"
 GOLDEN = HERE / "golden"
+HALF = (0.5, 0.5, 0.5)
 
 # ------------------------------------------------------------------------------------------------
 # The key tables: {key: shape}
@@ -211,10 +212,11 @@ def test_counts_of_the_public_language_models():
 
 def test_keys_and_counts_of_decoders_and_encoders():
     with torch.device("meta"):
-        decoder = decoders.Decoder(decoders.decoder_config("xl", 1152, 256, 14, (.5,) * 3, (.5,) * 3))
+        decoder = decoders.Decoder(decoders.decoder_config("xl", 1152, 256, 14, HALF, HALF))
         siglip, dino = encoders.build_encoder({}), encoders.build_encoder(encoders.WEBSSL_300M)
     want = decoder_keys(1152, 1152, 28, 4096, 256, 14)
-    assert shapes(decoder.state_dict()) == want and round(count(want) / 1e6, 1) == 415.3
+    assert shapes(decoder.state_dict()) == want
+    assert round((count(want) - 257 * 1152) / 1e6, 1) == 415.3          # without the fixed table
     assert not decoder.image_mean.is_meta and not decoder.decoder_pos_embed.is_meta
     want = siglip_keys(1152, 27, 4304, 256, 14)
     assert shapes(siglip.state_dict()) == want
@@ -294,16 +296,17 @@ def write(folder, config, state, form="safetensors", tokenizer=True):
     return folder
 
 
-@pytest.mark.parametrize("form", ["safetensors", "shards", "bin", "bin shards", "model.pt",
-                                  "model.pth"])
-@pytest.mark.parametrize("options", [
-    dict(), dict(dtype=torch.bfloat16), dict(dtype=torch.float16, wide=True), dict(tied=False),
-    dict(tied=False, wide=True, dtype=torch.bfloat16), dict(prefix="_orig_module."),
-    dict(inner=("layers.", "layers._fsdp_wrapped_module.")), dict(prefix="module._fpw_module."),
-    dict(stored_head=True), dict(tables=False)], ids=lambda o: ",".join(o) or "plain")
+FORMS = ["safetensors", "shards", "bin", "bin shards", "model.pt", "model.pth"]
+OPTIONS = [dict(dtype=torch.bfloat16), dict(dtype=torch.float16, wide=True), dict(tied=False),
+           dict(tied=False, wide=True, dtype=torch.bfloat16), dict(prefix="_orig_module."),
+           dict(inner=("layers.", "layers._fsdp_wrapped_module.")),
+           dict(prefix="module._fpw_module."), dict(stored_head=True), dict(tables=False)]
+
+
+@pytest.mark.parametrize("form, options",
+                         [(f, {}) for f in FORMS] + [("shards", o) for o in OPTIONS],
+                         ids=lambda v: v if isinstance(v, str) else ",".join(v) or "plain")
 def test_loads_every_layout(tmp_path, form, options):
-    if form != "shards" and options and set(options) != {"dtype"}:
-        pytest.skip("the other options are tried with shards")
     o = dict(dtype=torch.float32, tied=True, wide=False, prefix="", inner=("", ""),
              stored_head=False, tables=True) | options
     config, state = released(o["tied"], o["wide"])
@@ -318,13 +321,14 @@ def test_loads_every_layout(tmp_path, form, options):
     else:
         state = {k: v for k, v in state.items() if "freqs_" not in k and k != pos}
     state = {k: v.to(o["dtype"]).contiguous() for k, v in state.items()}
-    write(tmp_path / "m", config, {o["prefix"] + k.replace(*o["inner"]): v for k, v in state.items()}
-          , form)
+    wrapped = {o["prefix"] + k.replace(*o["inner"]): v for k, v in state.items()}
+    write(tmp_path / "m", config, wrapped, form)
     llm, dit, tokenizer, config = weights.load_model(tmp_path / "m", CPU)
     loaded = weights.model_state(llm, dit)
     assert tokenizer.token_to_id("<im_start>") == VOCABULARY - 2
     assert (dit.head_depth > 0) == o["wide"] and ("lm_head.weight" in loaded) != o["tied"]
-    fresh = dits.DiT(24, 16, 48, 2, 4, 32, 96, 2, 4) if o["wide"] else dits.DiT(24, 16, 64, 3, 4, 32)
+    sizes = (48, 2, 4, 32, 96, 2, 4) if o["wide"] else (64, 3, 4, 32)
+    fresh = dits.DiT(24, 16, *sizes)
     for k, v in loaded.items():
         assert v.dtype == torch.float32 and not v.is_meta, k
         own = fresh.state_dict().get(k.removeprefix("diff_head.model."))
@@ -359,21 +363,19 @@ def test_classic_ddt_is_one_width_and_split(tmp_path):
 
 def test_tokenizer_from_either_kind_of_files(tmp_path):
     """tokenizer.json, and vocab.json + merges.txt + added_tokens.json, with the same ids."""
+    line = "<|im_start|>a <im_start>cat<im_end>\n\n  d\u00e9j\u00e0 vu 12 \u732b<|im_end|>"
     slow = text.load_tokenizer(GOLDEN / "qwen_tokenizer")
     slow.save(str(tmp_path / "tokenizer.json"))
     fast = text.load_tokenizer(tmp_path)
-    for line in ("a <im_start>cat<im_end>\n\n  d\u00e9j\u00e0 vu 1234 <|im_end|>", "\u732b\ud83d\ude00"
-                 .encode("utf-16", "surrogatepass").decode("utf-16")):
-        assert slow.encode(line).ids == fast.encode(line).ids
+    assert slow.encode(line).ids == fast.encode(line).ids
     assert [fast.token_to_id(t) for t in ("<im_start>", "<im_end>")] == [151665, 151666]
-    for name, tokenizer in (("qwen", slow), ("tiny", text.load_tokenizer(TOKENIZER.parent))):
-        (tmp_path / name).mkdir()
-        weights.save_tokenizer(tokenizer, tmp_path / name)
-        fast = text.load_tokenizer(tmp_path / name)
-        (tmp_path / name / "tokenizer.json").unlink()   # now from the files of a slow tokenizer
-        again = text.load_tokenizer(tmp_path / name)
-        line = "<|im_start|>user\nTwo caf\u00e9s, 12 cats!<|im_end|>\n<im_start>"
-        assert tokenizer.encode(line).ids == fast.encode(line).ids == again.encode(line).ids
+    # and what we export
+    tiny = text.load_tokenizer(TOKENIZER.parent)
+    weights.save_tokenizer(tiny, tmp_path)
+    fast = text.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()              # now from the files of a slow tokenizer
+    slow = text.load_tokenizer(tmp_path)
+    assert tiny.encode(line).ids == fast.encode(line).ids == slow.encode(line).ids
 
 
 # ------------------------------------------------------------------------------------------------
@@ -459,7 +461,8 @@ def test_decoder_folder(tmp_path, options, side):
     loaded = model.state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in state.items())
     table = loaded["decoder_pos_embed"]
-    assert "decoder_pos_embed" in state or torch.equal(table[0, 1:], decoders.sincos_positions(32, 4))
+    fixed = decoders.sincos_positions(32, 4)
+    assert "decoder_pos_embed" in state or torch.equal(table[0, 1:], fixed)
     assert model(torch.rand(1, 16, 24)).shape == (1, 3, side, side)
     assert model.image_mean.flatten().tolist() == pytest.approx([.1, .2, .3])
     assert model.decoder_layers[0].heads == 4 and model.decoder_norm.eps == 1e-12
@@ -511,8 +514,8 @@ def test_vae_perceptual_and_discriminator(tmp_path):
     model = perceptual.Perceptual(perceptual.TINY_WIDTH)
     save_file(model.state_dict(), tmp_path / "vgg.safetensors")
     weights.load_perceptual(tmp_path / "vgg.safetensors", None, CPU)
-    trunk = {k[5:]: v for k, v in discriminator.Discriminator(discriminator.TINY).state_dict().items()
-             if k.startswith("dino.") and "x_s" not in k}
+    state = discriminator.Discriminator(discriminator.TINY).state_dict()
+    trunk = {k[5:]: v for k, v in state.items() if k.startswith("dino.") and "x_s" not in k}
     save_file(trunk, tmp_path / "dino.safetensors")
     weights.load_discriminator(tmp_path / "dino.safetensors", CPU, discriminator.TINY)
 
@@ -549,8 +552,9 @@ def test_compat_sampler_from_a_released_folder(tmp_path):
     prompt = "a red circle on a white background"
     command = [sys.executable, str(HERE.parent / "sample.py"), prompt, "--run", str(folder),
                "--encoder", str(tmp_path / "encoder"), "--decoder", str(tmp_path / "decoder"),
-               "--schedule", "compat", "--steps", "50", "--guidance", "1", "--direct", "--seed", "3",
-               "--save-latent", "z.safetensors", "--out", "out.png", "--device", "cpu"]
+               "--schedule", "compat", "--steps", "50", "--guidance", "1", "--direct",
+               "--seed", "3", "--save-latent", "z.safetensors", "--out", "out.png",
+               "--device", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -569,9 +573,10 @@ def test_compat_sampler_from_a_released_folder(tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 HEAD = "diff_head.model."
-WRONG = {           # changes to the config, keys dropped, keys added or replaced, what the error says
-    "three kinds": ({}, ["model.norm.weight"], {"model.spare": [2], "model.latent_queries": [16, 9]},
-                    ["1 missing (first: model.norm.weight)", "1 unexpected (first: model.spare)",
+WRONG = {           # changes to the config, keys dropped, keys added or replaced, what is said
+    "three kinds": ({}, ["model.norm.weight"],
+                    {"model.spare": [2], "model.norm2": [3], "model.latent_queries": [16, 9]},
+                    ["1 missing (first: model.norm.weight)", "2 unexpected (first: model.norm2)",
                      "model.latent_queries is [16, 9], expected [16, 32]"]),
     "in the DiT": ({}, [HEAD + "final_layer.linear.bias"], {},
                    ["(diff_head)", "1 missing (first: final_layer.linear.bias)"]),
@@ -604,7 +609,7 @@ WRONG = {           # changes to the config, keys dropped, keys added or replace
                              ["config lacks diffusion_model_depth"]),
     "latent statistics": ({}, [], {"diff_head.data_mean": [24]}, ["diff_head.data_mean"]),
     "rows below the tokenizer": ({}, [], {"model.embed_tokens.weight": [100, 32]},
-                                 [f"the tokenizer has {VOCABULARY} tokens, the embedding 100 rows"]),
+                                 [f"tokenizer has {VOCABULARY} tokens, the embedding 100 rows"]),
 }
 
 
@@ -693,5 +698,5 @@ def test_decoders_that_do_not_fit(tmp_path):
             (dict(MAE, decoder_num_attention_heads=16), 24, "multiple of 4 x heads"))):
         decoder_folder(tmp_path / str(k), config)
         with pytest.raises(UserError, match="--decoder") as error:
-            weights.load_decoder(tmp_path / str(k), CPU, channels, (.5,) * 3, (.5,) * 3)
+            weights.load_decoder(tmp_path / str(k), CPU, channels, HALF, HALF)
         assert says in str(error.value)
