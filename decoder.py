@@ -178,6 +178,18 @@ def init_weights(model, seed):
             module.bias.data.zero_()
 
 
+def latent_statistics(latents):
+    """Latents [B,N,C] by and by -> mean and variance at each position, [C,h,w], summed in fp64."""
+    count, total, square = 0, 0.0, 0.0
+    for z in latents:
+        z = z.cpu().double()
+        count, total, square = count + len(z), total + z.sum(0), square + z.square().sum(0)
+    mean = total / count                                                    # [N,C]
+    var = (square / count - mean.square()).clamp(min=0)
+    side = int(len(mean) ** 0.5)
+    return tuple(s.mT.unflatten(1, (side, side)).float() for s in (mean, var))
+
+
 def decoder_config(size, channels, tokens, patch, mean, std):
     """The config of a `SIZES` row for a latent [tokens, channels]."""
     depth, width, heads, hidden = SIZES[size]

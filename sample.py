@@ -253,12 +253,15 @@ def main():
                 raise UserError(f"the model answered {''.join(words) + cond!r} instead of drawing; "
                                 "ask for a picture (\"Can you generate a photo of ...?\") or force "
                                 "one with --direct")
-        noise = torch.stack([noise_for(prompt, args.seed + i, N, C) for i in range(args.n)])
         bar = functools.partial(tqdm, desc=prompt[:40], disable=not sys.stderr.isatty())
-        z = generate(dit, cond.expand(args.n, -1, -1), noise.to(device), alpha, args.steps,
-                     guidance, args.schedule, bar)
+        latents = []
+        for seed in range(args.seed, args.seed + args.n):   # one at a time: a matrix product of
+            noise = noise_for(prompt, seed, N, C)[None].to(device)  # another batch size rounds
+            latents.append(generate(dit, cond, noise, alpha, args.steps, guidance,     # otherwise
+                                    args.schedule, bar))
+        z = torch.cat(latents)                                              # [n,N,C]
         with torch.no_grad():
-            images = decoder(z)
+            images = [decoder(row[None])[0] for row in z]
         kept.append(z.cpu())
         info = dict(prompt=prompt, seed=args.seed, steps=args.steps, guidance=guidance,
                     schedule=args.schedule, model=Path(run).name)

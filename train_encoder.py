@@ -9,8 +9,8 @@ Sigmoid image-text loss (SigLIP, arXiv 2303.15343) plus a dense term: from each 
 linear layer must predict the pixels of its own patch, also where the input patch was hidden. The
 term stands in for SigLIP-2's captioning, self-distillation and masked prediction (arXiv 2502.14786):
 without it a contrastive encoder throws pixels away and no decoder can bring them back.
-The two networks of the decoder's loss learn from the sigmoid loss alone. They are small stand-ins for
-VGG16 and DINO ViT-S/16, of the same architecture, and say so wherever they are used.
+The two networks of the decoder's loss learn from the sigmoid loss alone. They are small stand-ins
+for VGG16 and DINO ViT-S/16, of the same architecture, and the logs say so wherever they are used.
 """
 import argparse
 import copy
@@ -296,7 +296,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Optimizer
     # --------------------------------------------------------------------------------------------
-    named = {k: p for k, p in model.named_parameters() 
+    named = {k: p for k, p in model.named_parameters()
              if not k.startswith("encoder.lin")}                            # LPIPS': they stay 1/C
     optimizer = torch.optim.AdamW(named.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=devices.kind != "xla")

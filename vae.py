@@ -195,6 +195,17 @@ class VAE(nn.Module):
         """tokens [B,N,4c] of a square image -> images [B,3,H,W], about [0,1], not clamped."""
         return (self.decoder(unpack(tokens) / self.scale + self.shift) + 1) / 2
 
+    @torch.no_grad()
+    def measure(self, batches):
+        """Images -> the shift and scale that give the latent mean 0 and variance 1, by their names
+        in diffusers' config. For a VAE trained without (scale 1, shift 0)."""
+        sums = []
+        for images in batches:
+            mean, logvar = self.posterior(images)
+            sums.append([mean.mean(), (mean.square() + logvar.exp()).mean()])
+        mean, square = torch.tensor(sums).mean(0).tolist()
+        return dict(shift_factor=mean, scaling_factor=(square - mean ** 2) ** -0.5)
+
     def forward_flops(self, side):
         """FLOPs to encode and decode one square image, counted by torch on the meta device."""
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():

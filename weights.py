@@ -326,6 +326,29 @@ REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_
             "diffusion_model_heads")
 
 
+def load_llm(path, tokenizer, tokens, channels, cond_width, dtype):
+    """A pretrained Qwen2.5 folder -> TextModel; what Scale-RAE adds to it is not yet initialised.
+
+    Rows beyond the tokenizer's (Qwen pads its matrices) are dropped; those of <im_start> and
+    <im_end> begin as the mean of all others, each matrix its own. Raises UserError.
+    """
+    what = f"--llm {path}"
+    state, config = read_weights(path, "--llm")
+    V = tokenizer.get_vocab_size()
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        if key in state and len(state[key]) != V:
+            if len(state[key]) < V - 2:
+                raise UserError(f"{what}: {key} has {len(state[key])} rows, the tokenizer {V} tokens")
+            known = state[key][:V - 2].float()
+            state[key] = torch.cat([known, known.mean(0, keepdim=True).expand(2, -1)])
+    if config.get("tie_word_embeddings"):
+        state.pop("lm_head.weight", None)
+    with user_errors(what), torch.device("cpu"):
+        model = text.TextModel({**config, "vocab_size": V}, tokens, channels, cond_width, dtype)
+    added = ("latent_queries", "mm_projector", "diff_head_projector")
+    return load_strict(model, state, what, RECOMPUTED, optional=added)
+
+
 def model_config(llm, dit, encoder_name, alpha):
     """config.json of a stage-2 model in the authors' field names, with Qwen2's.
 

@@ -222,3 +222,25 @@ def test_batches_pad_to_a_multiple():
     ids, labels, start, answer = text.pad_batch(rows, 0)
     assert ids.shape == labels.shape == (2, 128) and start.tolist() == [3, 128]
     assert (labels[1, 5:] == text.IGNORE).all() and answer.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_pretrained_llm_gets_the_shrunk_vocabulary(tied, tmp_path):
+    """Padding rows go, the two new rows are the mean of the others, each matrix its own."""
+    import json
+    import weights
+    from safetensors.torch import save_file
+    V = TOKENIZER.get_vocab_size()
+    config = dict(small_llm().config, vocab_size=V + 30, tie_word_embeddings=tied)
+    plain = text.TextModel(config)
+    text.init_weights(plain, 3)
+    state = {k: v.bfloat16() for k, v in plain.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    llm = weights.load_llm(tmp_path, TOKENIZER, 4, 8, 16, torch.float32)
+    for key in ["model.embed_tokens.weight", "lm_head.weight"][:1 if tied else 2]:
+        found, stored = llm.state_dict()[key], state[key].float()
+        assert torch.equal(found[:V - 2], stored[:V - 2])
+        assert torch.allclose(found[V - 2:], stored[:V - 2].mean(0).expand(2, -1), atol=1e-6)
+    assert torch.equal(llm.model.layers[1].mlp.up_proj.weight,
+                       state["model.layers.1.mlp.up_proj.weight"].float())

@@ -215,5 +215,5 @@ def test_contradicting_resume_shows_both(dit_run):
     before = (out / "log.jsonl").read_bytes()
     done = run(*DIT, "--out", out, "--lr", "0.5", ok=False)
     assert done.returncode == 2 and "--lr" in done.stderr
-    assert "0.5" in done.stderr and "0.002" in done.stderr
+    assert "now 0.5" in done.stderr and "checkpoint 0.0015" in done.stderr
     assert (out / "log.jsonl").read_bytes() == before
