@@ -31,7 +31,8 @@ from weights import check_keys
 
 # Arguments that may differ between a run and its resumption: they do not change what is computed.
 FREE = {"out", "fresh", "workers", "device", "compile", "log_every", "sample_every", "save_every",
-        "keep", "wandb", "dry_run", "bench", "json", "mesh", "sample_steps", "guidance", "decoder"}
+        "keep", "wandb", "dry_run", "bench", "json", "mesh", "sample_steps", "guidance", "decoder",
+        "export"}
 
 
 def main(function):

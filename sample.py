@@ -254,11 +254,11 @@ def main():
                                 "ask for a picture (\"Can you generate a photo of ...?\") or force "
                                 "one with --direct")
         bar = functools.partial(tqdm, desc=prompt[:40], disable=not sys.stderr.isatty())
-        latents = []
-        for seed in range(args.seed, args.seed + args.n):   # one at a time: a matrix product of
-            noise = noise_for(prompt, seed, N, C)[None].to(device)  # another batch size rounds
-            latents.append(generate(dit, cond, noise, alpha, args.steps, guidance,     # otherwise
-                                    args.schedule, bar))
+        # One picture at a time: products of another batch size round otherwise, and a picture must
+        # not depend on the batch that it was drawn in.
+        noise = [noise_for(prompt, args.seed + i, N, C)[None].to(device) for i in range(args.n)]
+        latents = [generate(dit, cond, x, alpha, args.steps, guidance, args.schedule, bar)
+                   for x in noise]
         z = torch.cat(latents)                                              # [n,N,C]
         with torch.no_grad():
             images = [decoder(row[None])[0] for row in z]

@@ -273,6 +273,9 @@ def main():
     # to one; D forward and back to the picture, then on a fresh reconstruction and the real one
     forward, flops["decoder"] = flops["decoder"], 3 * flops["decoder"]
     if vgg:
+        if resolution < 16:
+            raise UserError(f"--patch {args.patch}: pictures of {resolution} px are below the 16 "
+                            "that VGG's four poolings need; give --lpips 0 --gram 0")
         flops["vgg"] = 3 * vgg.forward_flops(resolution)
         activations += vgg.activation_bytes(resolution)
     if disc:

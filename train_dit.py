@@ -53,6 +53,8 @@ def arguments():
     runs.add_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None)
     p.add_argument("--epochs", type=runs.positive(float), help="length in passes over finite --data, "
                    "instead of --steps (finetuning)")
+    p.add_argument("--export", action="store_true",
+                   help="write final/ from the latest checkpoint of an unfinished run, and stop")
     p.add_argument("--overfit", action="store_true", help="train on the first batch only: a check")
     g = p.add_argument_group("model")
     g.add_argument("--size", default="tiny", metavar="|".join(dits.SIZES),
@@ -391,7 +393,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, sample, save
     # --------------------------------------------------------------------------------------------
-    for step in run.progress(args.steps):
+    for step in run.progress(run.start if args.export else args.steps):
         factor = runs.cosine(step, args.steps, warmup)
         for group, lr in zip(optimizer.param_groups, base_lr):
             group["lr"] = parallel.scalar(lr * factor, devices.device)
@@ -448,7 +450,7 @@ def main():
         runs.swap(named, ema)
         if run.main:
             tokenizer.save(str(run.dir / "final" / "tokenizer.json"))
-            print(f"{run.dir}/final written; samples: {run.dir}/samples/step-{args.steps:07d}.png")
+            print(f"{run.dir}/final written; samples: {run.dir}/samples")
         if tiny:
             score = check_colours(128)
             print(f"128 unseen single shapes, guidance {args.guidance}: background right "
