@@ -623,6 +623,11 @@ CORRUPT = (OSError, ValueError, LookupError, TypeError, SyntaxError, AttributeEr
            Image.DecompressionBombError)
 
 
+def reason(error: Exception) -> str:
+    """Its kind and words, without the address of a buffer that Pillow puts in: the same each time."""
+    return f"{type(error).__name__}: {re.sub(r' <_io[^>]*>', '', str(error))}"
+
+
 def read_bytes(path: str, offset: int = 0, size: int = -1) -> bytes:
     with open(path, "rb") as f:          # opened each time: nothing to share between forked workers
         f.seek(offset)
@@ -942,7 +947,7 @@ class Mixture:
                 record = file_record(files, j, self.resolution, self.crop, self.text, rand)
                 return {"n": n, "source": name, **record, "skipped": skipped}
             except CORRUPT as e:
-                skipped.append((files.key(j), f"{type(e).__name__}: {e}"))
+                skipped.append((files.key(j), reason(e)))
                 i = hash64("instead", self.seed, n, attempt) % size
         raise DataError(f"{name}: {len(skipped)} broken records in a row, the last is "
                         f"{skipped[-1][0]} ({skipped[-1][1]}); `python data.py check` lists them")
@@ -1060,7 +1065,7 @@ def check(args):
                     file_record(source, j, 64, "squash", args.text, random.random)
                 except CORRUPT as e:
                     broken += 1
-                    print(f"{source.key(j)}: {type(e).__name__}: {e}")
+                    print(f"{source.key(j)}: {reason(e)}")
     print(f"{broken} of {total} records are broken")
     sys.exit(1 if broken else 0)
 
