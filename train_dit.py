@@ -38,7 +38,7 @@ from sample import direct_condition, generate
 # a = sqrt(64*96/128) = 6.9, near the paper's 8.49; with 4096 it would be 1.2, and then x_t alone
 # gives the answer away at nearly every t and the caption is never heard.
 DEFAULTS = {
-    "tiny": dict(steps=2600, batch=32, lr=1.5e-3, lr_llm=1e-3, warmup=0.03, ema=0.998,
+    "tiny": dict(steps=1800, batch=32, lr=1.5e-3, lr_llm=1e-3, warmup=0.03, ema=0.998,
                  shift_base=128.0, log_every=20, sample_every=300, save_every=300,
                  data=["builtin:synthetic=6", "builtin:web=2", "builtin:text=0.5", "builtin:hq=0.5",
                        "builtin:qa=1"]),
