@@ -5,11 +5,13 @@
 A checkpoint is a folder of `state.safetensors` (model, EMA, both moments) and `meta.json` (step and
 arguments). It is written under another name, synced to disk and then renamed, so a save that is cut
 short never hides the one before. The data position, the learning rates and every random draw are
-functions of (seed, step), so nothing else has to be saved for a resumed run to repeat the
-uninterrupted one bit for bit.
+functions of (seed, step): no global generator is used, so there is no state of one to save, and a
+resumed run repeats the uninterrupted one bit for bit.
 """
 import argparse
+import errno
 import fcntl
+import importlib.util
 import json
 import math
 import os
@@ -36,12 +38,18 @@ FREE = {"out", "fresh", "workers", "device", "compile", "log_every", "sample_eve
 
 
 def main(function):
-    """Run a script's main: bad input is one line on stderr and exit status 2."""
+    """Run a script's main: bad input is one line on stderr and exit status 2, a full disk 1."""
     try:
         function()
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}; the last checkpoint is whole: free some space, and the same "
+              "command goes on from it", file=sys.stderr)
+        sys.exit(1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -154,7 +162,12 @@ class Run:
     def __init__(self, args, devices):
         self.args, self.devices, self.dir = args, devices, Path(args.out)
         self.main, self.stop, self.bar, self.wandb = devices.main, False, None, None
-        if args.fresh and self.main and self.dir.exists() and any(self.dir.iterdir()):
+        self.skipped, self.skipped_keys = 0, []         # updates, and the samples of the last ones
+        if args.wandb and importlib.util.find_spec("wandb") is None:
+            raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; "
+                            "pip install wandb, or leave the flag out: log.jsonl has it all")
+        if args.fresh and self.main and self.dir.is_dir() and any(self.dir.iterdir()):
+            self._lock()                                # an old run, not one that is running
             k = 1
             while (aside := self.dir.with_name(f"{self.dir.name}.old{k}")).exists():
                 k += 1
@@ -166,16 +179,16 @@ class Run:
         except OSError as error:
             raise UserError(f"--out {self.dir}: cannot make the run folder: {error.strerror}")
         if self.main:
-            self.lock = open(self.dir / "lock", "w")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"--out {self.dir} is in use by another process; give another --out")
-        self.latest = self._latest()
+            self._lock()
+        self.latest = next(reversed(self._whole()), None)
         mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
                 if k not in FREE}
         if self.latest:
-            theirs = json.loads((self.latest / "meta.json").read_text())["args"]
+            try:
+                theirs = json.loads((self.latest / "meta.json").read_text())["args"]
+            except (ValueError, KeyError):
+                raise UserError(f"{self.latest}/meta.json is damaged; delete {self.latest} to go on "
+                                "from the checkpoint before it")
             differ = [f"--{k.replace('_', '-')}: checkpoint {theirs.get(k)!r}, now {mine[k]!r}"
                       for k in mine if k in theirs and theirs[k] != mine[k]]
             if differ:
@@ -199,10 +212,19 @@ class Run:
     def _ask_to_stop(self, *_):
         self.stop = True
 
-    def _latest(self):
-        found = sorted(p for p in (self.dir / "checkpoints").glob("step-*")
-                       if (p / "meta.json").is_file())
-        return found[-1] if found else None
+    def _lock(self):
+        """One process a run folder. A POSIX lock: it dies with this process, even by kill -9, and
+        the loader's workers, which may outlive it by seconds, do not inherit it."""
+        self.lock = open(self.dir / "lock", "w")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--out {self.dir} is in use by another process; give another --out")
+
+    def _whole(self):
+        """The checkpoints, oldest first; a folder without meta.json is none."""
+        return sorted(p for p in (self.dir / "checkpoints").glob("step-*")
+                      if (p / "meta.json").is_file())
 
     def _trim_log(self):
         """Drop lines after the checkpoint: the resumed run writes them again."""
@@ -211,8 +233,10 @@ class Run:
             keep = []
             for line in path.read_text().splitlines():
                 try:
-                    if json.loads(line)["step"] <= self.start:
+                    values = json.loads(line)
+                    if values["step"] <= self.start:
                         keep.append(line + "\n")
+                        self.skipped = values.get("skipped_updates", 0)
                 except (ValueError, KeyError):                  # a line cut by a kill
                     pass
             write_text(path, "".join(keep))
@@ -247,7 +271,8 @@ class Run:
 
     def save(self, step, named):
         """Write checkpoints/step-N atomically, then drop all but the last --keep. Every process
-        calls it (gathering is collective). A full disk leaves the older ones and says so."""
+        calls it (gathering is collective). A full disk leaves the older ones, and the run says so
+        and goes on: there may be room for the next."""
         tensors = {k: parallel.full(v) for k, v in named.items()}
         if not self.main:
             return
@@ -271,7 +296,7 @@ class Run:
             self.print(f"could not save step {step}: {error}; the checkpoint before it is kept")
             return
         self.latest = final
-        for old in sorted(final.parent.glob("step-*"))[:-self.args.keep]:
+        for old in self._whole()[:-self.args.keep]:
             shutil.rmtree(old)
 
     def export(self, name, tensors, config):
@@ -297,9 +322,16 @@ class Run:
         """One JSON line, and the short form on the progress bar."""
         if not self.main:
             return
-        values = {"step": step, **values}
-        self.file.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v
-                                    for k, v in values.items()}) + "\n")
+        values = {"step": step, **values, "skipped_updates": self.skipped}
+        if self.skipped_keys:
+            values["skipped_samples"], self.skipped_keys = self.skipped_keys, []
+
+        def plain(v):                           # JSON has neither nan nor infinity
+            if isinstance(v, (list, tuple)):
+                return list(map(plain, v))
+            return v if not isinstance(v, float) else round(v, 7) if math.isfinite(v) else None
+        values = {k: plain(v) for k, v in values.items()}
+        self.file.write(json.dumps(values) + "\n")
         self.file.flush()
         short = {k: f"{v:.4g}" for k, v in values.items()
                  if isinstance(v, (int, float)) and k in ("loss", "images_per_s", "cond_spread",
@@ -333,7 +365,10 @@ class Run:
     def say_how_to_resume(self, step):
         if self.main:
             self.bar.close()
-            print(f"stopped and saved at step {step}; the same command again goes on from there")
+            saved = self.latest is not None and self.latest.name == f"step-{step:07d}"
+            print(f"stopped {'and saved' if saved else 'but could not save'} at step {step}; the "
+                  "same command again goes on from "
+                  f"{'there' if saved else self.latest or 'the start'}")
 
     def finish(self):
         if self.main:
@@ -426,19 +461,25 @@ def save_grid(images, path, columns=8, space=2):
 
 
 def check_finite(run, step, norm, optimizer, keys=()):
-    """Take the optimizer's step unless the gradient norm is not finite: then skip and count it; ten
-    in a row stop the run."""
+    """Take the optimizer's step, unless the norm of the whole gradient is not finite: that norm is
+    the same on all devices, so all skip the update alike. -> was it taken?
+
+    Skipped ones are counted in the log, with the samples' keys; ten in a row raise UserError.
+    """
     if torch.isfinite(norm):
         optimizer.step()
         run.bad = 0
-        return
-    run.bad = getattr(run, "bad", 0) + 1
-    run.print(f"step {step + 1}: gradient norm is {norm.item()}; the update is skipped "
-              f"({run.bad} in a row)")
+        return True
+    run.bad, run.skipped = getattr(run, "bad", 0) + 1, getattr(run, "skipped", 0) + 1
+    run.skipped_keys = [*getattr(run, "skipped_keys", ()), *keys]
+    some = f", samples {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}" if keys else ""
+    run.print(f"step {step + 1}: the gradient's norm is {norm.item()}; the update is skipped "
+              f"({run.bad} in a row){some}")
     if run.bad == 10:
         raise UserError(f"ten steps in a row without a finite gradient, the last at step {step + 1}"
-                        f"{', samples ' + ', '.join(keys[:8]) if keys else ''}. Try a lower --lr, "
-                        "--dtype float32, or resume from an earlier checkpoint")
+                        f"{some}. Try a lower --lr, --dtype float32, or delete the last checkpoints "
+                        "to go on from an earlier one")
+    return False
 
 
 def fsync(path):
