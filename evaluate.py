@@ -6,7 +6,7 @@
 decoder: PSNR, SSIM, LPIPS and a Frechet distance of reconstructions of unseen pictures, a row a
 source and one for all. FD-enc is taken in the features of a frozen encoder (--features), not of
 Inception: it is no rFID, and compares only with another FD-enc in the same features on as many
-pictures.
+pictures. --inception PATH adds the Frechet distance of the field, rFID, in features of InceptionV3.
 """
 import argparse
 import json
@@ -56,22 +56,24 @@ def psnr(a, b):
     return -10 * (round8(a) - round8(b)).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
 
 
-def ssim(a, b, window=11, sigma=1.5, k1=0.01, k2=0.03):
-    """[B,3,H,W] in [0,1], sides >= 11 -> [B] (Wang et al. 2004; torchmetrics' definition).
-
-    Gaussian window, at the positions where it lies inside the picture; mean over them and channels.
-    """
+def ssim_map(a, b, window=11, sigma=1.5, k1=0.01, k2=0.03):
+    """[B,3,H,W] in [0,1], sides >= 6 -> [B,3,H,W] (Wang et al. 2004): Gaussian window, pictures
+    mirrored at the border."""
     x = torch.arange(window, device=a.device, dtype=torch.float64) - window // 2
     g = torch.exp(-x.square() / (2 * sigma ** 2))
     kernel = torch.outer(g, g) / g.sum() ** 2                               # [11,11]
     kernel = kernel.to(a.dtype).expand(a.shape[1], 1, -1, -1)
 
     def blur(y):
-        return F.conv2d(y, kernel, groups=y.shape[1])                       # [B,3,H-10,W-10]
+        return F.conv2d(F.pad(y, [window // 2] * 4, "reflect"), kernel, groups=y.shape[1])
     c1, c2, ma, mb = k1 ** 2, k2 ** 2, blur(a), blur(b)
     va, vb, cov = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
-    value = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
-    return value.mean(dim=(1, 2, 3))
+    return (2 * ma * mb + c1) * (2 * cov + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
+
+
+def ssim(a, b):
+    """[B,3,H,W] in [0,1] -> [B], the map's mean over space and channels (torchmetrics 1.x)."""
+    return ssim_map(a, b).mean(dim=(1, 2, 3))
 
 
 def frechet(a, b):
@@ -121,14 +123,32 @@ def load_codec(args, devices):
     return lambda x: decoder(decoder.normalise(encoder(x))), resolution, features, tiny
 
 
+def load_inception(path, devices):
+    """--inception -> f: [B,3,H,W] in [0,1] -> [B,2048], torch-fidelity's `inception-v3-compat` (the
+    TensorFlow network of FID, its resizing included). Raises UserError."""
+    path, = weights.locate([("InceptionV3", path, "--inception")])
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise UserError(f"--inception {path} needs torch-fidelity ({error}): pip install "
+                        "torch-fidelity, or leave the flag out")
+    weights.read_weights(path, "--inception")           # tensors alone: theirs would run code
+    with weights.user_errors(f"--inception {path}"):
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
+    net.to(devices.device).eval()
+    return lambda x: net((x * 255).round().byte())[0]
+
+
 @torch.no_grad()
-def measure(reconstruct, images, features, vgg):
+def measure(reconstruct, images, features, vgg, inception=None):
     """Batches of pictures -> {metric: tensor}: psnr, ssim, lpips [n] and the features of both."""
     rows = {}
     for x in images:
         x_hat = round8(reconstruct(x))
         row = dict(psnr=psnr(x_hat, x), ssim=ssim(x_hat, x), real=features(x).mean(1),  # [B,C]
                    fake=features(x_hat).mean(1))
+        if inception:
+            row.update(real_inception=inception(x), fake_inception=inception(x_hat))    # [B,2048]
         if vgg:
             row["lpips"] = vgg.lpips(vgg.maps(x_hat), vgg.maps(x))
         for k, v in row.items():
@@ -141,7 +161,9 @@ def summary(rows):
     return dict(images=len(rows["psnr"]), psnr=rows["psnr"].mean().item(),
                 ssim=rows["ssim"].mean().item(),
                 lpips=rows["lpips"].mean().item() if "lpips" in rows else None,
-                fd_enc=frechet(rows["real"], rows["fake"]))
+                fd_enc=frechet(rows["real"], rows["fake"]),
+                rfid=frechet(rows["real_inception"], rows["fake_inception"])
+                if "real_inception" in rows else None)
 
 
 def decoder(args):
@@ -151,6 +173,7 @@ def decoder(args):
     for spec in args.data:                              # bad data is said before weights are read
         name = data.parse_spec(spec)[0]
         mixtures[name] = data.Mixture([spec], 64, args.seed, crop="center", text=False)
+    inception = load_inception(args.inception, devices) if args.inception else None
     reconstruct, resolution, features, tiny = load_codec(args, devices)
     vgg, note = None, "left out (--no-lpips)"
     if args.lpips and tiny and not args.vgg and not TINY_VGG.is_file():
@@ -161,6 +184,7 @@ def decoder(args):
         note = str(paths[0]) + SMALL * (vgg.width < 1)
     print(f"reconstructions by {args.run}, {resolution} px, on {devices}\nLPIPS net: {note}\n")
     header = f"{'source':<28}{'images':>8}{'PSNR dB':>9}{'SSIM':>8}{'LPIPS':>8}{'FD-enc':>10}"
+    header += f"{'rFID':>10}" if inception else ""
     print(header)
     results, everything = {}, {}
 
@@ -168,11 +192,12 @@ def decoder(args):
         r = results[name] = summary(rows)
         lpips = "-" if r["lpips"] is None else f"{r['lpips']:.4f}"
         print(f"{name[-27:]:<28}{r['images']:>8}{r['psnr']:>9.2f}{r['ssim']:>8.4f}{lpips:>8}"
-              f"{r['fd_enc']:>10.4f}", flush=True)
+              f"{r['fd_enc']:>10.4f}" + (f"{r['rfid']:>10.4f}" if inception else ""), flush=True)
     for name, mixture in mixtures.items():
         mixture.resolution = resolution
         count = min(args.count, mixture.size(0) or args.count)
-        rows = measure(reconstruct, pictures(mixture, count, devices, args.batch), features, vgg)
+        rows = measure(reconstruct, pictures(mixture, count, devices, args.batch), features, vgg,
+                       inception)
         for k, v in rows.items():
             everything.setdefault(k, []).append(v)
         show(name, rows)
@@ -194,6 +219,8 @@ def main():
     q.add_argument("--features", help="encoder whose features FD-enc uses (default: the decoder's)")
     q.add_argument("--vgg", help="torchvision's VGG16 (tiny: assets/tiny/vgg.safetensors)")
     q.add_argument("--lpips-weights", help="LPIPS v0.1 lin0..4, where --vgg's file lacks them")
+    q.add_argument("--inception", help="InceptionV3 of torch-fidelity "
+                   "(pt_inception-2015-12-05-6726825d.pth): adds rFID")
     q.add_argument("--lpips", action=argparse.BooleanOptionalAction, default=True)
     q.add_argument("--data", nargs="+", metavar="SOURCE",
                    default=["builtin:web", "builtin:synthetic", "builtin:text"])

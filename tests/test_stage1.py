@@ -396,16 +396,32 @@ def test_psnr_and_ssim():
     dx, dy = x - mx, y - my
     vx, vy, cov = (w * dx ** 2).sum(), (w * dy ** 2).sum(), (w * dx * dy).sum()
     want = (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
-    assert evaluate.ssim(x, y).item() == pytest.approx(want.item(), rel=1e-9)
+    assert evaluate.ssim_map(x, y)[0, 0, 5, 5].item() == pytest.approx(want.item(), rel=1e-9)
 
 
-def test_ssim_and_lpips_against_torchmetrics():
+def test_psnr_and_ssim_against_torchmetrics():
+    """LPIPS has its golden file, tests/golden/lpips.safetensors."""
     image = pytest.importorskip("torchmetrics.functional.image")
     g = torch.Generator().manual_seed(1)
-    a = torch.rand(3, 3, 40, 48, generator=g)
-    b = (a + 0.1 * torch.randn(a.shape, generator=g)).clamp(0, 1)
+    a = evaluate.round8(torch.rand(3, 3, 40, 48, generator=g))
+    b = evaluate.round8((a + 0.1 * torch.randn(a.shape, generator=g)).clamp(0, 1))
     want = image.structural_similarity_index_measure(a, b, data_range=1.0)
     assert evaluate.ssim(a, b).mean().item() == pytest.approx(want.item(), abs=1e-4)
+    want = image.peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    assert torch.allclose(evaluate.psnr(a, b), want, atol=1e-4)
+
+
+def test_ssim_against_scikit_image():
+    """Its gaussian_weights form, at the positions where the window lies inside the picture."""
+    metrics = pytest.importorskip("skimage.metrics")
+    g = torch.Generator().manual_seed(2)
+    a = torch.rand(3, 40, 48, generator=g)
+    b = (a + 0.1 * torch.randn(a.shape, generator=g)).clamp(0, 1)
+    _, where = metrics.structural_similarity(
+        a.numpy(), b.numpy(), data_range=1.0, channel_axis=0, gaussian_weights=True, sigma=1.5,
+        use_sample_covariance=False, full=True)
+    found = evaluate.ssim_map(a[None], b[None])[0]
+    assert torch.allclose(found[:, 5:-5, 5:-5], torch.from_numpy(where[:, 5:-5, 5:-5]), atol=1e-4)
 
 
 def test_frechet_distance():
@@ -442,6 +458,22 @@ def test_evaluate_decoder(nets, gan_run, capsys):
 
 
 # ---- planning ----
+
+def test_rfid(nets, gan_run, tmp_path, capsys, monkeypatch):
+    """Random Inception weights: equal pictures have distance 0, reconstructions do not."""
+    fid = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    with monkeypatch.context() as m:
+        m.setattr(fid, "load_state_dict_from_url", lambda *_, **__: {})
+        m.setattr(fid.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        net = fid.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.save(net.state_dict(), tmp_path / "inception.pth")
+    f = evaluate.load_inception(tmp_path / "inception.pth", DEVICES)
+    x = torch.rand(3, 3, 64, 64)
+    assert f(x).shape == (3, 2048) and torch.equal(f(x), f(evaluate.round8(x)))
+    call(evaluate, "decoder", "--run", gan_run, "--data", "builtin:web", "--count", "4", *nets[:2],
+         "--inception", tmp_path / "inception.pth")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rfid"] > 0
+
 
 def test_dry_run_of_the_paper_s_decoder(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
