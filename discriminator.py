@@ -286,7 +286,8 @@ def load_strict(module, state, what):
 def load_discriminator(path, config=None, seed=0):
     """From a DINO trunk file (new heads) or a whole discriminator's; .safetensors, .pt, .pth.
 
-    config: None takes the one in a safetensors file's metadata, else DINO ViT-S/16. The k bias of every qkv is set to zero, as in the RAE code; softmax does not see it.
+    config: None takes the one in a safetensors file's metadata, else DINO ViT-S/16. The k bias of
+    every qkv is set to zero, as in the RAE code; softmax does not see it.
     Raises FileNotFoundError, or ValueError naming the keys that do not fit.
     """
     if not Path(path).is_file():
