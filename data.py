@@ -25,10 +25,12 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tarfile
 import textwrap
+import zlib
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -594,11 +596,12 @@ def drawing(text: str, rand) -> list:
 
 
 def builtin_record(source: str, seed: int, i: int, resolution: int) -> dict:
-    """Record i of a built-in source; see Mixture for the keys."""
+    """Record i of a built-in source; see Mixture for the keys. resolution 0: no picture."""
     s = scene(source, seed, i)
     i = i % (BUILTIN[source] or i + 1)
     rand = generator("text", source, seed, i)
-    out = {"key": f"{source}/{i}", "task": "t2i", "image": render(s, resolution), "scene": s}
+    out = {"key": f"{source}/{i}", "task": "t2i", "scene": s,
+           "image": render(s, resolution) if resolution else None}
     if source == "builtin:qa":
         more = itertools.count(1)
         other = lambda: scene(source, seed, i + 1000 * next(more))
@@ -614,7 +617,8 @@ def builtin_record(source: str, seed: int, i: int, resolution: int) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------
-# The user's files. A source has a length, key(j) and read(j) -> (bytes of the image, its fields)
+# The user's files. A source has a length, key(j), read(j) -> (bytes of the image, its fields), and
+# parts(), the files it is made of
 # ------------------------------------------------------------------------------------------------
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
@@ -674,6 +678,9 @@ class Folder:
     def __len__(self):
         return len(self.entries)
 
+    def parts(self):
+        return [self.key(j) for j in range(len(self))]
+
     def key(self, j):
         return os.path.join(self.path, self.entries[j][0])
 
@@ -705,6 +712,16 @@ class JsonLines:
 
     def __len__(self):
         return len(self.rows)
+
+    def parts(self):
+        out = [self.path]
+        for j in range(len(self)):
+            try:
+                fields = json.loads(read_bytes(self.path, *self.rows[j, 1:].tolist()))
+                out.append(os.path.join(os.path.dirname(self.path), fields["image"]))
+            except CORRUPT:
+                pass
+        return out
 
     def key(self, j):
         return f"{self.path}:{self.rows[j, 0]}"
@@ -751,6 +768,9 @@ class Tars:
 
     def __len__(self):
         return len(self.rows)
+
+    def parts(self):
+        return self.paths
 
     def member(self, j, column):
         offset, size = self.rows[j, column:column + 2].tolist()
@@ -814,7 +834,8 @@ def load_image(data: bytes, resolution: int, crop: str, rand) -> np.ndarray:
 
 
 def file_record(source, j: int, resolution: int, crop: str, text: bool, rand) -> dict:
-    """Record j of the user's files. Raises one of CORRUPT when it is broken."""
+    """Record j of the user's files. Raises one of CORRUPT when it is broken. resolution 0: no
+    picture."""
     data, fields = source.read(j)
     words = fields.get("caption") or fields.get("prompt") or fields.get("text")
     talk = fields.get("conversations")
@@ -827,7 +848,8 @@ def file_record(source, j: int, resolution: int, crop: str, text: bool, rand) ->
     else:
         drawn, talk = True, drawing(words, rand) if words else []
     out = {"key": source.key(j), "task": "t2i" if drawn else "qa", "caption": words, "scene": None,
-           "image": load_image(data, resolution, crop, rand), "conversations": talk}
+           "image": load_image(data, resolution, crop, rand) if resolution else None,
+           "conversations": talk}
     return {**out, "question": fields["question"]} if "question" in fields else out
 
 
@@ -893,6 +915,7 @@ class Mixture:
             raise DataError(f"--data {specs} at {resolution} pixels; expected one source or more, "
                             "such as builtin:web, and a positive resolution")
         self.resolution, self.seed, self.crop, self.text = resolution, seed, crop, text
+        self.latents = None                               # one Latents a source; see `cache_latents`
         self.names, weights = zip(*map(parse_spec, specs))
         self.weights = [w / sum(weights) for w in weights]
         for name, weight in zip(self.names, self.weights):
@@ -935,16 +958,21 @@ class Mixture:
         s, k = self.plan[slot]
         i, name, files = block * self.counts[s] + k, self.names[s], self.files[s]
         size = self.size(s)
+        pixels = 0 if self.latents else self.resolution
         if files is None:
             j = shuffled(size, i, self.seed, name) if size else i
-            record = builtin_record(name, self.seed, j, self.resolution)
+            record = builtin_record(name, self.seed, j, pixels)
+            if self.latents:
+                record["latent"] = self.latents[s].read(j)
             return {"n": n, "source": name, **record, "skipped": []}
         skipped = []
         for attempt in range(20):
             j = i if files.in_order and i < size else shuffled(size, i, self.seed, name)
             rand = generator("sample", self.seed, n, attempt)
             try:
-                record = file_record(files, j, self.resolution, self.crop, self.text, rand)
+                record = file_record(files, j, pixels, self.crop, self.text, rand)
+                if self.latents:
+                    record["latent"] = self.latents[s].read(j)
                 return {"n": n, "source": name, **record, "skipped": skipped}
             except CORRUPT as e:
                 skipped.append((files.key(j), reason(e)))
@@ -972,6 +1000,114 @@ class SkipCounter:
                             "or leave the source out of --data")
 
 
+class Latents:
+    """What the frozen networks make of every picture of one finite source, on disk: float32
+    [size, N, F] in latents.npy, a CRC of every record and the broken ones in meta.json. Raises
+    DataError where the files are damaged."""
+
+    def __init__(self, folder: str):
+        self.path = os.path.join(folder, "latents.npy")
+        try:
+            meta = json.loads(read_bytes(os.path.join(folder, "meta.json")))
+            self.crcs, self.broken = meta["crcs"], {int(j): r for j, r in meta["broken"].items()}
+            self.array = np.load(self.path, mmap_mode="r")
+            if len(self.crcs) != len(self.array):
+                raise ValueError(f"{len(self.crcs)} sums for {len(self.array)} records")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise DataError(f"{folder}: a damaged cache of latents ({e})") from None
+
+    def read(self, j: int) -> np.ndarray:
+        """[N, F] of record j. A broken record raises as its picture did."""
+        if j in self.broken:
+            raise ValueError(self.broken[j])
+        latent = np.array(self.array[j])
+        if zlib.crc32(latent) != self.crcs[j]:
+            raise DataError(f"--cache-latents: record {j} of {self.path} is damaged; delete that "
+                            "folder, and it is made again")
+        return latent
+
+
+class Pictures:
+    """The pictures of one source as a dataset: [j] -> uint8 [R, R, 3], or why it has none."""
+
+    def __init__(self, mixture: Mixture, s: int):
+        self.mixture, self.s = mixture, s
+
+    def __getitem__(self, j: int):
+        m, files = self.mixture, self.mixture.files[self.s]
+        if files is None:
+            return builtin_record(m.names[self.s], m.seed, j, m.resolution)["image"]
+        try:                                              # a squash draws nothing at random
+            return file_record(files, j, m.resolution, "squash", m.text, generator())["image"]
+        except CORRUPT as e:
+            return reason(e)
+
+
+def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, workers: int,
+                  write: bool = True, wait=lambda: None):
+    """Give `mixture` the latents of its sources instead of pictures, from `folder`; made first where
+    they are not there or damaged.
+
+    encode: uint8 [B,R,R,3] -> float32 [B,N,F]. what: names encode, up to its weights; a source's
+    subfolder is a hash of it, the resolution, and the names, sizes and times of the source's files.
+    Of several processes one is to `write`, the others wait(). The texts are not kept: they cost 1 %
+    of a picture, and their form changes from epoch to epoch. Raises DataError.
+    """
+    mixture.latents, found = None, []
+    for s, name in enumerate(mixture.names):
+        if mixture.size(s) is None:
+            raise DataError(f"--cache-latents: {name} is endless; give finite sources to --data")
+        parts = mixture.files[s].parts() if mixture.files[s] else [__file__, SPRITES]
+        stats = [(p, os.stat(p)) for p in parts if os.path.exists(p)]
+        state = [(p, stat.st_size, stat.st_mtime_ns) for p, stat in stats]
+        key = f"{hash64(what, name, mixture.resolution, mixture.size(s), state):016x}"
+        place = os.path.join(folder, key)
+        try:
+            if write:
+                found.append(Latents(place))
+        except DataError as e:
+            print(f"{e}; making it again" if os.path.exists(place) else f"{name}: encoding "
+                  f"{mixture.size(s)} pictures once, into {place}", file=sys.stderr)
+            try:
+                write_latents(Pictures(mixture, s), mixture.size(s), place, encode, batch, workers)
+            except OSError as e:
+                raise DataError(f"--cache-latents {folder}: cannot write: {e}") from None
+            found.append(Latents(place))
+        wait()
+        if not write:
+            found.append(Latents(place))
+    mixture.latents = found
+
+
+def write_latents(pictures, size: int, place: str, encode, batch: int, workers: int):
+    """Encode them all into `place`, under another name until it is whole."""
+    from torch.utils.data import DataLoader
+    temporary, array, crcs, broken = place + ".writing", None, [], {}
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    groups = [range(k, min(k + batch, size)) for k in range(0, size, batch)]
+    for group, rows in zip(groups, DataLoader(pictures, batch_sampler=groups, collate_fn=list,
+                                              num_workers=workers, worker_init_fn=start_worker)):
+        broken.update({j: r for j, r in zip(group, rows) if isinstance(r, str)})
+        blank = np.zeros((pictures.mixture.resolution,) * 2 + (3,), np.uint8)
+        rows = [blank if isinstance(r, str) else r for r in rows]
+        rows += [blank] * (batch - len(rows))             # one shape: compiled once
+        latents = encode(np.stack(rows))[:len(group)]
+        if array is None:
+            need, free = 4 * size * latents[0].size, shutil.disk_usage(temporary).free
+            if need > free:
+                raise OSError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+            array = np.lib.format.open_memmap(os.path.join(temporary, "latents.npy"), "w+",
+                                              np.float32, (size, *latents.shape[1:]))
+        array[group.start:group.stop] = latents
+        crcs += [zlib.crc32(np.ascontiguousarray(row)) for row in array[group.start:group.stop]]
+    array.flush()
+    with open(os.path.join(temporary, "meta.json"), "w") as f:
+        json.dump({"crcs": crcs, "broken": broken}, f)
+    shutil.rmtree(place, ignore_errors=True)
+    os.rename(temporary, place)
+
+
 def start_worker(_):
     import torch
     torch.set_num_threads(1)
@@ -990,8 +1126,17 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
                         "--micro-batch")
     share = batch // world
     batches = (range(n, n + share) for n in itertools.count(start + rank * share, batch))
-    return iter(DataLoader(mixture, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                           worker_init_fn=start_worker, prefetch_factor=4 if workers else None))
+    started = iter(DataLoader(mixture, batch_sampler=batches, collate_fn=collate,
+                              num_workers=workers, worker_init_fn=start_worker,
+                              prefetch_factor=4 if workers else None))
+
+    def one_line():                                       # a worker's error comes with its traceback
+        try:
+            yield from started
+        except DataError as e:
+            line = str(e).strip().splitlines()[-1]
+            raise DataError(line.removeprefix("data.DataError: ")) from None
+    return one_line()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@
     cond = LLM(chat(prompt), queries) at the queries        [B,N,Z]
     x_t  = (1-t) z + t eps;   v = DiT(x_t, t, cond)
     loss = CE(text) + 2 |v - (eps - z)|^2                   paper sections 2.2, 3.1, appendix B
+
+Finetuning: python train_dit.py --init runs/dit-tiny --out runs/hq --data builtin:hq --epochs 4
+    --lr 5.66e-4 --lr-llm 5.66e-5 --warmup 0.03 --cache-latents
 """
 import argparse
 import itertools
@@ -26,6 +29,7 @@ import flow
 import parallel
 import run as runs
 import text_model as text
+import vae as vaes
 import weights
 from parallel import UserError
 from sample import direct_condition, generate
@@ -55,14 +59,24 @@ def arguments():
                    "instead of --steps (finetuning)")
     p.add_argument("--export", action="store_true",
                    help="write final/ from the latest checkpoint of an unfinished run, and stop")
-    p.add_argument("--overfit", action="store_true", help="train on the first batch only: a check")
+    p.add_argument("--overfit", action="store_true",
+                   help="train on the first batch only: a check. tiny, fp32, --batch 8 --steps 150 "
+                   "--lr 3e-3: the loss falls from 9 to below OVERFIT")
+    p.add_argument("--cache-latents", nargs="?", const="runs/latents", metavar="DIR",
+                   help="encode finite --data once, onto disk (for small sets: 1.2 MB an image of "
+                   "256 x 1152)")
     g = p.add_argument_group("model")
     g.add_argument("--size", default="tiny", metavar="|".join(dits.SIZES),
                    help="of the DiT; the paper's spellings (2.4B, 9.8B, ...) work too")
-    g.add_argument("--latent", choices=["siglip2", "webssl"], default="siglip2")
+    g.add_argument("--latent", choices=["siglip2", "webssl", "vae"], default="siglip2",
+                   help="vae: the baseline, FLUX's latent; siglip2 stays for understanding")
     g.add_argument("--encoder", help="file, folder or hub id of the frozen encoder")
+    g.add_argument("--layers", type=runs.positive(), default=1,
+                   help="the latent sums the encoder's last K blocks (needs a decoder for that)")
     g.add_argument("--decoder", help="file, folder or hub id of the decoder (sample grids)")
-    g.add_argument("--llm", help="Qwen2.5 folder or hub id; tiny: a folder with a tokenizer")
+    g.add_argument("--vae", help="file, folder, run or hub id of the VAE of --latent vae")
+    g.add_argument("--llm", help="Qwen2.5 folder or hub id; tiny: a folder with a tokenizer; "
+                   "random: random weights, for timing")
     g.add_argument("--random-init", action="store_true",
                    help="random LLM and encoder of the real shapes: timing only (says so)")
     g.add_argument("--freeze", choices=["llm"], help="train only DiT, its projector and the queries")
@@ -76,6 +90,10 @@ def arguments():
     g.add_argument("--diffusion-weight", type=runs.positive(float, zero=True), default=2.0)
     g.add_argument("--cond-drop", type=runs.positive(float, zero=True), default=0.1,
                    help="share of images that train the null condition")
+    g.add_argument("--repa", type=runs.positive(), default=0, metavar="LAYER",
+                   help="align the tokens after this DiT block with the encoder's features")
+    g.add_argument("--repa-weight", type=runs.positive(float), default=0.5,
+                   help="of that term, relative to the flow loss")
     g = p.add_argument_group("optimizer")
     g.add_argument("--lr", type=runs.positive(float), help="DiT and its projector")
     g.add_argument("--lr-llm", type=runs.positive(float), help="LLM, queries, mm_projector")
@@ -103,6 +121,19 @@ def arguments():
                         "or builtin:web")
     if bool(args.head_width) != bool(args.head_depth):
         raise UserError("--head-width and --head-depth go together (the paper's are 2688 and 2)")
+    if args.repa > dits.SIZES[args.size].depth:
+        raise UserError(f"--repa {args.repa}: --size {args.size} has "
+                        f"{dits.SIZES[args.size].depth} blocks")
+    if args.vae and args.latent != "vae":
+        raise UserError(f"--vae {args.vae} is for --latent vae, not --latent {args.latent}")
+    if args.layers > 1 and args.latent == "vae":
+        raise UserError(f"--layers {args.layers}: not with --latent vae, whose latent is the VAE's")
+    if not 0 <= args.cond_drop < 1 or not 0 <= args.ema < 1 or args.warmup > 1:
+        raise UserError(f"--cond-drop {args.cond_drop}, --ema {args.ema}, --warmup {args.warmup}: "
+                        "expected shares, below 1")
+    for flag, betas in (("--betas", args.betas), ("--betas-llm", args.betas_llm)):
+        if not all(0 <= b < 1 for b in betas):
+            raise UserError(f"{flag} {betas[0]} {betas[1]}: expected two numbers from 0 to below 1")
     args.out = args.out or Path(f"runs/dit-{args.size}")
     return args
 
@@ -127,14 +158,14 @@ def shift_of(args, tokens, channels):
 class Collate:
     """Records -> one batch; runs in the loader's worker.
 
-    images uint8 [B,3,S,S]; ids, labels [B,L]; start, answer [B]; and per image, drawn from
-    (seed, sample number) so that neither mesh nor micro-batch changes them: normal [B] (of the
-    time), eps [B,N,C], drop [B].
+    images uint8 [B,3,S,S] (or, cached, latent [B,N,F]); ids, labels [B,L]; start, answer [B]; and
+    per image, drawn from (seed, sample number) so that neither mesh nor micro-batch changes them:
+    normal [B] (of the time), eps [B,N,C], drop [B], and for a VAE posterior [B,N,C].
     """
 
-    def __init__(self, tokenizer, tokens, channels, seed, cond_drop, limit=1024):
+    def __init__(self, tokenizer, tokens, channels, seed, cond_drop, posterior=False, limit=1024):
         self.tokenizer, self.tokens, self.channels = tokenizer, tokens, channels
-        self.seed, self.cond_drop, self.limit = seed, cond_drop, limit
+        self.seed, self.cond_drop, self.posterior, self.limit = seed, cond_drop, posterior, limit
 
     def __call__(self, records):
         rows, skipped = [], [s for r in records for s in r["skipped"]]
@@ -148,32 +179,54 @@ class Collate:
         ids, labels, start, answer = text.pad_batch(rows, pad)
         draws = [torch.Generator().manual_seed(self.seed * 1_000_003 + r["n"]) for r in records]
         shape = (self.tokens, self.channels)
-        return {
-            "images": torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records]),
-            "ids": ids, "labels": labels, "start": start, "answer": answer,
+        if "latent" in records[0]:
+            seen = {"latent": torch.stack([torch.from_numpy(r["latent"]) for r in records])}
+        else:
+            seen = {"images": torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1)
+                                           for r in records])}
+        batch = {
+            **seen, "ids": ids, "labels": labels, "start": start, "answer": answer,
             "normal": torch.stack([torch.randn((), generator=g) for g in draws]),
             "drop": torch.stack([torch.rand((), generator=g) < self.cond_drop for g in draws]),
             "eps": torch.stack([torch.randn(shape, generator=g) for g in draws]),
             "keys": [r["key"] for r in records], "skipped": skipped}
+        if self.posterior:                              # last, so that the other draws are the same
+            batch["posterior"] = torch.stack([torch.randn(shape, generator=g) for g in draws])
+        return batch
 
 
 class ScaleRAE(nn.Module):
-    """The two networks that are trained, and the loss of a batch."""
+    """The two networks that are trained, and the loss of a batch.
 
-    def __init__(self, llm, dit, alpha):
+    repa: a DiT block whose tokens a projector (three Linears, left out of exports) aligns with the
+    `channels` features of the frozen encoder (REPA, arXiv 2410.06940, equation 8). It gives a VAE's
+    latent the semantics that the RAE's has by itself; there it aligns with the clean latent.
+    """
+
+    def __init__(self, llm, dit, alpha, repa=0, channels=0):
         super().__init__()
         self.llm, self.dit, self.alpha = llm, dit, alpha
+        if repa:
+            D, hidden = dit.width, min(2048, 4 * dit.width)                 # 2048: REPA's
+            self.repa = nn.Sequential(dits.Linear(D, hidden), nn.SiLU(),
+                                      dits.Linear(hidden, hidden), nn.SiLU(),
+                                      dits.Linear(hidden, channels))
+            dit.dit_blocks[repa - 1].register_forward_hook(self.keep)
 
-    def forward(self, z, batch):
-        """Latents z [B,N,C] and a batch of `Collate` -> cross-entropy summed over the labelled
-        tokens; flow loss of each image [B], zero for those that are not answers; times t [B]; the
+    def keep(self, block, inputs, tokens):
+        self.tokens = tokens                                                # [B,N,D]
+
+    def forward(self, z, u, batch):
+        """Latents z [B,N,C], what the LLM sees of the images u [B,N,C'] (the same, but for a VAE)
+        and a batch of `Collate` -> cross-entropy summed over the labelled tokens; flow loss and 1 -
+        cosine of REPA of each image [B], zero for those that are not answers; times t [B]; the
         spread of the condition.
 
         Images in questions pass through the DiT too and count zero: one graph for every batch.
         The spread is the standard deviation of the condition across the batch over its rms; near 0
         the text is not heard.
         """
-        h = self.llm(self.llm.embed(batch["ids"], batch["start"], batch["answer"], z))  # [B,L,H]
+        h = self.llm(self.llm.embed(batch["ids"], batch["start"], batch["answer"], u))  # [B,L,H]
         ce = self.llm.text_loss(h, batch["labels"])
         cond = self.llm.condition(h, batch["start"])                        # [B,N,Z]
         t = flow.sample_time(batch["normal"], self.alpha)                   # [B]
@@ -181,10 +234,14 @@ class ScaleRAE(nn.Module):
         v = self.dit(x_t, t, cond, batch["drop"])
         mask = batch["answer"].float()
         mse = flow.flow_loss(v, z, batch["eps"]) * mask                     # [B]
+        apart = None
+        if hasattr(self, "repa"):
+            y = self.repa(self.tokens).float()                              # [B,N,C']
+            apart = (1 - F.cosine_similarity(y, u, dim=-1).mean(1)) * mask
         w, c = mask[:, None, None], cond.detach().float()
         mean = (c * w).sum(0, keepdim=True) / w.sum().clamp(min=1)
         spread = (((c - mean).square() * w).sum() / (c.square() * w).sum().clamp(min=1e-12)).sqrt()
-        return ce, mse, t, spread
+        return ce, mse, apart, t, spread
 
 
 def buckets(t, each, answer):
@@ -255,44 +312,70 @@ def main():
     # --------------------------------------------------------------------------------------------
     size, tiny = dits.SIZES[args.size], args.size == "tiny"
     planned = not tiny and (args.dry_run or args.random_init)   # shapes only: no files are needed
+    random, own = args.llm == "random", False           # own: the LLM comes with --init
+    files, decoder, vae, init = {}, None, None, {}
+    source, llm_config = args.llm or size.llm, text.QWEN_7B if "7B" in size.llm else text.QWEN_1_5B
+    if args.init:
+        path = weights.final_of(*weights.locate([("weights", args.init, "--init")]))
+        init, config = weights.read_weights(path, "--init")
+        own = not args.llm and "diffusion_model_channels" in config
+        if own:
+            llm_config = weights.stage2_config(config, init, f"--init {args.init}")
+            source = path if path.is_dir() else path.parent
+    if random or source == "tiny":
+        source = weights.ASSETS
     if planned:
-        files = {}
-        config = encoders.SO400M if args.latent == "siglip2" else encoders.WEBSSL_300M
+        kind = encoders.WEBSSL_300M if args.latent == "webssl" else encoders.SO400M
+        torch.manual_seed(args.seed)                    # the same random networks at every start
         with torch.device("meta" if args.dry_run else devices.device):
-            encoder, decoder = encoders.build_encoder(config, dtype=devices.dtype), None
-        llm_config = text.QWEN_7B if "7B" in size.llm else text.QWEN_1_5B
+            encoder = encoders.build_encoder(kind, args.layers, devices.dtype)
+            vae = vaes.VAE() if args.latent == "vae" else None
         tokenizer = text.load_tokenizer(weights.ASSETS)
     else:
-        files = weights.find_parts(args, tiny, size.llm)
-        encoder = weights.load_encoder(files["encoder"], devices)
-        decoder = weights.load_decoder(files["decoder"], devices, encoder.channels, encoder.mean,
-                                       encoder.std)
-        tokenizer = text.load_tokenizer(files["llm"])
-        llm_config = dict(text.TINY, vocab_size=tokenizer.get_vocab_size())
-    N, C = encoder.tokens, encoder.channels
+        files = weights.find_parts(args, tiny, source)
+        encoder = weights.load_encoder(files["encoder"], devices, args.layers)
+        if isinstance(encoder, encoders.DINOv2) != (args.latent == "webssl"):
+            raise UserError(f"--encoder {args.encoder} is a {type(encoder).__name__}, --latent is "
+                            f"{args.latent}; expected webssl with a DINOv2, else a SigLIP-2")
+        if args.latent == "vae":
+            vae = weights.load_vae(files["vae"], devices)
+        else:
+            decoder = weights.load_decoder(files["decoder"], devices, encoder.channels,
+                                           encoder.mean, encoder.std, args.layers)
+        with weights.user_errors(f"--llm {files['llm']}"):
+            tokenizer = text.load_tokenizer(files["llm"])
+        if tiny and not own:
+            llm_config = dict(text.TINY, vocab_size=tokenizer.get_vocab_size())
+    N, C = encoder.tokens, vae.channels if vae else encoder.channels
+    decode = vae.decode if vae else decoder
+    resolution = encoder.grid * vae.stride if vae else encoder.image_size
     alpha = shift_of(args, N, C)
     if size.width <= C and not args.allow_narrow:
         raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the latent's "
                         f"{C} channels. Noise fills all C dimensions of a token, so a narrower DiT "
                         "cannot even copy it (paper appendix B). Take a larger --size, or override "
                         "with --allow-narrow")
-    with torch.device("meta" if planned and args.dry_run else "cpu"):
-        if tiny or planned:
-            llm = text.TextModel(llm_config, N, C, size.width, devices.dtype)
+    scratch = tiny or planned or random or own
+    with torch.device("meta" if args.dry_run and planned else "cpu"):
+        if scratch:
+            llm = text.TextModel(llm_config, N, encoder.channels, size.width, devices.dtype)
         else:
-            llm = weights.load_llm(files["llm"], tokenizer, N, C, size.width, devices.dtype)
-        dit = dits.DiT(C, N, size.width, size.depth, size.heads, head_width=args.head_width,
-                       head_depth=args.head_depth, qk_norm=args.qk_norm, dtype=devices.dtype)
+            llm = weights.load_llm(files["llm"], tokenizer, N, encoder.channels, size.width,
+                                   devices.dtype)
+        with weights.user_errors("the DiT"):
+            dit = dits.DiT(C, N, size.width, size.depth, size.heads, head_width=args.head_width,
+                           head_depth=args.head_depth, qk_norm=args.qk_norm, dtype=devices.dtype)
+        model = ScaleRAE(llm, dit, alpha, args.repa, encoder.channels)
     if not args.dry_run:
-        if tiny or planned:
+        if scratch:
             text.init_weights(llm, args.seed)
         else:
             text.init_extras(llm, args.seed)            # what Qwen2 does not have
         dits.init_weights(dit, args.seed)
-    if args.init:
-        state, _ = weights.read_weights(weights.final_of(args.init), "--init")
-        weights.load_model_state(llm, dit, state, f"--init {args.init}")
-    model = ScaleRAE(llm, dit, alpha)
+        if args.repa:
+            dits.init_weights(model.repa, args.seed + 2)
+        if init:
+            weights.load_model_state(llm, dit, init, f"--init {args.init}")
     llm.remat = dit.remat = args.remat == "block"
     if args.freeze:
         llm.requires_grad_(False)
@@ -301,29 +384,55 @@ def main():
     if not args.dry_run:
         parallel.shard(model, devices, [*llm.model.layers, *dit.dit_blocks])
 
+    @torch.no_grad()
+    def encode(images):
+        """uint8 [B,3,S,S] -> what --cache-latents keeps, fp32: z [B,N,C]; for a VAE [mean, log
+        variance, features] [B,N,C+C+C'], as its latent is a draw from the posterior."""
+        x = images.float() / 255
+        u = encoder(x)                                                      # [B,N,C']
+        return torch.cat([*map(vaes.pack, vae.posterior(x)), u], -1) if vae else u
+
+    def latent(f, batch):
+        """`encode`'s [B,N,F] -> z [B,N,C], and what the LLM sees of an image u [B,N,C']: the same
+        thing, or with a VAE, whose latent says little of what is in the picture, a second tower's."""
+        if not vae:
+            return f, f
+        mean, logvar, u = f.split([C, C, encoder.channels], -1)
+        z = mean + (0.5 * logvar).exp() * batch["posterior"]
+        return (z - vae.shift) * vae.scale, u
+
     # --------------------------------------------------------------------------------------------
     # Data
     # --------------------------------------------------------------------------------------------
     if not tiny and (args.dry_run or args.bench):
         args.data = args.data or ["builtin:web"]        # a stand-in, where no pictures are learned
-    mixture = data.Mixture(args.data, encoder.image_size, args.seed)
+    mixture = data.Mixture(args.data, resolution, args.seed)
     if args.epochs:
         try:
             args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
         except TypeError as error:
             raise UserError(f"--epochs {args.epochs}: {error}")
-    collate = Collate(tokenizer, N, C, args.seed, args.cond_drop)
+    collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, vae is not None)
     length = collate([mixture[i] for i in range(16)])["ids"].shape[1]       # a typical L
 
     flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length),
              "encoder": encoder.forward_flops()}
+    if vae:
+        flops["vae"] = vae.forward_flops(resolution, decode=False)
+    if args.cache_latents:
+        flops.update({k: 0 for k in flops if k in ("encoder", "vae")})
     count = lambda m: sum(p.numel() for p in m.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = count(model) - trained + count(encoder) + (count(decoder) if decoder else 0)
+    extra = {"vae (frozen)": count(vae)} if vae else {}
+    if args.repa:
+        extra["repa"] = count(model.repa)
+        flops["repa"] = 6 * N * extra["repa"]
+    frozen = (count(model) - trained + count(encoder) + extra.get("vae (frozen)", 0)
+              + (count(decoder) if decoder else 0))
     activations = (dit.activation_bytes() + llm.activation_bytes(length)) * args.micro_batch
     summary = dict(
         parameters={"dit": count(dit), "llm": count(llm), "encoder (frozen)": count(encoder),
-                    "total": count(dit) + count(llm) + count(encoder)},
+                    **extra, "total": count(dit) + count(llm) + count(encoder) + sum(extra.values())},
         latent=[N, C], alpha=alpha, images_per_step=args.batch,
         train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
         memory_gb_per_device=runs.memory_gb(trained, frozen, activations // devices.count, devices,
@@ -331,6 +440,8 @@ def main():
         device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
         attention=dits.attention_backend(devices.device.type, devices.dtype),
         data=mixture.describe(), frozen={k: str(v) for k, v in files.items()} or "random weights")
+    if random and not planned:
+        summary["frozen"]["llm"] = "random weights"
     if args.dry_run and args.json:
         print(json.dumps(summary))
     elif devices.main:
@@ -342,8 +453,9 @@ def main():
     # Optimizer: one AdamW, two groups (the DiT with its projector; everything else)
     # --------------------------------------------------------------------------------------------
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    head = [p for k, p in named.items() if k.startswith("dit.") or "diff_head" in k]
-    rest = [p for k, p in named.items() if not (k.startswith("dit.") or "diff_head" in k)]
+    of_llm = {k for k in named if k.startswith("llm.") and "diff_head" not in k}
+    head = [p for k, p in named.items() if k not in of_llm]
+    rest = [p for k, p in named.items() if k in of_llm]
     optimizer = parallel.adamw(
         [dict(params=head, lr=args.lr, betas=args.betas),
          dict(params=rest, lr=args.lr_llm, betas=args.betas_llm)],
@@ -358,7 +470,17 @@ def main():
     if args.bench:
         args.steps, args.log_every = args.bench, 1
     run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
+    if args.export and not run.start:
+        raise UserError(f"--export: {run.dir} has no checkpoint")
     run.load(saved)
+    if args.cache_latents:
+        what = [(args.latent, args.layers, str(devices.dtype))]
+        what += [weights.checksum(m) for m in (encoder, vae) if m]
+        data.cache_latents(
+            mixture, args.cache_latents, what, lambda x: encode(parallel.place(
+                {"images": torch.from_numpy(x).permute(0, 3, 1, 2)}, devices)["images"]
+            ).cpu().numpy(), args.micro_batch, args.workers, devices.main,
+            lambda: parallel.total([0], devices))
     accumulate = args.batch // args.micro_batch
     batches = iter(data.loader(mixture, collate, args.micro_batch, run.start * args.batch,
                                args.workers, devices.rank, devices.world))
@@ -375,8 +497,10 @@ def main():
         cond = direct_condition(llm, tokenizer, PROMPTS, devices.device)
         z = generate(dit, cond, noise, alpha, args.sample_steps, args.guidance)
         runs.swap(named, ema)
-        if run.main and decoder is not None:
-            runs.save_grid(decoder(z), run.dir / "samples" / f"step-{step:07d}.png", columns=8)
+        if run.main and decode is not None and not planned:
+            with torch.no_grad():
+                images = decode(z)
+            runs.save_grid(images, run.dir / "samples" / f"step-{step:07d}.png", columns=8)
 
     def check_colours(count):
         """Backgrounds and colours on `count` single shapes that training has not seen."""
@@ -387,7 +511,8 @@ def main():
         cond = direct_condition(llm, tokenizer, map(data.caption, scenes), devices.device)
         z = generate(dit, cond, noise, alpha, args.sample_steps, args.guidance)
         runs.swap(named, ema)
-        back, colour = colour_check(decoder(z), scenes)
+        with torch.no_grad():
+            back, colour = colour_check(decode(z), scenes)
         return dict(background_right=back, colour_right=colour)
 
     # --------------------------------------------------------------------------------------------
@@ -406,19 +531,24 @@ def main():
         for batch in micros:
             skips.update(batch["skipped"], args.micro_batch)
             batch = parallel.place(batch, devices)
-            with torch.no_grad():
-                z = encoder(batch["images"].float() / 255)                  # [B,N,C], fp32
-            ce, each, t, spread = model(z, batch)
+            f = batch["latent"] if args.cache_latents else encode(batch["images"])
+            z, u = latent(f, batch)                                         # [B,N,C], [B,N,C']
+            ce, each, apart, t, spread = model(z, u, batch)
             ce, mse = ce / max(tokens, 1), each.sum() / max(answers, 1)     # means over the batch
+            parts = dict(text=ce, flow=mse)
             loss = ce + args.diffusion_weight * mse
+            if args.repa:
+                parts["repa"] = apart.sum() / max(answers, 1)
+                loss = loss + args.diffusion_weight * args.repa_weight * parts["repa"]
             (loss * devices.world).backward()               # FSDP averages, this loss must add up
             meter.add(args.micro_batch, wait / accumulate, 1 / accumulate,
-                      loss=loss, text=ce, flow=mse, cond_spread=spread / accumulate)
+                      loss=loss, **parts, cond_spread=spread / accumulate)
             by_time += buckets(t, each.detach(), batch["answer"])
         norm = parallel.clip_grad(named.values(), args.clip)
-        runs.check_finite(run, step, norm, optimizer, batch["keys"])
+        keys = [k for b in micros for k in b["keys"]]
+        if runs.check_finite(run, step, norm, optimizer, keys):
+            runs.update_ema(ema, named, args.ema, step)
         optimizer.zero_grad(set_to_none=True)
-        runs.update_ema(ema, named, args.ema, step)
         parallel.step_done(devices)
 
         done = step + 1
@@ -435,15 +565,17 @@ def main():
             by_time = torch.zeros_like(by_time)
             run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor, **values)
         if run.due(done, args.sample_every):
-            run.plot(["loss", "flow", "text", "cond_spread", "background_right", "colour_right"])
+            run.plot(["loss", "flow", "text", "repa", "cond_spread", "background_right", "colour_right"])
         if run.due(done, args.save_every):
             run.save(done, saved)
         if run.stop and done < args.steps:
             return run.say_how_to_resume(done)
     run.finish()
     if not args.bench:
-        tower = weights.TINY_TOWER if tiny and not args.encoder else files["encoder"]
-        config = weights.model_config(llm, dit, tower, alpha)
+        pair = ((weights.TINY_TOWER, weights.TINY_VAE) if tiny else
+                (weights.HUB.get(args.latent, weights.HUB["siglip2"])[0], weights.FLUX_VAE))
+        config = weights.model_config(llm, dit, args.encoder or pair[0], alpha,
+                                      (args.vae or pair[1]) if vae else None, args.layers)
         run.export("model", weights.model_state(llm, dit), config)
         runs.swap(named, ema)
         run.export("ema", weights.model_state(llm, dit), config)

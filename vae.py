@@ -195,6 +195,9 @@ class VAE(nn.Module):
         """tokens [B,N,4c] of a square image -> images [B,3,H,W], about [0,1], not clamped."""
         return (self.decoder(unpack(tokens) / self.scale + self.shift) + 1) / 2
 
+    def forward(self, images):
+        return self.encode(images)                              # as the other frozen encoders
+
     @torch.no_grad()
     def measure(self, batches):
         """Images -> the shift and scale that give the latent mean 0 and variance 1, by their names
@@ -206,11 +209,13 @@ class VAE(nn.Module):
         mean, square = torch.tensor(sums).mean(0).tolist()
         return dict(shift_factor=mean, scaling_factor=(square - mean ** 2) ** -0.5)
 
-    def forward_flops(self, side):
-        """FLOPs to encode and decode one square image, counted by torch on the meta device."""
+    def forward_flops(self, side, decode=True):
+        """FLOPs to encode (and decode) one square image, counted by torch on the meta device."""
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
             twin = VAE(self.config)
-            twin.decode(twin.encode(torch.empty(1, 3, side, side)))
+            z = twin.encode(torch.empty(1, 3, side, side))
+            if decode:
+                twin.decode(z)
         return counter.get_total_flops()
 
     def activation_bytes(self, side):

@@ -5,6 +5,7 @@ it is refused). Every key and shape must fit; what does not is one UserError tha
 each kind. Layout of the released folders: README.md, "Use the released weights".
 """
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -25,6 +26,8 @@ from parallel import UserError
 ASSETS = Path(__file__).parent / "assets" / "tiny"
 TINY_TOWER = "assets/tiny/encoder.safetensors"          # in configs; found beside this file
 TINY_CODEC = (ASSETS / "encoder.safetensors", ASSETS / "decoder.safetensors")
+TINY_VAE = "assets/tiny/vae.safetensors"
+FLUX_VAE = "black-forest-labs/FLUX.1-dev"               # its vae/ folder
 HUB = {"siglip2": ("google/siglip2-so400m-patch14-224", "nyu-visionx/siglip2_decoder"),
        "webssl": ("facebook/webssl-dino300m-full2b-224", "nyu-visionx/webssl300m_decoder")}
 FILES = ("model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
@@ -174,11 +177,13 @@ def locate(wanted):
         looked = f"{name}, {local}"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
             from huggingface_hub import snapshot_download
+            part = ["vae/*"] if what == "vae" else None         # FLUX's other files are 50 GB
             try:
                 try:
-                    paths.append(Path(snapshot_download(name, local_files_only=True)))
+                    found = snapshot_download(name, allow_patterns=part, local_files_only=True)
                 except Exception:                       # not in the cache: ask the network
-                    paths.append(Path(snapshot_download(name)))
+                    found = snapshot_download(name, allow_patterns=part)
+                paths.append(Path(found))
                 continue
             except Exception as error:                  # no network, no such repository, ...
                 looked += f", the hub cache, the hub ({type(error).__name__})"
@@ -197,12 +202,21 @@ def final_of(path, ema=True):
 
 
 def find_parts(args, tiny, llm):
-    """Paths of the frozen networks and tokenizer that train_dit.py needs: flags first, then
-    assets/tiny for the tiny preset, else the published ones. Raises UserError (see locate)."""
-    encoder, decoder = TINY_CODEC if tiny else HUB[args.latent]
+    """Paths of the frozen networks and the tokenizer that train_dit.py needs: flags first, then
+    assets/tiny for the tiny preset, else the published ones; llm: where the language model or its
+    tokenizer is. Raises UserError (see locate)."""
+    if tiny and args.latent == "webssl" and not (args.encoder and args.decoder):
+        raise UserError("--latent webssl: there is no tiny one; give --encoder and --decoder, or a "
+                        "larger --size")
+    encoder, decoder = TINY_CODEC if tiny else HUB.get(args.latent, HUB["siglip2"])
     wanted = [("encoder", args.encoder or encoder, "--encoder"),
-              ("llm", args.llm or (ASSETS if tiny else llm), "--llm"),
+              ("llm", llm, "--llm"),
               ("decoder", args.decoder or decoder, "--decoder")]
+    if args.latent == "vae":                            # it decodes too
+        wanted[2] = ("vae", args.vae or (ASSETS / "vae.safetensors" if tiny else FLUX_VAE), "--vae")
+        if tiny and not args.vae and not wanted[2][1].is_file():
+            raise UserError(f"--latent vae: {wanted[2][1]} is not there; make one with `python "
+                            "train_decoder.py --latent vae`, then give --vae runs/vae-tiny")
     return dict(zip((w[0] for w in wanted), locate(wanted)))
 
 
@@ -239,10 +253,11 @@ def load_encoder(path, devices, layers=1):
     return model.requires_grad_(False).eval().to(devices.device)
 
 
-def load_decoder(path, devices, channels, mean, std):
-    """A decoder in the compute dtype for latents of `channels` channels. mean, std: of the
-    encoder's normalisation, because a published decoder's config does not hold them; nor need its
-    hidden_size and patch_size be right: the weights' win. Raises UserError."""
+def load_decoder(path, devices, channels, mean, std, layers=None):
+    """A decoder in the compute dtype for latents of `channels` channels, which sum `layers` blocks
+    of the encoder (None: do not check). mean, std: of the encoder's normalisation, because a
+    published decoder's config does not hold them; nor need its hidden_size and patch_size be right:
+    the weights' win. Raises UserError."""
     what = f"--decoder {path}"
     state, config = read_weights(final_of(path), "--decoder")
     ends = ("decoder_embed.weight", "decoder_layers.0.intermediate.dense.weight",
@@ -253,6 +268,9 @@ def load_decoder(path, devices, channels, mean, std):
     if embed[1] != channels:
         raise UserError(f"{what} takes latents of {embed[1]} channels, the encoder gives "
                         f"{channels}; give the decoder of this encoder")
+    if layers not in (None, config.get("layers", 1)):
+        raise UserError(f"{what} was trained on latents of --layers {config.get('layers', 1)}, these "
+                        f"are of --layers {layers}; train one: train_decoder.py --layers {layers}")
     found = dict(decoder_hidden_size=embed[0], decoder_intermediate_size=hidden[0],
                  decoder_num_hidden_layers=depth_of(state, "decoder_layers"))
     check_config(config, found, what)
@@ -269,9 +287,19 @@ def load_decoder(path, devices, channels, mean, std):
     return model.requires_grad_(False).eval().to(devices.device)
 
 
+def checksum(model):
+    """A short name of a network's weights, for caches of what it computes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode() + value.detach().cpu().contiguous().view(-1).view(
+            torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_vae(path, devices, flag="--vae"):
-    """FLUX's VAE: ae.safetensors, diffusers' file, or a folder that holds either or vae/."""
-    inside = (Path(path) / "vae", Path(path) / "ae.safetensors", Path(path))
+    """FLUX's VAE: ae.safetensors, diffusers' file, a folder that holds either or vae/, or a run."""
+    path = final_of(path)
+    inside = (path / "vae", path / "ae.safetensors", path)
     with user_errors(flag):
         model = vaes.load_vae(next((p for p in inside if p.exists()), path))
     return model.requires_grad_(False).eval().to(devices.device)
@@ -298,22 +326,31 @@ def load_discriminator(path, devices, config=None, seed=0):
 def load_codec(config, args, devices, encoder=True, decoder=True):
     """The encoder and decoder that belong to a stage-2 config (None for one not asked for).
 
-    --encoder and --decoder win; else the config's tower, with the tiny or the released decoder.
+    --encoder and --decoder win; else the config's tower, with the tiny or the released decoder. A
+    run with a VAE's latent has two towers: alone, the encoder is the one that understands; with the
+    decoder it is the VAE, that is, the two are always one codec.
     """
-    tower = (config.get("mm_vision_tower_aux_list") or ["encoder"])[0]
-    tower = re.sub(r"-(interp|res)\d+$", "", tower)
+    N, C = config["vision_tower_aux_token_len_list"][0], config["diffusion_model_channels"]
+    strip = (lambda name: re.sub(r"-(interp|res)\d+$", "", name))
+    tower = strip((config.get("mm_vision_tower_aux_list") or ["encoder"])[0])
+    vae = strip(config.get("generation_alignment_tower") or "")
     names = TINY_CODEC if tower == TINY_TOWER else (
         tower, next((d for e, d in HUB.values() if e == tower), "decoder"))
+    if vae and decoder:
+        name = args.decoder or (ASSETS / "vae.safetensors" if vae == TINY_VAE else vae)
+        model = load_vae(*locate([("vae", name, "--decoder")]), devices, "--decoder")
+        model.image_size = math.isqrt(N) * model.stride
+        return (model if encoder else None), model.decode
     wanted = [("encoder", args.encoder or names[0], "--encoder"),
               ("decoder", args.decoder or names[1], "--decoder")]
     paths = locate([w for w, needed in zip(wanted, (encoder, decoder)) if needed])
-    e = load_encoder(paths[0], devices) if encoder else None
+    layers = config.get("encoder_layers") or 1
+    e = load_encoder(paths[0], devices, layers) if encoder else None
     if not decoder:
         return e, None
     dino = "dino" in f"{tower} {args.encoder}".lower()
     kind = e or (encoders.DINOv2 if dino else encoders.SigLIP2)
-    C = config["diffusion_model_channels"]
-    return e, load_decoder(paths[-1], devices, C, kind.mean, kind.std)
+    return e, load_decoder(paths[-1], devices, C, kind.mean, kind.std, layers)
 
 # ------------------------------------------------------------------------------------------------
 # Stage 2: the language model and the DiT
@@ -349,11 +386,11 @@ def load_llm(path, tokenizer, tokens, channels, cond_width, dtype):
     return load_strict(model, state, what, RECOMPUTED, optional=added)
 
 
-def model_config(llm, dit, encoder_name, alpha):
+def model_config(llm, dit, encoder_name, alpha, vae_name=None, layers=1):
     """config.json of a stage-2 model in the authors' field names, with Qwen2's.
 
     Complete for their code, which reads some fields that do nothing here. encoder_name: the hub id
-    (or path) of the encoder.
+    (or path) of the encoder; vae_name: of the VAE, where the latent is a VAE's.
     """
     wide, N = dit.head_depth > 0, dit.tokens
     pair = (lambda a, b: [a, b] if wide else a)
@@ -376,7 +413,8 @@ def model_config(llm, dit, encoder_name, alpha):
         mm_vision_tower_aux_list=[str(encoder_name)], mm_vision_select_layer=-1, mm_hidden_size=C,
         mm_projector_type="mlp2x_gelu", mm_use_im_start_end=True, mm_use_im_patch_token=False,
         image_aspect_ratio="square", tokenizer_model_max_length=1024,
-        tokenizer_padding_side="right", generation_alignment_tower=None, patch_size=2,
+        tokenizer_padding_side="right", generation_alignment_tower=vae_name and str(vae_name),
+        encoder_layers=layers, patch_size=2,                                    # ours, as the alpha
         vision_hidden_size=C, connector_only=True, si_token_len=729, miv_token_len=0,
         image_position=35)
 
