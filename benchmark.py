@@ -1,0 +1,379 @@
+"""The built-in compositional benchmark: prompts with the structure they ask for, and the judge.
+
+    for p in benchmark.prompts(): passed, why = benchmark.judge(picture, p)    # [3,H,W] in [0,1]
+
+Six categories as in GenEval (arXiv 2310.11513), and one of words. Half of the prompts show held-out
+compositions, which are in no training source (data.held_out): a coloured shape, or two things in a
+relation; for words, ones that the training words lack.
+
+The judge is a program, because the world is known: every background, shape, colour and sprite. It
+subtracts the background, matches the templates of all things over positions and sizes, keeps the
+best that do not overlap, and compares them with what was asked. `python evaluate.py judge` measures
+how often it is right.
+"""
+import dataclasses
+import functools
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+from data import DataError, Scene, Thing, pick
+
+CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribution")
+TEXT = "text"
+NEW_WORDS = tuple("""CUBE DUST FERN GOLD HERB JUNE LIME MAZE MOTH NOON OATS PALM QUAY RUST SEAL TUNA
+URN VINE WASP YARN ZINC ELK FIG GUM HUT IVY JOG KIN LOG MOP OX RAT TIN VAN WIG ANVIL CHESS CLOWN
+FROST GHOST HONEY MEDAL OLIVE PEARL ROYAL SHELF TOWEL TULIP""".split())
+
+
+# ------------------------------------------------------------------------------------------------
+# Prompts
+# ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Prompt:
+    """`things`: ((kind, colour or None for any, how many), ...), all of which the picture must show
+    in exactly that number; relation: of the first to the second; word: what must be written. None
+    is not asked for. `scene` is one that the prompt is true of."""
+    category: str
+    text: str
+    scene: Scene
+    things: tuple = ()
+    relation: str = None
+    background: tuple = None
+    word: str = None
+    unseen: bool = False
+
+
+def everything(scene, category="scene"):
+    """A scene's complete caption, all of it asked for."""
+    word = scene.words[0].text if scene.words else None
+    return Prompt(category, data.caption(scene), scene, tuple(data.groups(scene)),
+                  data.relation_of(scene), scene.background, word)
+
+
+def compose(category, unseen, shapes, rand):
+    """A Prompt, or None when the draw is not one of this category and half."""
+    if category == TEXT:
+        scene = data.write_words(rand)
+        word = scene.words[0]
+        if unseen:
+            fit = [w for w in NEW_WORDS if len(w) == len(word.text) and w not in data.WORDS]
+            word = dataclasses.replace(word, text=pick(rand, fit)) if fit else None
+        if len(scene.words) > 1 or word is None:
+            return None
+        scene = Scene(scene.background, (), (word,))
+        return Prompt(category, data.caption(scene), scene, word=word.text, unseen=unseen)
+    pairs = 2 if category in ("two objects", "position", "attribution") else 1
+    n = 1 + int(4 * rand()) if category == "counting" else pairs
+    what = [(pick(rand, data.SHAPES), pick(rand, tuple(data.COLOURS))) if shapes
+            else (pick(rand, data.KINDS), None) for _ in range(pairs)]
+    if unseen and category != "position":
+        held = [(k, c) for k in data.SHAPES for c in data.COLOURS if data.held_out(k, c)]
+        what[int(rand() * pairs)] = pick(rand, held)
+    things = tuple(Thing(*what[k % pairs], *at) for k, at in enumerate(data.place(rand, n, False)))
+    form = pick(rand, ("plain", "two-tone", "gradient", "textured")
+                if not shapes and category != "colours" else ("plain",))
+    a, b = pick(rand, tuple(data.BACKGROUNDS)), pick(rand, tuple(data.BACKGROUNDS))
+    background = {"plain": (form, a), "textured": (form, a, pick(rand, data.TEXTURES))}.get(
+        form, (form, a, b, pick(rand, ("across", "down"))))
+    scene = Scene(background, things)
+    where = data.relation_of(scene) if category == "position" else None
+    held = (bool(where) and data.held_out(what[0][0], what[1][0], where)
+            if category == "position" else any(c and data.held_out(k, c) for k, c in what))
+    if (a == b or not all(data.stands_out(t, background) for t in things)
+            or len({k for k, _ in what}) < pairs or pairs == 2 and what[0][1] == what[1][1] != None
+            or (category == "position" and not where) or held != unseen
+            or (not unseen and data.is_held_out(scene))):
+        return None
+    items = data.groups(scene)
+    with_colour = category in ("colours", "attribution")
+    return Prompt(category, data.describe(items, where, background), scene,
+                  tuple((k, c if with_colour else None, count) for k, c, count in items), where,
+                  background if category == "colours" and not shapes else None, unseen=unseen)
+
+
+@functools.lru_cache(maxsize=4)
+def prompts(per_category=40, categories=CATEGORIES + (TEXT,)):
+    """The benchmark: a tuple of Prompts, the same on every machine; the first half of a category is
+    of seen compositions, shapes and sprites by turns, the second of unseen ones (shapes, but for
+    `position`: only they have colours to hold out). Raises DataError when there are not so many."""
+    out = []
+    for category, unseen in itertools.product(categories, (False, True)):
+        found = {}
+        want = per_category // 2 if unseen else -(-per_category // 2)
+        for attempt in range(20_000):
+            if len(found) == want:
+                break
+            shapes = (len(found) % 2 == 0 or category == "attribution"
+                      or (unseen and category != "position"))
+            p = compose(category, unseen, shapes, data.generator("prompt", category, unseen, attempt))
+            if p:
+                found.setdefault(p.text, p)
+        if len(found) < want:
+            raise DataError(f"--per-category {per_category}: there are only {len(found)} different "
+                            f"{'unseen' if unseen else 'seen'} prompts of the category {category!r}; "
+                            "lower it")
+        out += found.values()
+    return tuple(out)
+
+
+def change_one(prompt, rand):
+    """The prompt with one attribute changed, so that it is not true of the scene any more: (which,
+    Prompt). Its text is not changed."""
+    things, scene = list(prompt.things), prompt.scene
+    at = int(rand() * len(things))
+    kind, colour, count = things[at]
+    which = pick(rand, ("kind", "count", "background", "colour" if colour else "kind",
+                        "relation" if prompt.relation else "kind"))
+    if which == "relation":
+        return which, dataclasses.replace(prompt, relation=data.RELATIONS[prompt.relation])
+    if which == "background":
+        others = [b for b in data.BACKGROUNDS if b != scene.background[1]]
+        new = (scene.background[0], pick(rand, others), *scene.background[2:])
+        if new[0] != "textured" and new[1:2] == new[2:3]:                  # of one colour twice
+            new = ("plain", new[1])
+        return which, dataclasses.replace(prompt, background=new)
+    if which == "kind":
+        kind = pick(rand, [k for k in (data.SHAPES if colour else data.KINDS)
+                           if k not in {t[0] for t in things}])
+    elif which == "colour":
+        colour = pick(rand, [c for c in data.COLOURS if (kind, c) not in {t[:2] for t in things}])
+    else:
+        count = pick(rand, [n for n in (1, 2, 3, 4) if n != count])
+    things[at] = kind, colour, count
+    return which, dataclasses.replace(prompt, things=tuple(things))
+
+
+# ------------------------------------------------------------------------------------------------
+# The judge: what is in a picture
+#
+# With F the picture less its background B, and D what a template (colours P times its mask A) would
+# leave there, D = P - A B, the match is  S = 2 <F,D> / (|F|^2 + |D|^2)  in a window that is a margin
+# wider than the template: 1 where they are equal, less for another shape, colour or brightness, and
+# for a part of something larger. All products are matrix products of unfolded windows.
+# ------------------------------------------------------------------------------------------------
+
+SIDE = 64                                               # the judge looks at 64 pixels
+THINGS = tuple((k, c) for k in data.SHAPES for c in data.COLOURS) + tuple(
+    (k, None) for k in data.KINDS)
+TURNS = (0, -10, 10)                                    # degrees; the coarse scan turns shapes only
+SIZES = (8, 9, 10, 11, 12, 14, 16, 18, 20, 23, 26)      # of the coarse scan, at half resolution
+FOUND = 0.7                                             # a match below is nothing
+
+
+@dataclass(frozen=True)
+class Found:
+    kind: str
+    colour: str
+    score: float
+    x: float
+    y: float
+    size: float
+
+
+@functools.lru_cache(maxsize=4096)
+def template(kind, colour, angle, px):
+    """[4,px+4,px+4]: P and A of a thing, its longer side px, in a window with a margin of 2."""
+    if colour:
+        mask = np.asarray(data.shape(kind, angle, px), np.float32) / 255
+        rgb = np.array(data.COLOURS[colour], np.float32) / 255
+    else:
+        rgba = np.asarray(data.sprite_at(kind, angle, 0.9, px), np.float32) / 255
+        mask, rgb = rgba[..., 3], rgba[..., :3]
+    (h, w), out = mask.shape, np.zeros((4, px + 4, px + 4), np.float32)
+    y, x = (px + 4 - h) // 2, (px + 4 - w) // 2
+    out[:3, y:y + h, x:x + w] = (rgb * mask[..., None]).transpose(2, 0, 1)
+    out[3, y:y + h, x:x + w] = mask
+    return torch.from_numpy(out)
+
+
+def rows(templates):
+    """[K,4,w,w] -> what is multiplied with windows of (F, -F B): [K,4ww], with those of (B, |B|^2):
+    [K,4ww], and |P|^2: [K,1]; from them <F,D> and |D|^2."""
+    P, A = templates[:, :3], templates[:, 3:]
+    energy = torch.cat([-2 * A * P, A * A], 1)
+    return templates.flatten(1), energy.flatten(1), P.square().sum((1, 2, 3))[:, None]
+
+
+def layers(f, b):
+    """[3,H,W] twice -> (F, -F B) and (B, |B|^2), each [1,4,H,W]."""
+    return (torch.cat([f, -(f * b).sum(0, keepdim=True)])[None],
+            torch.cat([b, b.square().sum(0, keepdim=True)])[None])
+
+
+@functools.lru_cache(maxsize=None)
+def backgrounds():
+    """Every background there is, and its picture: [256,3,64,64]."""
+    names = tuple(data.BACKGROUNDS)
+    out = [("plain", a) for a in names] + [("textured", *b)
+                                           for b in itertools.product(names, data.TEXTURES)]
+    out += [(form, *ab, way) for form in ("two-tone", "gradient")
+            for ab in itertools.permutations(names, 2) for way in ("across", "down")]
+    pictures = np.stack([np.asarray(data.backdrop(b, SIDE)) for b in out])
+    return out, torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+@functools.lru_cache(maxsize=None)
+def small_backgrounds():
+    return F.avg_pool2d(backgrounds()[1], 2)                                # [256,3,32,32]
+
+
+@functools.lru_cache(maxsize=None)
+def bank(size):
+    """The coarse templates of one size: index into THINGS [K], and `rows`."""
+    all_of = [(i, turn) for i, (_, colour) in enumerate(THINGS)
+              for turn in (TURNS if colour else TURNS[:1])]
+    templates = torch.stack([template(*THINGS[i], turn, 2 * size) for i, turn in all_of])
+    return torch.tensor([i for i, _ in all_of]), rows(F.avg_pool2d(templates, 2))
+
+
+@functools.lru_cache(maxsize=16 * len(SIZES))
+def energies(index, size):
+    """|D|^2 [K,L] of all coarse templates of a size at all positions on a background."""
+    b = F.pad(F.avg_pool2d(backgrounds()[1][index], 2)[None], (1, 1, 1, 1), mode="replicate")[0]
+    _, (_, energy, constant) = bank(size)
+    return energy @ F.unfold(layers(b, b)[1], size + 2)[0] + constant
+
+
+def match(dot, ff, dd):
+    return 2 * dot / (ff + dd + 1e-3)
+
+
+def coarse(f, b, index):
+    """Local maxima over positions and sizes, best first: [(rank, score, size, x, y, [kinds])]; x, y
+    of the centre in pixels of 64."""
+    x = F.pad(layers(F.avg_pool2d(f[None], 2)[0], F.avg_pool2d(b[None], 2)[0])[0], (1, 1, 1, 1))
+    peaks = []
+    for size in SIZES:
+        w = size + 2
+        kinds, (product, _, _) = bank(size)
+        dd = energies(index, size)                                          # [K,L]
+        ff = F.avg_pool2d(x[:, :3].square().sum(1, keepdim=True), w, 1).flatten() * w * w   # [L]
+        dot = product @ F.unfold(x, w)[0]                                   # [K,L]
+        s = match(dot, ff, dd)
+        top, which = s.max(0)                                               # [L]
+        gain = (2 * dot - dd).gather(0, which[None])[0].clamp(min=0)        # |F|^2 - |F-D|^2
+        n = 34 - w + 1
+        best = F.max_pool2d(top.view(1, n, n), 3, 1, 1).flatten()
+        for at in ((top == best) & (top > FOUND - 0.15)).nonzero().flatten().tolist():
+            order = kinds[s[:, at].topk(12).indices].tolist()
+            peaks.append((top[at].item() ** 4 * gain[at].item() ** 0.5, top[at].item(), 2 * size,
+                          2 * (at % n) + size, 2 * (at // n) + size, list(dict.fromkeys(order))[:6]))
+    return sorted(peaks, key=lambda p: -p[0])
+
+
+def refine(f, b, peak):
+    """The kinds of a peak again, at full resolution, turned and moved: Found."""
+    _, _, size, x, y, kinds = peak
+    sizes = sorted({round(size * z) for z in (0.92, 1, 1.08)})
+    trials = [(i, px) for i in kinds for px in sizes for _ in range(5)]
+    w = sizes[-1] + 4
+    templates = torch.zeros(len(trials), 4, w, w)
+    for row, (i, px), angle in zip(templates, trials, itertools.cycle((-12, -6, 0, 6, 12))):
+        at = (w - px - 4) // 2
+        row[:, at:at + px + 4, at:at + px + 4] = template(*THINGS[i], angle, px)
+    pad, left, top = w // 2 + 4, x - w // 2, y - w // 2
+    cut = (slice(None), slice(top + pad - 2, top + pad + w + 2), slice(left + pad - 2,
+                                                                       left + pad + w + 2))
+    f = F.pad(f, (pad,) * 4)[cut]
+    b = F.pad(b[None], (pad,) * 4, mode="replicate")[0][cut]                # [3,w+4,w+4]
+    ff, dd = layers(f, b)
+    product, energy, constant = rows(templates)
+    total = F.avg_pool2d(f.square().sum(0)[None], w, 1).flatten() * w * w   # [25]
+    s = match(product @ F.unfold(ff, w)[0], total, energy @ F.unfold(dd, w)[0] + constant)
+    trial, shift = divmod(int(s.argmax()), 25)
+    (i, px), score = trials[trial], s.max().item()
+    return Found(*THINGS[i], round(score, 3), (x + shift % 5 - 2) / SIDE, (y + shift // 5 - 2) / SIDE,
+                 px / SIDE)
+
+
+def to_side(picture):
+    """[3,H,W] in [0,1] -> [3,64,64] float32 on the CPU."""
+    return F.interpolate(picture.float().cpu().clamp(0, 1)[None], (SIDE, SIDE), mode="area")[0]
+
+
+def find_background(picture):
+    """[3,64,64] -> (index, the background, its picture): the smallest error at half resolution; a
+    pixel counts for little once it is far off, and for less inside, where the things are."""
+    names, pictures = backgrounds()
+    error = (small_backgrounds() - F.avg_pool2d(picture, 2)).square().sum(1).sqrt().clamp(max=0.3)
+    error[:, 2:-2, 2:-2] *= 0.3                                             # [256,32,32]
+    index = int(error.mean((1, 2)).argmin())
+    return index, names[index], pictures[index]
+
+
+@torch.no_grad()
+def look(picture):
+    """[3,H,W] in [0,1] -> (background, [Found, ...] best first)."""
+    picture = to_side(picture)
+    index, name, b = find_background(picture)
+    f, kept, found = picture - b, [], []
+    for p in coarse(f, b, index):
+        if all(max(abs(p[3] - q[3]), abs(p[4] - q[4])) > 0.4 * (p[2] + q[2]) for q in kept):
+            kept.append(p)
+            found.append(refine(f, b, p))
+    return name, [t for t in found if t.score >= FOUND]
+
+
+@functools.lru_cache(maxsize=64)
+def word_masks(word):
+    """Spectra [K,64,33] of the word's masks in every style at six widths, and their energies [K]."""
+    widest, out = SIDE * min(0.92, 0.2 * len(word)), []
+    for style, part in itertools.product(data.STYLES, (0.75, 0.8, 0.85, 0.9, 0.95, 1)):
+        mask, w = data.letters(word, style), round(widest * part)
+        h = max(1, min(round(w * mask.height / mask.width), round(0.4 * SIDE)))
+        out.append(np.zeros((SIDE, SIDE), np.float32))
+        out[-1][:h, :w] = np.asarray(mask.resize((w, h), data.Image.BICUBIC), np.float32) / 255
+    masks = torch.from_numpy(np.stack(out))
+    return torch.fft.rfft2(masks).conj(), masks.square().sum((1, 2))
+
+
+@torch.no_grad()
+def read_word(picture, colour, candidates):
+    """[3,H,W] in [0,1] -> {candidate: match}; as above, with the ink in `colour` for F."""
+    picture = to_side(picture)
+    _, _, b = find_background(picture)
+    ink = torch.tensor(data.COLOURS[colour])[:, None, None] / 255 - b       # [3,64,64]
+    m = ((picture - b) * ink).sum(0) / ink.square().sum(0).clamp(min=0.05)  # 1 where there is ink
+    m, scores = m.clamp(-0.5, 1.5), {}
+    spectrum = torch.fft.rfft2(m)
+    for word in candidates:
+        masks, dd = word_masks(word)
+        dot = torch.fft.irfft2(masks * spectrum, s=m.shape).flatten(1).amax(1)              # [K]
+        scores[word] = match(dot, m.square().sum(), dd).max().item()
+    return scores
+
+
+def judge(picture, prompt):
+    """(passed, why not) for a picture [3,H,W] in [0,1]."""
+    if prompt.word:
+        rand = data.generator("candidates", prompt.word)
+        others = sorted(set(data.WORDS + NEW_WORDS) - {prompt.word}, key=lambda _: rand())
+        others.sort(key=lambda w: len(w) != len(prompt.word))               # of its length first
+        scores = read_word(picture, prompt.scene.words[0].colour, [prompt.word, *others[:19]])
+        best = max(scores, key=scores.get)
+        if scores[best] < 0.5:
+            return False, "no word"
+        return best == prompt.word, "" if best == prompt.word else f'reads "{best}"'
+    background, found = look(picture)
+    first = []
+    for kind, colour, count in prompt.things:
+        same = [t for t in found if t.kind == kind and colour in (None, t.colour)]
+        if len(same) != count:
+            seen = ", ".join(data.noun(t.kind, t.colour, article=False) for t in found) or "nothing"
+            return False, f"{len(same)} {data.noun(kind, colour, article=False)}; sees {seen}"
+        first += same[:1]
+    if prompt.relation:
+        a, b = first[:2]
+        ahead = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y,
+                 "below": a.y - b.y}[prompt.relation]
+        if ahead < 0.15 or ahead < 0.95 * max(abs(a.x - b.x), abs(a.y - b.y)):
+            return False, f"not {prompt.relation}"
+    if prompt.background and prompt.background != background:
+        return False, f"background {data.background_words(background)}"
+    return True, ""
