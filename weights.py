@@ -187,7 +187,7 @@ def locate(wanted):
                 continue
             except Exception as error:                  # no network, no such repository, ...
                 looked += f", the hub cache, the hub ({type(error).__name__})"
-        missing.append(f"  {what}: {name}\n      looked in {looked}; give {flag} PATH")
+        missing.append(f"  {what}: {flag} {name}\n      looked in {looked}; give {flag} PATH")
     if missing:
         raise UserError("weights are missing:\n" + "\n".join(missing))
     return paths
