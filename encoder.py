@@ -152,11 +152,19 @@ class SigLIP2(nn.Module):
         x = F.conv2d(x.to(self.dtype), w.to(self.dtype), b.to(self.dtype), stride=self.patch_size)
         x = x.flatten(2).transpose(1, 2)                                    # [B,N,C], row-major
         x = x + m.embeddings.position_embedding.weight.to(x.dtype)
+        if self.layers == 1:
+            return [self.run(m.encoder.layers, x)]
         outputs = []
         for block in m.encoder.layers:
             x = block(x)
             outputs.append(x)
         return outputs[-self.layers:]
+
+    def run(self, blocks, x):
+        """The stack; parallel.use_scan may put a compiled loop in its place."""
+        for block in blocks:
+            x = block(x)
+        return x
 
     def forward(self, images):
         """images [B,3,H,W] in [0,1] -> latent z [B,N,C], fp32, each token of mean 0, variance 1."""
@@ -255,11 +263,15 @@ class DINOv2(nn.Module):
         x = x.flatten(2).transpose(1, 2)                                    # [B,N,C]
         x = torch.cat([self.embeddings.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
         x = x + self.positions().to(x.dtype)                                # [B,1+N,C]
+        if self.layers == 1:
+            return [self.run(self.encoder.layer, x)]
         outputs = []
         for block in self.encoder.layer:
             x = block(x)
             outputs.append(x)
         return outputs[-self.layers:]
+
+    run = SigLIP2.run
 
     def forward(self, images):
         """images [B,3,H,W] in [0,1] -> latent z [B,N,C], fp32 (class token dropped)."""

@@ -1,12 +1,17 @@
 """The device layer: the only file that knows which of three back ends runs.
 
-    cpu    one process
+    cpu    one process, or several under torchrun (gloo), as for cuda
     cuda   one process a GPU under torchrun; FSDP2 shards every block and the root
     xla    one process a host; torch_xla SPMD marks every tensor by the same table
 
-The training scripts call `setup`, `shard`, `place`, `clip_grad`, `step_done`, `full` and nothing
-else of a back end. Collectives are never written in a model file.
+Collectives and sharding are never written in a model file. What the scripts ask of a back end:
+start (`setup`), place (`shard`, `mark`, `place`), step (`adamw`, `clip_grad`, `guarded_step`,
+`step_done`), exchange numbers between processes (`total`, `mean`), read and fill (`full`, `piece`,
+`fill`).
 """
+import contextlib
+import functools
+import math
 import os
 import re
 
@@ -15,8 +20,9 @@ import torch.distributed as dist
 
 # Which mesh axis splits each dimension of a parameter, by name. "fsdp" spreads the storage, "tensor"
 # the products: a Linear that widens is split by its rows, the one that narrows back by its columns,
-# so that one all-reduce a pair is enough. A name in no row stays whole: norms, biases and other
-# things below 1 MB. tests/test_parallel.py holds every size against this table.
+# so that one all-reduce a pair is enough. A name in no row, and what has fewer than WHOLE elements,
+# stays whole: norms, biases. tests/test_parallel.py holds every size against this table. FSDP2
+# splits every parameter by its first dimension and needs no table.
 TABLE = [
     (r"(qkv|w12|[qkv]_proj|gate_proj|up_proj|fc1|query|key|value|intermediate\.dense"
      r"|adaLN_modulation\.1|embed_tokens|lm_head)\.weight$",            ("tensor", "fsdp")),
@@ -29,6 +35,7 @@ TABLE = [
                                                                         ("fsdp", None, None, None)),
     (r"pos_embed$|position_embedding|latent_queries$",                  (None, None, None)),
 ]
+WHOLE = 2 ** 14
 
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0, "4090": 165.2}   # bf16
 
@@ -38,8 +45,12 @@ class UserError(Exception):
 
 
 def spec(name, shape):
-    """The axes of TABLE for a parameter: one entry a dimension, None = not split."""
-    axes = next((axes for pattern, axes in TABLE if re.search(pattern, name)), (None,) * len(shape))
+    """The axes of TABLE for a parameter, or for its moments and average: one entry a dimension,
+    None = not split."""
+    name = re.sub(r"\.exp_avg(_sq)?$", "", name)
+    axes = next((axes for pattern, axes in TABLE if re.search(pattern, name)), ())
+    if len(axes) < len(shape) or math.prod(shape) < WHOLE:
+        return (None,) * len(shape)
     return axes[:len(shape)]
 
 
@@ -50,13 +61,12 @@ class Devices:
     def __init__(self, kind, device, rank, world, dtype, axes, mesh=None):
         self.kind, self.device, self.rank, self.world = kind, device, rank, world
         self.dtype, self.axes, self.mesh, self.main = dtype, axes, mesh, rank == 0
+        # Processes whose losses and gradients are averaged; an SPMD program sees the whole batch.
+        self.replicas = 1 if kind == "xla" else world
 
     @property
     def count(self):
-        total = 1
-        for n in self.axes.values():
-            total *= n
-        return total
+        return math.prod(self.axes.values())
 
     def __str__(self):
         mesh = ",".join(f"{k}={v}" for k, v in self.axes.items())
@@ -67,142 +77,137 @@ def device_name(devices):
     return torch.cuda.get_device_name() if devices.kind == "cuda" else devices.kind
 
 
-def parse_mesh(text, count):
-    """`fsdp=8` or `fsdp=16,tensor=4` -> dict; None: all devices on fsdp. Raises UserError."""
+def parse_mesh(text, count=None):
+    """`fsdp=8` or `fsdp=16,tensor=4` -> dict; empty: all devices on fsdp. count: how many there are,
+    None to plan for machines that are not here. Raises UserError."""
     if not text:
-        return {"fsdp": count, "tensor": 1}
+        return {"fsdp": count or 1, "tensor": 1}
     axes = {"fsdp": 1, "tensor": 1}
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name not in axes or not size.isdigit() or int(size) < 1:
             raise UserError(f"--mesh {text}: expected fsdp=N or fsdp=N,tensor=M")
         axes[name] = int(size)
-    if axes["fsdp"] * axes["tensor"] != count:
-        raise UserError(f"--mesh {text} wants {axes['fsdp'] * axes['tensor']} devices, "
-                         f"there are {count}")
+    if count and math.prod(axes.values()) != count:
+        raise UserError(f"--mesh {text} wants {math.prod(axes.values())} devices, "
+                        f"there are {count}")
     return axes
 
 
-def setup(kind="auto", dtype=None, mesh=None):
+def setup(kind="auto", dtype=None, mesh=None, plan=False):
     """Start the back end. kind: auto | cpu | cuda | xla; dtype: None takes bf16 where the device
-    multiplies it natively, else fp32. Raises UserError with the flag that mends it."""
+    multiplies it natively, else fp32. plan: start nothing, any mesh will do (--dry-run). Raises
+    UserError with the flag that mends it."""
     if kind == "auto":
         kind = "xla" if "PJRT_DEVICE" in os.environ else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
+    if kind == "cuda" and not torch.cuda.is_available() and not plan:
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
     if dtype is None:
         native = kind != "cpu" or torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if native else "float32"
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+    if plan:
+        return Devices("planned", torch.device("cpu"), 0, 1, dtype, parse_mesh(mesh))
     if kind == "xla":
-        try:
-            import torch_xla.runtime as xr
-        except ImportError:
-            raise UserError("--device xla: torch_xla is not installed; "
-                             "pip install -r requirements-tpu.txt in an environment of its own")
-        import numpy as np
-        import torch_xla
-        import torch_xla.distributed.spmd as xs
-        xr.use_spmd()
-        count = xr.global_runtime_device_count()
-        axes = parse_mesh(mesh, count)
-        grid = xs.Mesh(np.arange(count), tuple(axes.values()), tuple(axes))
-        return Devices("xla", torch_xla.device(), xr.process_index(), xr.process_count(), dtype,
-                       axes, grid)
+        return setup_xla(dtype, mesh)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     axes = parse_mesh(mesh, world)
+    if axes["tensor"] > 1:
+        raise UserError(f"--mesh {mesh}: the tensor axis is for xla; use fsdp={world}")
     device = torch.device("cpu")
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest")   # fp32 means fp32; bf16 is the fast path
     grid = None
-    if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        if axes["tensor"] > 1:
-            raise UserError(f"--mesh {mesh}: the tensor axis is for xla; use fsdp={world}")
+    if world > 1:                       # gloo too: host numbers are exchanged without the device
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         grid = dist.init_device_mesh(kind, (world,), mesh_dim_names=("fsdp",))
     return Devices(kind, device, rank, world, dtype, axes, grid)
 
 
+def setup_xla(dtype, mesh):
+    try:
+        import torch_xla.runtime as xr
+    except ImportError:
+        raise UserError("--device xla: torch_xla is not installed; "
+                        "pip install -r requirements-tpu.txt in an environment of its own")
+    import numpy as np
+    import torch_xla
+    import torch_xla.distributed.spmd as xs
+    xr.use_spmd()
+    count = xr.global_runtime_device_count()
+    axes = parse_mesh(mesh, count)
+    grid = xs.Mesh(np.arange(count), tuple(axes.values()), tuple(axes))
+    if xr.process_count() > 1:                          # for the numbers that hosts exchange
+        if axes["tensor"] > 1:
+            raise UserError(f"--mesh {mesh}: the tensor axis is for one host; use fsdp={count}")
+        import torch_xla.distributed.xla_backend        # noqa: F401: registers xla://
+        dist.init_process_group("gloo", init_method="xla://")
+    return Devices("xla", torch_xla.device(), xr.process_index(), xr.process_count(), dtype, axes,
+                   grid)
+
+
+# ------------------------------------------------------------------------------------------------
+# Where tensors live
+# ------------------------------------------------------------------------------------------------
+
 def shard(model, devices, blocks=()):
-    """Move a built model to its devices: FSDP2 a block and the root, SPMD marks by TABLE."""
+    """Move a built model to its devices. xla: marked by TABLE. Several processes: FSDP2 of each of
+    `blocks` and of the rest; without blocks the model stays whole in every process and its
+    gradients are averaged by `clip_grad`."""
     if devices.kind == "xla":
-        import torch_xla.distributed.spmd as xs
         model.to(devices.device)
         for name, p in model.named_parameters():
-            axes = spec(name, p.shape)
-            if any(axes) and p.numel() * 4 > 2 ** 20:
-                xs.mark_sharding(p, devices.mesh, axes)
-    elif devices.world > 1:
+            mark(name, p, devices)
+    elif devices.world > 1 and blocks:
         from torch.distributed.fsdp import fully_shard
-        model.to(devices.device)
-        for block in blocks:
+        for block in blocks:            # straight from the host: a device never holds the whole
             fully_shard(block, mesh=devices.mesh)
         fully_shard(model, mesh=devices.mesh)
-    else:
-        model.to(devices.device)
-    return model
+    return model.to(devices.device)
+
+
+def mark(name, tensor, devices):
+    """On xla, split a new tensor as TABLE says for `name`, or say that it stays whole: otherwise the
+    compiler chooses. The average and the moments of a parameter do not inherit this from it."""
+    if devices.kind == "xla":
+        import torch_xla.distributed.spmd as xs
+        xs.mark_sharding(tensor, devices.mesh, spec(name, tensor.shape))
+
+
+def on_one_device(named, devices):
+    """How many elements of these parameters one device stores."""
+    return sum(math.prod(-(-n // devices.axes[axis]) if axis else n
+                         for n, axis in zip(p.shape, spec(name, p.shape)))
+               for name, p in named)
 
 
 def place(batch, devices):
-    """A dict of host tensors -> on the devices; on xla split along the batch axis."""
-    if devices.kind == "xla":
-        import torch_xla
-        import torch_xla.distributed.spmd as xs
-        out = {}
-        for key, value in batch.items():
-            if torch.is_tensor(value):
-                value = value.to(torch_xla.device())
-                xs.mark_sharding(value, devices.mesh, ("fsdp",) + (None,) * (value.dim() - 1))
-            out[key] = value
-        return out
-    return {k: v.to(devices.device, non_blocking=True) if torch.is_tensor(v) else v
-            for k, v in batch.items()}
-
-
-def adamw(groups, devices, **options):
-    """AdamW, fused where there is such a kernel; on xla with its scalars on the device."""
-    xla = devices.kind == "xla"
-    return torch.optim.AdamW(groups, fused=not xla, capturable=xla, foreach=False if xla else None,
-                             **options)
+    """A dict of host tensors -> on the devices. xla: each process holds its part of the batch, and
+    the result is the whole, split along the batch axis."""
+    if devices.kind != "xla":
+        return {k: v.to(devices.device, non_blocking=True) if torch.is_tensor(v) else v
+                for k, v in batch.items()}
+    import torch_xla.core.xla_model as xm
+    import torch_xla.distributed.spmd as xs
+    out = {}
+    for key, value in batch.items():
+        if torch.is_tensor(value) and devices.world > 1:
+            axes = (("fsdp", "tensor"),) + (None,) * (value.dim() - 1)      # tensor is 1 here
+            split = xs.ShardingSpec(devices.mesh, axes, minibatch=True)
+            value = xm.send_cpu_data_to_device(value, devices.device, split)[0]
+        elif torch.is_tensor(value):
+            value = value.to(devices.device)
+            xs.mark_sharding(value, devices.mesh, ("fsdp",) + (None,) * (value.dim() - 1))
+        out[key] = value
+    return out
 
 
 def scalar(value, device):
     """A number that changes every step: on xla a tensor, because a constant would be compiled in
     and every step would compile anew."""
     return torch.tensor(value).to(device) if device.type == "xla" else value
-
-
-def clip_grad(parameters, limit):
-    """Scale gradients to a global L2 norm of at most `limit`; returns the norm before, a tensor."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def step_done(devices):
-    """The end of a training step: on xla, where operations are only recorded, run them."""
-    if devices.kind == "xla":
-        import torch_xla
-        torch_xla.sync()
-
-
-def mean(value, devices):
-    """A Python float averaged over the data-loading processes."""
-    if devices.world == 1 or devices.kind == "xla":
-        return value
-    value = torch.tensor(value, device=devices.device)
-    dist.all_reduce(value)
-    return value.item() / devices.world
-
-
-def total(values, devices):
-    """A list of numbers, each summed over the data-loading processes."""
-    if devices.world == 1:
-        return values
-    values = torch.tensor(values, dtype=torch.float64, device=devices.device)
-    dist.all_reduce(values)
-    return values.tolist()
 
 
 def full(tensor):
@@ -212,17 +217,223 @@ def full(tensor):
     return tensor.detach().cpu()
 
 
-def fill(tensor, value):
-    """Copy a whole CPU tensor into a possibly sharded one."""
-    if hasattr(tensor, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-    with torch.no_grad():
-        tensor.copy_(value)
+def piece(tensor):
+    """What this process saves of a tensor: (its rows on the CPU, the index of the first); FSDP2
+    splits by rows. (None, 0): nothing, because another process holds the same."""
+    if hasattr(tensor, "to_local"):
+        rows = -(-len(tensor) // tensor.device_mesh.size())
+        first = min(len(tensor), rows * tensor.device_mesh.get_local_rank())
+        return tensor.to_local().detach().cpu(), first
+    if dist.is_initialized() and dist.get_rank():
+        return None, 0
+    return tensor.detach().cpu(), 0
+
+
+@torch.no_grad()
+def fill(name, tensor, read, devices):
+    """Fill a possibly sharded tensor from `read(first, last)`, which gives rows of the whole."""
+    if hasattr(tensor, "to_local"):
+        local, first = piece(tensor)
+        tensor.to_local().copy_(read(first, first + len(local)))
+        return
+    value = read(0, len(tensor)) if tensor.dim() else read(0, 1)
+    if devices.kind == "xla":
+        value = value.to(devices.device)
+        mark(name, value, devices)
+    tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def whole(model):
+    """The parameters outside of the blocks, whole: for calls that do not enter by the root's
+    forward, as in sampling. FSDP2 only."""
+    if hasattr(model, "unshard"):
+        model.unshard()
+    yield
+    if hasattr(model, "reshard"):
+        model.reshard()
+
+
+# ------------------------------------------------------------------------------------------------
+# The step
+# ------------------------------------------------------------------------------------------------
+
+def adamw(groups, devices, **options):
+    """AdamW, fused where there is such a kernel; on xla with its scalars on the device."""
+    xla = devices.kind == "xla"
+    return torch.optim.AdamW(groups, fused=not xla, capturable=xla, foreach=False if xla else None,
+                             **options)
+
+
+def clip_grad(parameters, limit, devices):
+    """Scale gradients to a global L2 norm of at most `limit`; returns the norm before, a tensor.
+    Averages the gradients of models that stay whole in every process."""
+    parameters = list(parameters)
+    for p in parameters:
+        if devices.replicas > 1 and p.grad is not None and not hasattr(p, "to_local"):
+            average(p.grad, devices)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def average(tensor, devices):
+    """In place: the mean over the processes whose gradients are averaged."""
+    if devices.replicas > 1:
+        dist.all_reduce(tensor)
+        tensor /= devices.replicas
+    return tensor
+
+
+@torch.no_grad()
+def guarded_step(optimizer, norm, devices):
+    """optimizer.step() that changes nothing if the gradient's norm is not finite, decided on the
+    device: the host does not wait. Returns 1.0 for a skipped step, else 0.0, a tensor."""
+    skipped = (~torch.isfinite(norm)).float()
+    if devices.kind != "xla":
+        optimizer.found_inf = skipped           # read by the fused kernels, as for GradScaler
+        optimizer.step()
+        return skipped
+    tensors = [t for group in optimizer.param_groups for p in group["params"]
+               for t in (p, *optimizer.state[p].values())]
+    before = [t.clone() for t in tensors]       # recorded only: no memory is taken
+    optimizer.step()
+    for t, old in zip(tensors, before):
+        t.copy_(torch.where(skipped > 0, old, t))
+    return skipped
+
+
+def step_done(devices):
+    """The end of a training step: on xla, where operations are only recorded, run them."""
+    if devices.kind == "xla":
+        import torch_xla
+        torch_xla.sync()
+
+
+def stepwise(devices):
+    """Wraps the steps of a sampler: on xla each is run by itself, one program for all of them."""
+    def steps(pairs):
+        for pair in pairs:
+            yield pair
+            step_done(devices)
+    return steps
+
+
+# ------------------------------------------------------------------------------------------------
+# A stack of identical blocks as one loop, for xla: traced and compiled once whatever its depth
+# ------------------------------------------------------------------------------------------------
+
+def use_scan(devices, *models):
+    """Let `scan` run the stacks of these models, in place of their own loops."""
+    for model in models:
+        model.run = functools.partial(scan, devices)
+
+
+def scan(devices, blocks, x, *shared):
+    """x = block(x, *shared) for every block; shared: tensors that all blocks read, or modules.
+
+    The loop keeps the input of each block and computes the rest again in the backward loop, that is
+    --remat block. torch_xla's scan_layers would also keep one copy of `shared` a block, and with
+    its default partition everything that autograd saves.
+    """
+    if any(isinstance(s, list) for s in shared):            # one for each block, as in sampling
+        for i, block in enumerate(blocks):
+            x = block(x, *[s[i] if isinstance(s, list) else s for s in shared])
+        return x
+    names = [name for name, _ in blocks[0].named_parameters()]
+    tensors = [s for s in shared if torch.is_tensor(s)]
+    stacks = [torch.stack([b.get_parameter(name) for b in blocks]) for name in names]
+    axes = [spec(name, p.shape) for name, p in blocks[0].named_parameters()]
+
+    def split(tensor, axes):
+        if any(axes):
+            import torch_xla.distributed.spmd as xs
+            xs.mark_sharding(tensor, devices.mesh, axes)
+        return tensor
+
+    def call(x, tensors, weights):
+        rest = iter(tensors)
+        args = [next(rest) if torch.is_tensor(s) else s for s in shared]
+        y = torch.func.functional_call(blocks[0], dict(zip(names, weights)), (x, *args))
+        return split(y, ("fsdp",) + (None,) * (y.dim() - 1))
+
+    for stack, a in zip(stacks, axes):
+        split(stack, (None, *a) if any(a) else ())
+    return _Scan.apply(call, split, axes, len(tensors), x, *tensors, *stacks)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, split, axes, n, x, *rest):
+        from torch_xla.experimental.scan import _scan_impl_flat
+        tensors, stacks = rest[:n], rest[n:]
+        keep = any(ctx.needs_input_grad)
+
+        def step(carry, weights):
+            x, tensors = carry[0], carry[1:]
+            return [call(x, tensors, weights), *tensors], [x] if keep else []
+
+        carry, inputs = _scan_impl_flat(step, [x, *tensors], stacks)
+        ctx.call, ctx.split, ctx.axes, ctx.n = call, split, axes, n
+        ctx.save_for_backward(*tensors, *stacks, *inputs)
+        return carry[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        from torch_xla.experimental.scan import _scan_impl_flat
+        tensors, stacks = ctx.saved_tensors[:ctx.n], ctx.saved_tensors[ctx.n:-1]
+        wanted = ctx.needs_input_grad[5:]                           # of tensors, then of stacks
+        leads = [i for i in range(ctx.n) if wanted[i]]              # shared tensors with a gradient
+
+        def step(carry, weights):
+            grad, sums, tensors = carry[0], carry[1:1 + len(leads)], carry[1 + len(leads):]
+            x, *weights = weights
+            with torch.enable_grad():
+                inputs = [t.detach().requires_grad_(w) for t, w in
+                          zip([x, *tensors, *weights], [True, *wanted])]
+                y = ctx.call(inputs[0], inputs[1:1 + ctx.n], inputs[1 + ctx.n:])
+                asked = [t for t, w in zip(inputs, [True, *wanted]) if w]
+                grads = torch.autograd.grad(y, asked, grad)
+            sums = [s + g for s, g in zip(sums, grads[1:])]
+            found = [ctx.split(g, a) for g, a in zip(
+                grads[1 + len(leads):], [a for a, w in zip(ctx.axes, wanted[ctx.n:]) if w])]
+            return [grads[0], *sums, *tensors], found
+
+        zeros = [torch.zeros_like(tensors[i]) for i in leads]
+        carry, grads = _scan_impl_flat(step, [grad, *zeros, *tensors],
+                                       [ctx.saved_tensors[-1], *stacks], reverse=True)
+        sums, grads = iter(carry[1:]), iter(grads)
+        return (None, None, None, None, carry[0] if ctx.needs_input_grad[4] else None,
+                *(next(sums) if w else None for w in wanted[:ctx.n]),
+                *(next(grads) if w else None for w in wanted[ctx.n:]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Numbers between processes, and about the device
+# ------------------------------------------------------------------------------------------------
+
+def total(values, devices):
+    """A list of host numbers, each summed over the processes that load data. No device waits."""
+    if devices.world == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def mean(values, devices):
+    """A list of numbers, each averaged over the processes whose gradients are."""
+    if devices.replicas == 1:
+        return values
+    return [v / devices.replicas for v in total(values, devices)]
+
+
+def barrier(devices):
+    """Wait until every process is here."""
+    total([0.0], devices)
 
 
 def memory_gb(devices):
-    """Peak memory of this process on the device (cpu: resident set), in GB."""
+    """Peak memory of this process on the device (cpu: resident set), in GB; xla does not say."""
     if devices.kind == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     if devices.kind == "xla":
@@ -241,5 +452,5 @@ def peak_tflops(devices):
 
 
 def finish(devices):
-    if devices.kind != "xla" and devices.world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -9,8 +9,10 @@ functions of (seed, step): no global generator is used, so there is no state of 
 resumed run repeats the uninterrupted one bit for bit.
 """
 import argparse
+import contextlib
 import errno
 import fcntl
+import functools
 import importlib.util
 import json
 import math
@@ -34,7 +36,7 @@ from weights import check_keys
 # Arguments that may differ between a run and its resumption: they do not change what is computed.
 FREE = {"out", "fresh", "workers", "device", "compile", "log_every", "sample_every", "save_every",
         "keep", "wandb", "dry_run", "bench", "json", "mesh", "sample_steps", "guidance", "decoder",
-        "export"}
+        "export", "scan"}
 
 
 def main(function):
@@ -91,6 +93,8 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500):
                    help="torch.compile each block (default: on CUDA)")
     g.add_argument("--remat", choices=["none", "block"], default="none",
                    help="recompute each block's activations in the backward pass")
+    g.add_argument("--scan", action=argparse.BooleanOptionalAction,
+                   help="xla: stacks of blocks as compiled loops, with --remat block (default: on)")
     g = parser.add_argument_group("log")
     g.add_argument("--log-every", type=positive(), default=log)
     g.add_argument("--sample-every", type=positive(), default=sample)
@@ -106,7 +110,7 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500):
 def check_batch(args, devices):
     """Sizes that must divide. Fills --micro-batch. Raises UserError."""
     args.micro_batch = args.micro_batch or args.batch
-    n = devices.axes["fsdp"] if devices.kind == "xla" else devices.world
+    n = devices.axes["fsdp"]
     if args.batch % args.micro_batch:
         raise UserError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch}")
     if args.micro_batch % n:
@@ -130,13 +134,11 @@ def table(title, rows):
         print(f"  {name:<22} {show(value)}")
 
 
-def memory_gb(trained, frozen, activations, devices, ema):
-    """Planned memory of one device by part, in GB: parameter counts, and bytes of activations of
-    the images that are on one device at a time. fp32 weights, gradients, two moments, EMA."""
-    n = devices.count
-    parts = {"weights": 4 * trained / n + 4 * frozen, "gradients": 4 * trained / n,
-             "moments": 8 * trained / n, "ema": 4 * trained / n if ema else 0,
-             "activations": activations}
+def memory_gb(trained, frozen, activations, ema):
+    """Planned memory of one device by part, in GB: parameters that it stores, and bytes of
+    activations of the images that are on it at a time. fp32 weights, gradients, two moments, EMA."""
+    parts = {"weights": 4 * (trained + frozen), "gradients": 4 * trained, "moments": 8 * trained,
+             "ema": 4 * trained if ema else 0, "activations": activations}
     return {k: v / 1e9 for k, v in {**parts, "total": sum(parts.values())}.items()}
 
 
@@ -162,6 +164,7 @@ class Run:
     def __init__(self, args, devices):
         self.args, self.devices, self.dir = args, devices, Path(args.out)
         self.main, self.stop, self.bar, self.wandb = devices.main, False, None, None
+        self.asked, self.norms = False, []              # to stop, by a signal; see check_finite
         self.skipped, self.skipped_keys = 0, []         # updates, and the samples of the last ones
         if args.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; "
@@ -180,6 +183,7 @@ class Run:
             raise UserError(f"--out {self.dir}: cannot make the run folder: {error.strerror}")
         if self.main:
             self._lock()
+        parallel.barrier(devices)                       # the old folder is aside, the new one there
         self.latest = next(reversed(self._whole()), None)
         mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
                 if k not in FREE}
@@ -210,7 +214,7 @@ class Run:
             self.wandb = wandb.init(project=args.wandb, config=mine, name=self.dir.name)
 
     def _ask_to_stop(self, *_):
-        self.stop = True
+        self.asked = True               # the loop makes it self.stop, in all processes at once
 
     def _lock(self):
         """One process a run folder. A POSIX lock: it dies with this process, even by kill -9, and
@@ -253,15 +257,21 @@ class Run:
                             "or take another --out")
         if self.latest is None:
             return
-        path = self.latest / "state.safetensors"
         try:
-            with safe_open(path, "pt") as f:
+            with contextlib.ExitStack() as stack:
+                parts = {}                              # key -> its pieces: (first row, file)
+                for path in sorted(self.latest.glob("state*.safetensors")):
+                    f = stack.enter_context(safe_open(path, "pt"))
+                    rows = json.loads((f.metadata() or {}).get("first_row", "{}"))
+                    for key in f.keys():
+                        parts.setdefault(key, []).append((rows.get(key, 0), f))
                 check_keys({k: list(v.shape) for k, v in named.items()},
-                           {k: f.get_slice(k).get_shape() for k in f.keys()}, path)
+                           {k: stored_shape(k, pieces) for k, pieces in parts.items()}, self.latest)
                 for key, tensor in named.items():
-                    parallel.fill(tensor, f.get_tensor(key))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"checkpoint {path} is damaged ({error}); delete {self.latest} to go on "
+                    parallel.fill(key, tensor, functools.partial(read_rows, key, parts[key]),
+                                  self.devices)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"checkpoint {self.latest} is damaged ({error}); delete it to go on "
                             "from the one before")
         if self.main:
             print(f"resumed {self.dir} at step {self.start}")
@@ -271,41 +281,63 @@ class Run:
 
     def save(self, step, named):
         """Write checkpoints/step-N atomically, then drop all but the last --keep. Every process
-        calls it (gathering is collective). A full disk leaves the older ones, and the run says so
-        and goes on: there may be room for the next."""
-        tensors = {k: parallel.full(v) for k, v in named.items()}
-        if not self.main:
-            return
+        calls it and writes what it alone holds. A full disk leaves the older ones, and the run says
+        so and goes on: there may be room for the next."""
         final = self.dir / "checkpoints" / f"step-{step:07d}"
-        temporary = final.with_name(f".writing-{step}")
+        temporary, error = final.with_name(f".writing-{step}"), None
+        rank = f"-{self.devices.rank}" if self.devices.rank else ""
         try:
-            for old in final.parent.glob(".writing-*"):         # a save that was cut short
-                shutil.rmtree(old)
-            temporary.mkdir()
-            save_file({k: v.contiguous() for k, v in tensors.items()},
-                      temporary / "state.safetensors")
-            write_text(temporary / "meta.json", json.dumps({"step": step, "args": self.saved_args}))
-            fsync(temporary / "state.safetensors")
-            fsync(temporary)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            fsync(final.parent)
-        except (OSError, SafetensorError) as error:
+            if self.main:
+                for old in final.parent.glob(".writing-*"):         # a save that was cut short
+                    shutil.rmtree(old)
+                temporary.mkdir()
+        except OSError as e:
+            error = e
+        parallel.barrier(self.devices)
+        tensors, rows = {}, {}
+        for key, tensor in named.items():
+            part, first = parallel.piece(tensor)
+            if part is not None and part.numel():
+                tensors[key], rows[key] = part.contiguous(), first
+        try:
+            if tensors and error is None:
+                path = temporary / f"state{rank}.safetensors"
+                save_file(tensors, path, metadata={"first_row": json.dumps(rows)})
+                fsync(path)
+        except (OSError, SafetensorError) as e:
+            error = e
+        failed = parallel.total([error is not None], self.devices)[0] > 0
+        try:
+            if self.main and not failed:
+                write_text(temporary / "meta.json",
+                           json.dumps({"step": step, "args": self.saved_args}))
+                fsync(temporary)
+                if final.exists():
+                    shutil.rmtree(final)
+                temporary.rename(final)
+                fsync(final.parent)
+                for old in self._whole()[:-self.args.keep]:
+                    shutil.rmtree(old)
+        except OSError as e:
+            error, failed = e, True
+        if failed and self.main:
             shutil.rmtree(temporary, ignore_errors=True)
-            self.print(f"could not save step {step}: {error}; the checkpoint before it is kept")
-            return
-        self.latest = final
-        for old in self._whole()[:-self.args.keep]:
-            shutil.rmtree(old)
+            self.print(f"could not save step {step}: {error or 'another process could not write'}; "
+                       "the checkpoint before it is kept")
+        if not failed:
+            self.latest = final
 
     def export(self, name, tensors, config):
         """final/NAME.safetensors and final/config.json: plain files in the released key layout."""
-        tensors = {k: parallel.full(v).clone().contiguous() for k, v in tensors.items()}
+        whole = {}
+        for key, tensor in tensors.items():             # gathered by all, kept by one
+            tensor = parallel.full(tensor)
+            if self.main:
+                whole[key] = tensor.clone().contiguous()
         if self.main:
             (self.dir / "final").mkdir(exist_ok=True)
             path = self.dir / "final" / f"{name}.safetensors"
-            save_file(tensors, path.with_suffix(".tmp"), metadata={"config": json.dumps(config)})
+            save_file(whole, path.with_suffix(".tmp"), metadata={"config": json.dumps(config)})
             path.with_suffix(".tmp").rename(path)
             write_text(self.dir / "final" / "config.json", json.dumps(config, indent=1))
 
@@ -380,10 +412,10 @@ class Bench:
 
     The first fifth of the steps warms up and is not counted.
     """
-    start, stop, dir, latest = 0, False, None, None
+    start, stop, asked, dir, latest = 0, False, False, None, None
 
     def __init__(self, args, devices):
-        self.args, self.main, self.seen = args, devices.main, []
+        self.args, self.devices, self.main, self.seen, self.norms = args, devices, devices.main, [], []
 
     def load(self, named):
         pass
@@ -412,7 +444,32 @@ class Bench:
             print(json.dumps({"steps": len(counted), "mfu": None, **middle}))
 
 
-def moments(optimizer, named):
+def stored_shape(key, parts):
+    """The shape of a tensor whose pieces, by rows, are (first row, file)."""
+    shapes = [f.get_slice(key).get_shape() for _, f in parts]
+    return [sum(s[0] for s in shapes), *shapes[0][1:]] if shapes[0] else []
+
+
+def read_rows(key, parts, first, last):
+    """Rows first..last of it, whoever wrote them."""
+    found = []
+    for start, f in parts:
+        rows = f.get_slice(key)
+        if not rows.get_shape():
+            return f.get_tensor(key)
+        found.append(rows[max(0, first - start):max(0, last - start)])
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def averages(named, devices):
+    """The start of the EMA: copies {key: tensor}, split as the parameters are."""
+    ema = {k: p.detach().clone() for k, p in named.items()}
+    for k, average in ema.items():
+        parallel.mark(k, average, devices)
+    return ema
+
+
+def moments(optimizer, named, devices):
     """Adam's state, made now instead of at the first step -> {key: tensor} for checkpoints. The
     step count lives in one tensor a parameter, as torch.optim keeps it."""
     keys = {}
@@ -422,19 +479,25 @@ def moments(optimizer, named):
         state = optimizer.state[p]
         on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
         state["step"] = torch.zeros((), device=p.device if on_device else "cpu")
+        parallel.mark("step", state["step"], devices)
         for moment in ("exp_avg", "exp_avg_sq"):
             state[moment] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            parallel.mark(name, state[moment], devices)
         keys.update({f"optimizer.{name}.{k}": v for k, v in state.items()})
     return keys
 
 
+def ema_weight(decay, step):
+    """1 - decay; the first steps average over what there is, so that a short run is not dominated by
+    the initial weights."""
+    return 1 - min(decay, (1 + step) / (10 + step))
+
+
 @torch.no_grad()
-def update_ema(ema, named, decay, step):
-    """ema += (1 - decay) (p - ema); the first steps average over what there is, so that a short run
-    is not dominated by the initial weights."""
-    weight = 1 - min(decay, (1 + step) / (10 + step))
+def update_ema(ema, named, weight):
+    """ema += weight (p - ema)"""
     for k, average in ema.items():
-        average.lerp_(named[k], parallel.scalar(weight, average.device))
+        average.lerp_(named[k], weight)
 
 
 @torch.no_grad()
@@ -460,26 +523,30 @@ def save_grid(images, path, columns=8, space=2):
     Image.fromarray(sheet).save(path)
 
 
-def check_finite(run, step, norm, optimizer, keys=()):
-    """Take the optimizer's step, unless the norm of the whole gradient is not finite: that norm is
-    the same on all devices, so all skip the update alike. -> was it taken?
+def check_finite(run, step, norm, keys=()):
+    """Count the updates that were skipped because the norm of the whole gradient is not finite
+    (parallel.guarded_step: on all devices alike); ten in a row raise UserError. On an accelerator
+    only at logged steps, because to read a norm is to wait for the device.
 
-    Skipped ones are counted in the log, with the samples' keys; ten in a row raise UserError.
+    Skipped ones are counted in the log, with the samples' keys.
     """
-    if torch.isfinite(norm):
-        optimizer.step()
-        run.bad = 0
-        return True
-    run.bad, run.skipped = getattr(run, "bad", 0) + 1, getattr(run, "skipped", 0) + 1
-    run.skipped_keys = [*getattr(run, "skipped_keys", ()), *keys]
-    some = f", samples {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}" if keys else ""
-    run.print(f"step {step + 1}: the gradient's norm is {norm.item()}; the update is skipped "
-              f"({run.bad} in a row){some}")
-    if run.bad == 10:
-        raise UserError(f"ten steps in a row without a finite gradient, the last at step {step + 1}"
-                        f"{some}. Try a lower --lr, --dtype float32, or delete the last checkpoints "
-                        "to go on from an earlier one")
-    return False
+    run.norms.append((step + 1, norm, keys))
+    if run.devices.kind != "cpu" and not run.due(step + 1, run.args.log_every):
+        return
+    norms, run.norms = run.norms, []
+    for step, norm, keys in norms:
+        if math.isfinite(norm := norm.item()):
+            run.bad = 0
+            continue
+        run.bad, run.skipped = getattr(run, "bad", 0) + 1, getattr(run, "skipped", 0) + 1
+        run.skipped_keys = [*getattr(run, "skipped_keys", ()), *keys]
+        some = f", samples {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}" if keys else ""
+        run.print(f"step {step}: the gradient's norm is {norm}; the update is skipped "
+                  f"({run.bad} in a row){some}")
+        if run.bad == 10:
+            raise UserError(f"ten steps in a row without a finite gradient, the last at step {step}"
+                            f"{some}. Try a lower --lr, --dtype float32, or delete the last "
+                            "checkpoints to go on from an earlier one")
 
 
 def fsync(path):
@@ -496,25 +563,32 @@ def write_text(path, text):
 
 
 class Meter:
-    """Averages of what was logged since the last line, and the speed."""
+    """Averages of what was logged since the last line, and the speed. What is added stays on the
+    device until it is read: a sum there would be part of the next step's program."""
 
     def __init__(self):
-        self.sums, self.steps, self.images, self.wait = {}, 0.0, 0, 0.0
+        self.values, self.steps, self.images, self.wait = [], 0.0, 0, 0.0
         self.since = time.perf_counter()
 
     def add(self, images, wait, share=1.0, **values):
         """One micro-batch: its images, seconds waited for data, its share of a step, and its part
         of each value (the parts of a step add up)."""
-        for k, v in values.items():
-            self.sums[k] = self.sums.get(k, 0.0) + v.detach()
+        self.values.append({k: v.detach() for k, v in values.items()})
         self.steps += share
         self.images += images
         self.wait += wait
 
     def read(self, flops, devices):
-        """-> dict of averages with images_per_s, tflops, mfu, memory_gb, data_wait_s; and restarts.
-        flops: training FLOPs an image."""
-        values = {k: parallel.mean(float(v) / self.steps, devices) for k, v in self.sums.items()}
+        """-> dict of averages (floats, or tensors as they were added) with images_per_s, tflops,
+        mfu, memory_gb, data_wait_s; and restarts. flops: training FLOPs an image."""
+        sums = {}
+        for values in self.values:
+            for k, v in values.items():
+                sums[k] = sums.get(k, 0) + v.cpu()
+        numbers = [n for v in sums.values() for n in (v / self.steps).flatten().tolist()]
+        numbers = iter(parallel.mean(numbers, devices))
+        values = {k: torch.tensor([next(numbers) for _ in range(v.numel())]).view(v.shape)
+                  if v.dim() else next(numbers) for k, v in sums.items()}
         seconds = time.perf_counter() - self.since
         tflops = self.images * flops / seconds / 1e12
         peak = parallel.peak_tflops(devices)

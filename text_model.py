@@ -175,12 +175,20 @@ class TextModel(nn.Module):
         f = self.rope_theta ** (-torch.arange(0, hd, 2, device=x.device).float() / hd)
         angle = torch.arange(past, past + x.shape[1], device=x.device).float()[:, None] * f
         cos, sin = (a.repeat(1, 2).to(x.dtype) for a in (angle.cos(), angle.sin()))  # [L,hd]
-        for i, layer in enumerate(layers):
+        if cache is None:
+            return self.model.norm(self.run(layers, x, cos, sin))
+        for layer, past in zip(layers, cache):
+            x = layer(x, cos, sin, past)
+        return self.model.norm(x)
+
+    def run(self, layers, x, cos, sin):
+        """The stack; parallel.use_scan may put a compiled loop in its place."""
+        for layer in layers:
             if self.remat and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cache[i] if cache is not None else None)
-        return self.model.norm(x)
+                x = layer(x, cos, sin)
+        return x
 
     def head_weight(self):
         tied = self.config["tie_word_embeddings"]

@@ -223,7 +223,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Devices
     # --------------------------------------------------------------------------------------------
-    devices = parallel.setup(args.device, args.dtype, args.mesh)
+    devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices)
 
     # --------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def main():
              "vgg (frozen)": vgg, "dino (frozen)": disc and disc.dino}
     count = {k: sum(p.numel() for p in net.parameters()) for k, net in count.items() if net}
     trained = count["decoder"] + count.get("discriminator", 0)
-    activations *= args.micro_batch / devices.count
+    activations *= args.micro_batch / devices.axes["fsdp"]
     summary = dict(
         parameters={**count, "total": sum(count.values())}, latent=[N, C], resolution=resolution,
         images_per_step=args.batch,
@@ -294,7 +294,7 @@ def main():
         starts=dict(discriminator=args.disc_start, gan=args.gan_start, run_ends=args.steps) if disc
         else None, frozen=found, train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
         memory_gb_per_device=runs.memory_gb(trained, sum(count.values()) - trained, activations,
-                                            devices, args.ema), device=str(devices),
+                                            args.ema), device=str(devices),
         dtype=str(devices.dtype).removeprefix("torch."), attention="torch sdpa", data=args.data)
     if not args.dry_run:
         mixture = data.Mixture(args.data, resolution, args.seed, crop="random", text=False)
@@ -310,7 +310,7 @@ def main():
     # Optimizers: one for the decoder, one for the discriminator's heads
     # --------------------------------------------------------------------------------------------
     for part in parts:
-        parallel.shard(part, devices, getattr(part, "decoder_layers", ()))
+        parallel.shard(part, devices)
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     judged, spectral = {}, {}                       # of D: what trains; the spectral norms' vectors
     if disc:
@@ -321,7 +321,7 @@ def main():
     optimizer = parallel.adamw(list(named.values()), devices, lr=args.lr, **recipe)
     d_optimizer = parallel.adamw(list(judged.values()), devices, lr=args.lr_disc,
                                  **recipe) if disc else None
-    ema = {k: p.detach().clone() for k, p in named.items()} if args.ema else {}
+    ema = runs.averages(named, devices) if args.ema else {}
 
     # --------------------------------------------------------------------------------------------
     # Resume
@@ -329,22 +329,24 @@ def main():
     if args.bench:                                  # time the whole step, GAN included
         args.steps, args.log_every, args.disc_start, args.gan_start = args.bench, 1, 0, 0
     stats = {k: b for k, b in model.named_buffers() if k.startswith("latent_")}     # [C,h,w]
-    saved = {**named, **{f"ema.{k}": v for k, v in ema.items()}, **runs.moments(optimizer, named),
-             **judged, **spectral, **(runs.moments(d_optimizer, judged) if disc else {}), **stats}
+    saved = {**named, **{f"ema.{k}": v for k, v in ema.items()}, **runs.moments(optimizer, named, devices),
+             **judged, **spectral, **(runs.moments(d_optimizer, judged, devices) if disc else {}),
+             **stats}
     run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
     if args.latent_stats == "auto" and run.start == 0:      # every process measures the same
         with torch.no_grad():
             measured = decoders.latent_statistics(
                 encoder(x) for x in pictures(mixture, args.stats_images, devices))
         for key, value in zip(("latent_mean", "latent_var"), measured):
-            parallel.fill(stats[key], value)
+            parallel.fill(key, stats[key], lambda *_: value, devices)
     run.load(saved)
     accumulate = args.batch // args.micro_batch
     batches = iter(data.loader(mixture, Collate(), args.micro_batch, run.start * args.batch,
                                args.workers, devices.rank, devices.world))
     unseen = data.Mixture(args.data, resolution, args.seed + 1000, crop="center", text=False)
     held = next(pictures(unseen, 64, devices))
-    skips, meter, d_run = data.SkipCounter(), runs.Meter(), SimpleNamespace(print=run.print)
+    skips, meter = data.SkipCounter(), runs.Meter()
+    d_run = SimpleNamespace(print=run.print, devices=devices, args=args, due=run.due, norms=[])
     d_loss = {"hinge": gans.d_loss_hinge, "vanilla": gans.d_loss_vanilla}[args.disc_loss]
 
     @torch.no_grad()
@@ -369,6 +371,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Loop: data, the decoder's step, the discriminator's step, log, sample, save
     # --------------------------------------------------------------------------------------------
+    parallel.step_done(devices)             # what was only recorded so far is not part of a step
     for step in run.progress(args.steps):
         lr = args.lr * runs.cosine(step, args.steps, args.warmup, args.lr_final / args.lr)
         for group in optimizer.param_groups:
@@ -376,6 +379,7 @@ def main():
         judging = disc is not None and step >= args.disc_start
         adversarial = disc is not None and step >= args.gan_start
         kept, part = [], 1 / accumulate
+        run.stop = parallel.total([run.asked], devices)[0] > 0     # all processes at the same step
         for _ in range(accumulate):
             t0 = time.perf_counter()
             batch = next(batches)
@@ -406,7 +410,9 @@ def main():
                 gan = gans.g_loss(disc(gans.augment(x_hat, draws=uniform(n, args.seed, FAKE_G))))
                 g_gan, = torch.autograd.grad(gan, x_hat)
                 last = model.decoder.conv_out.weight if vae else model.decoder_pred.weight
-                weight = gans.adaptive_weight((x_hat * g).sum(), (x_hat * g_gan).sum(), last) \
+                weight = gans.adaptive_weight(
+                    (x_hat * g).sum(), (x_hat * g_gan).sum(), last,
+                    lambda grad: parallel.average(grad, devices)) \
                     if args.adaptive_gan else torch.ones_like(gan)
                 g = g + args.gan * weight * g_gan
                 loss = loss + args.gan * weight * gan.detach()
@@ -417,10 +423,10 @@ def main():
                 kept.append((x, z, n))
             meter.add(args.micro_batch, wait, part, loss=loss * part,
                       **{k: v * part for k, v in log.items()})
-        norm = parallel.clip_grad(named.values(), math.inf)                 # the recipe has no clip
-        runs.check_finite(run, step, norm, optimizer)
+        norm = parallel.clip_grad(named.values(), math.inf, devices)        # the recipe has no clip
+        parallel.guarded_step(optimizer, norm, devices)
         optimizer.zero_grad(set_to_none=True)
-        runs.update_ema(ema, named, args.ema, step)
+        runs.update_ema(ema, named, parallel.scalar(runs.ema_weight(args.ema, step), devices.device))
 
         if judging:                     # on fresh pictures of the decoder that was just updated
             lr_disc = args.lr_disc * runs.cosine(
@@ -439,10 +445,13 @@ def main():
                 meter.add(0, 0.0, 0.0, disc=d * part, logits_real=real.mean() * part,
                           logits_fake=fake.mean() * part)
             disc.eval()
-            d_norm = parallel.clip_grad(judged.values(), math.inf)
-            runs.check_finite(d_run, step, d_norm, d_optimizer)
+            d_norm = parallel.clip_grad(judged.values(), math.inf, devices)
+            parallel.guarded_step(d_optimizer, d_norm, devices)
             d_optimizer.zero_grad(set_to_none=True)
         parallel.step_done(devices)
+        runs.check_finite(run, step, norm)
+        if judging:
+            runs.check_finite(d_run, step, d_norm)
 
         done = step + 1
         values = {"lr_disc": lr_disc} if judging else {}

@@ -77,6 +77,8 @@ def arguments():
     g.add_argument("--vae", help="file, folder, run or hub id of the VAE of --latent vae")
     g.add_argument("--llm", help="Qwen2.5 folder or hub id; tiny: a folder with a tokenizer; "
                    "random: random weights, for timing")
+    g.add_argument("--length", type=runs.positive(), help="pad every sample to this many tokens and "
+                   "skip longer ones (default: xla 512, tiny 128; elsewhere as long as the batch)")
     g.add_argument("--random-init", action="store_true",
                    help="random LLM and encoder of the real shapes: timing only (says so)")
     g.add_argument("--freeze", choices=["llm"], help="train only DiT, its projector and the queries")
@@ -163,9 +165,10 @@ class Collate:
     normal [B] (of the time), eps [B,N,C], drop [B], and for a VAE posterior [B,N,C].
     """
 
-    def __init__(self, tokenizer, tokens, channels, seed, cond_drop, posterior=False, limit=1024):
+    def __init__(self, tokenizer, tokens, channels, seed, cond_drop, length=None, posterior=False):
         self.tokenizer, self.tokens, self.channels = tokenizer, tokens, channels
-        self.seed, self.cond_drop, self.posterior, self.limit = seed, cond_drop, posterior, limit
+        self.seed, self.cond_drop, self.posterior = seed, cond_drop, posterior
+        self.limit, self.multiple = length or 1024, length or 64    # length: the same for all
 
     def __call__(self, records):
         rows, skipped = [], [s for r in records for s in r["skipped"]]
@@ -176,7 +179,7 @@ class Collate:
                 row = (row[0][:1], [text.IGNORE], None, False)
             rows.append(row)
         pad = self.tokenizer.token_to_id("<|endoftext|>")
-        ids, labels, start, answer = text.pad_batch(rows, pad)
+        ids, labels, start, answer = text.pad_batch(rows, pad, self.multiple)
         draws = [torch.Generator().manual_seed(self.seed * 1_000_003 + r["n"]) for r in records]
         shape = (self.tokens, self.channels)
         if "latent" in records[0]:
@@ -244,6 +247,32 @@ class ScaleRAE(nn.Module):
         return ce, mse, apart, t, spread
 
 
+def train_step(model, look, optimizer, named, ema, batches, tokens, answers, weight, args, devices):
+    """One update from micro-batches that are on the devices; no host waits for a device in it.
+
+    look: batch -> z, u; tokens, answers: what the losses of the whole batch are divided by; weight: of this step in the
+    average. -> the step's values {name: tensor}; losses by time [10,2]; the gradient's norm.
+    """
+    values, by_time = {}, 0
+    for batch in batches:
+        z, u = look(batch)                                                  # [B,N,C], [B,N,C']
+        ce, each, apart, t, spread = model(z, u, batch)
+        ce, mse = ce / tokens, each.sum() / answers
+        parts, loss = dict(text=ce, flow=mse), ce + args.diffusion_weight * mse
+        if apart is not None:
+            parts["repa"] = apart.sum() / answers
+            loss = loss + args.diffusion_weight * args.repa_weight * parts["repa"]
+        loss.backward()
+        parts.update(loss=loss, cond_spread=spread * args.micro_batch / args.batch)
+        values = {k: values.get(k, 0) + v.detach() for k, v in parts.items()}
+        by_time = by_time + buckets(t, each.detach(), batch["answer"])
+    norm = parallel.clip_grad(named.values(), args.clip, devices)
+    parallel.guarded_step(optimizer, norm, devices)
+    optimizer.zero_grad(set_to_none=True)
+    runs.update_ema(ema, named, weight)
+    return values, by_time, norm
+
+
 def buckets(t, each, answer):
     """Losses [B] by time: [10,2], the sum and the number of answer images in each tenth of t."""
     inside = F.one_hot((t * 10).long().clamp(max=9), 10).float()            # [B,10]
@@ -304,7 +333,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Devices
     # --------------------------------------------------------------------------------------------
-    devices = parallel.setup(args.device, args.dtype, args.mesh)
+    devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices)
 
     # --------------------------------------------------------------------------------------------
@@ -383,6 +412,9 @@ def main():
             p.requires_grad_(True)
     if not args.dry_run:
         parallel.shard(model, devices, [*llm.model.layers, *dit.dit_blocks])
+        parallel.shard(encoder, devices)
+    if devices.kind == "xla" and args.scan is not False:
+        parallel.use_scan(devices, llm, encoder, *[dit] * (not args.repa))  # REPA taps one block
 
     @torch.no_grad()
     def encode(images):
@@ -401,6 +433,10 @@ def main():
         z = mean + (0.5 * logvar).exp() * batch["posterior"]
         return (z - vae.shift) * vae.scale, u
 
+    def look(batch):
+        """Latents z [B,N,C] of a batch, and what the LLM sees of its images u [B,N,C']."""
+        return latent(batch["latent"] if args.cache_latents else encode(batch["images"]), batch)
+
     # --------------------------------------------------------------------------------------------
     # Data
     # --------------------------------------------------------------------------------------------
@@ -412,7 +448,10 @@ def main():
             args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
         except TypeError as error:
             raise UserError(f"--epochs {args.epochs}: {error}")
-    collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, vae is not None)
+    if devices.kind == "xla" and args.length is None:   # another length is another program there
+        args.length = 128 if tiny else 512
+    collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length,
+                      vae is not None)
     length = collate([mixture[i] for i in range(16)])["ids"].shape[1]       # a typical L
 
     flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length),
@@ -422,20 +461,22 @@ def main():
     if args.cache_latents:
         flops.update({k: 0 for k in flops if k in ("encoder", "vae")})
     count = lambda m: sum(p.numel() for p in m.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained, frozen = (parallel.on_one_device(((k, p) for k, p in model.named_parameters()
+                                               if p.requires_grad == train), devices)
+                       for train in (True, False))
+    frozen += parallel.on_one_device(encoder.named_parameters(), devices)
     extra = {"vae (frozen)": count(vae)} if vae else {}
     if args.repa:
         extra["repa"] = count(model.repa)
         flops["repa"] = 6 * N * extra["repa"]
-    frozen = (count(model) - trained + count(encoder) + extra.get("vae (frozen)", 0)
-              + (count(decoder) if decoder else 0))
+    frozen += extra.get("vae (frozen)", 0)
     activations = (dit.activation_bytes() + llm.activation_bytes(length)) * args.micro_batch
     summary = dict(
         parameters={"dit": count(dit), "llm": count(llm), "encoder (frozen)": count(encoder),
                     **extra, "total": count(dit) + count(llm) + count(encoder) + sum(extra.values())},
         latent=[N, C], alpha=alpha, images_per_step=args.batch,
         train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
-        memory_gb_per_device=runs.memory_gb(trained, frozen, activations // devices.count, devices,
+        memory_gb_per_device=runs.memory_gb(trained, frozen, activations / devices.axes["fsdp"],
                                             args.ema),
         device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
         attention=dits.attention_backend(devices.device.type, devices.dtype),
@@ -461,12 +502,12 @@ def main():
          dict(params=rest, lr=args.lr_llm, betas=args.betas_llm)],
         devices, eps=1e-8, weight_decay=0.0)
     base_lr = [args.lr, args.lr_llm]
-    ema = {k: p.detach().clone() for k, p in named.items()} if args.ema else {}
+    ema = runs.averages(named, devices) if args.ema else {}
 
     # --------------------------------------------------------------------------------------------
     # Resume
     # --------------------------------------------------------------------------------------------
-    saved = {**named, **{f"ema.{k}": v for k, v in ema.items()}, **runs.moments(optimizer, named)}
+    saved = {**named, **{f"ema.{k}": v for k, v in ema.items()}, **runs.moments(optimizer, named, devices)}
     if args.bench:
         args.steps, args.log_every = args.bench, 1
     run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
@@ -488,15 +529,22 @@ def main():
         batches = itertools.cycle([next(batches) for _ in range(accumulate)])
     skips, meter = data.SkipCounter(), runs.Meter()
     warmup = math.ceil(args.warmup * args.steps)
-    by_time = torch.zeros(10, 2, device=devices.device)
+
+    def latents(prompts, seed):
+        """[B,N,C] for these prompts by the EMA weights."""
+        runs.swap(named, ema)
+        with parallel.whole(model):
+            noise = fixed_noise(len(prompts), N, C, seed).to(devices.device)
+            cond = direct_condition(llm, tokenizer, prompts, devices.device)
+            parallel.step_done(devices)
+            z = generate(dit, cond, noise, alpha, args.sample_steps, args.guidance,
+                         progress=parallel.stepwise(devices))
+        runs.swap(named, ema)
+        return z
 
     def sample(step):
         """The fixed prompts with the EMA weights -> samples/step-*.png."""
-        runs.swap(named, ema)
-        noise = fixed_noise(len(PROMPTS), N, C).to(devices.device)
-        cond = direct_condition(llm, tokenizer, PROMPTS, devices.device)
-        z = generate(dit, cond, noise, alpha, args.sample_steps, args.guidance)
-        runs.swap(named, ema)
+        z = latents(PROMPTS, 0)
         if run.main and decode is not None and not planned:
             with torch.no_grad():
                 images = decode(z)
@@ -506,11 +554,7 @@ def main():
         """Backgrounds and colours on `count` single shapes that training has not seen."""
         scenes = [s for s in (data.scene("builtin:synthetic", args.seed + 77, i)
                               for i in range(20 * count)) if len(s.things) == 1][:count]
-        runs.swap(named, ema)
-        noise = fixed_noise(count, N, C, seed=1).to(devices.device)
-        cond = direct_condition(llm, tokenizer, map(data.caption, scenes), devices.device)
-        z = generate(dit, cond, noise, alpha, args.sample_steps, args.guidance)
-        runs.swap(named, ema)
+        z = latents([data.caption(s) for s in scenes], 1)
         with torch.no_grad():
             back, colour = colour_check(decode(z), scenes)
         return dict(background_right=back, colour_right=colour)
@@ -518,6 +562,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, sample, save
     # --------------------------------------------------------------------------------------------
+    parallel.step_done(devices)             # what was only recorded so far is not part of a step
     for step in run.progress(run.start if args.export else args.steps):
         factor = runs.cosine(step, args.steps, warmup)
         for group, lr in zip(optimizer.param_groups, base_lr):
@@ -527,29 +572,19 @@ def main():
         wait = time.perf_counter() - t0
         tokens = sum((b["labels"][:, 1:] != text.IGNORE).sum().item() for b in micros)
         answers = sum(b["answer"].sum().item() for b in micros)
-        tokens, answers = parallel.total([tokens, answers], devices)        # of the global batch
+        tokens, answers, stop = parallel.total([tokens, answers, run.asked], devices)
+        run.stop = stop > 0                                     # all processes at the same step
+        divisors = (parallel.scalar(max(n, 1) / devices.replicas, devices.device)
+                    for n in (tokens, answers))                 # means over the whole batch
         for batch in micros:
             skips.update(batch["skipped"], args.micro_batch)
-            batch = parallel.place(batch, devices)
-            f = batch["latent"] if args.cache_latents else encode(batch["images"])
-            z, u = latent(f, batch)                                         # [B,N,C], [B,N,C']
-            ce, each, apart, t, spread = model(z, u, batch)
-            ce, mse = ce / max(tokens, 1), each.sum() / max(answers, 1)     # means over the batch
-            parts = dict(text=ce, flow=mse)
-            loss = ce + args.diffusion_weight * mse
-            if args.repa:
-                parts["repa"] = apart.sum() / max(answers, 1)
-                loss = loss + args.diffusion_weight * args.repa_weight * parts["repa"]
-            (loss * devices.world).backward()               # FSDP averages, this loss must add up
-            meter.add(args.micro_batch, wait / accumulate, 1 / accumulate,
-                      loss=loss, **parts, cond_spread=spread / accumulate)
-            by_time += buckets(t, each.detach(), batch["answer"])
-        norm = parallel.clip_grad(named.values(), args.clip)
-        keys = [k for b in micros for k in b["keys"]]
-        if runs.check_finite(run, step, norm, optimizer, keys):
-            runs.update_ema(ema, named, args.ema, step)
-        optimizer.zero_grad(set_to_none=True)
+        values, by_time, norm = train_step(
+            model, look, optimizer, named, ema, (parallel.place(b, devices) for b in micros),
+            *divisors, parallel.scalar(runs.ema_weight(args.ema, step), devices.device), args,
+            devices)
         parallel.step_done(devices)
+        meter.add(args.batch, wait, by_time=by_time, **values)
+        runs.check_finite(run, step, norm, [k for b in micros for k in b["keys"]])
 
         done = step + 1
         values = {}
@@ -558,11 +593,8 @@ def main():
             if tiny and done < args.steps:
                 values.update(check_colours(32))
         if run.due(done, args.log_every):
-            sums, counts = parallel.full(by_time).T
-            values = {**meter.read(sum(flops.values()), devices), "grad_norm": norm.item(), **values,
-                      "flow_by_t": [s / c if c else None for s, c in zip(sums.tolist(),
-                                                                         counts.tolist())]}
-            by_time = torch.zeros_like(by_time)
+            values = {**meter.read(sum(flops.values()), devices), "grad_norm": norm.item(), **values}
+            values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
             run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor, **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "flow", "text", "repa", "cond_spread", "background_right", "colour_right"])

@@ -238,7 +238,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Devices
     # --------------------------------------------------------------------------------------------
-    devices = parallel.setup(args.device, args.dtype, args.mesh)
+    devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices)
 
     # --------------------------------------------------------------------------------------------
@@ -298,9 +298,9 @@ def main():
     # --------------------------------------------------------------------------------------------
     named = {k: p for k, p in model.named_parameters()
              if not k.startswith("encoder.lin")}                            # LPIPS': they stay 1/C
-    optimizer = torch.optim.AdamW(named.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0,
-                                  fused=devices.kind != "xla")
-    moments = runs.moments(optimizer, named)
+    optimizer = parallel.adamw(list(named.values()), devices, lr=args.lr, betas=(0.9, 0.95),
+                               weight_decay=0.0)
+    moments = runs.moments(optimizer, named, devices)
 
     # --------------------------------------------------------------------------------------------
     # Resume
@@ -324,7 +324,9 @@ def main():
     # --------------------------------------------------------------------------------------------
     for step in run.progress(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * runs.cosine(step, args.steps, args.warmup)
+            group["lr"] = parallel.scalar(args.lr * runs.cosine(step, args.steps, args.warmup),
+                                          devices.device)
+        run.stop = parallel.total([run.asked], devices)[0] > 0     # all processes at the same step
         for micro in range(accumulate):
             t0 = time.perf_counter()
             batch = next(batches)
@@ -341,8 +343,9 @@ def main():
             part = 1 / accumulate
             meter.add(args.micro_batch, wait, part, loss=loss * part, contrast=contrast * part,
                       dense=mse * part)
-        norm = parallel.clip_grad(named.values(), 1.0)
-        runs.check_finite(run, step, norm, optimizer)
+        norm = parallel.clip_grad(named.values(), 1.0, devices)
+        parallel.guarded_step(optimizer, norm, devices)
+        runs.check_finite(run, step, norm)
         optimizer.zero_grad(set_to_none=True)
         parallel.step_done(devices)
 
