@@ -155,8 +155,9 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(D, heads, qk_norm), SwiGLU(D)
         self.adaLN_modulation = adaLN(Z, 6 * D)
 
-    def forward(self, x, c, rope):                  # x [B,N,D], c = SiLU(condition) [B,N or 1,Z]
-        m = self.adaLN_modulation[1](c)                                     # [B,N,6D]
+    def forward(self, x, c, rope, m=None):          # x [B,N,D], c = SiLU(condition) [B,N or 1,Z]
+        if m is None:                               # else given: see DiT.modulations
+            m = self.adaLN_modulation[1](c)                                 # [B,N,6D]
         shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -169,8 +170,8 @@ class FinalLayer(nn.Module):
         self.linear = Linear(D, C)
         self.adaLN_modulation = adaLN(Z, 2 * D)
 
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation[1](c).chunk(2, -1)
+    def forward(self, x, c, m=None):
+        shift, scale = (self.adaLN_modulation[1](c) if m is None else m).chunk(2, -1)
         return self.linear(modulate(self.norm_final(x), shift, scale))      # [B,N,C]
 
 
@@ -252,29 +253,44 @@ class DiT(nn.Module):
             self.feat_rope = RoPE(D // heads, side)
         self.final_layer = FinalLayer(D2, C, D2 if wide else Z)
 
-    def run(self, blocks, x, c, rope):
-        for block in blocks:
-            if self.remat and torch.is_grad_enabled():
+    def run(self, blocks, x, c, rope, m=None):
+        for i, block in enumerate(blocks):
+            if m is not None:
+                x = block(x, None, rope, m[i])
+            elif self.remat and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, rope, use_reentrant=False)
             else:
                 x = block(x, c, rope)
         return x
 
-    def forward(self, x_t, t, cond, drop=None):
+    def modulation_input(self, t, cond):
+        """t [B], cond [B,N or 1,Z] -> what every adaLN's Linear takes, [B,N or 1,Z]."""
+        c = F.silu(self.t_embedder(t)[:, None] + cond.float())              # fp32
+        return F.silu(c).to(self.dtype)             # the SiLU in front of every adaLN, hoisted
+
+    def modulations(self, t, cond):
+        """t [B], cond [B,N or 1,Z] -> what they do to each block of the trunk and to the last
+        layer: a list of [B,N or 1,6D], at the end 2D. x_t has no part in it, so the samples of one
+        prompt share it, and for the null condition a table over all times t is small."""
+        c = self.modulation_input(t, cond)
+        layers = [*self.dit_blocks[:self.depth], *[self.final_layer] * (not self.head_depth)]
+        return [layer.adaLN_modulation[1](c) for layer in layers]
+
+    def forward(self, x_t, t=None, cond=None, drop=None, m=None):
         """x_t [B,N,C], t [B], cond [B,N,Z] (or [B,1,Z], as for the null condition) -> v [B,N,C].
 
         drop [B] bool replaces the condition of those images by the learned null condition.
+        m: `modulations` of t and cond, in their place (sampling, where many x_t share them).
         """
         if drop is not None:
             cond = self.y_embedder(cond, drop)
-        c = F.silu(self.t_embedder(t)[:, None] + cond.float())              # [B,N,Z], fp32
-        c = F.silu(c).to(self.dtype)                # the SiLU in front of every adaLN, hoisted
+        c = self.modulation_input(t, cond) if m is None else None           # [B,N,Z]
         x_t = x_t.to(self.dtype)
         s = self.x_embedder(x_t) + self.pos_embed.to(self.dtype)            # [B,N,D]
         if not self.head_depth:
-            s = self.run(self.dit_blocks, s, c, self.feat_rope)
-            return self.final_layer(s, c)
-        s = self.run(self.dit_blocks[:self.depth], s, c, self.enc_rope)     # trunk
+            s = self.run(self.dit_blocks, s, c, self.feat_rope, m)
+            return self.final_layer(s, c, m and m[-1])
+        s = self.run(self.dit_blocks[:self.depth], s, c, self.enc_rope, m)  # trunk
         s = F.silu(self.s_projector(F.silu(s)))                             # [B,N,D2]
         h = self.s_embedder(x_t)                                # no positions: only RoPE here
         h = self.run(self.dit_blocks[self.depth:], h, s, self.dec_rope)     # wide head

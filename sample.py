@@ -1,26 +1,38 @@
-"""Use a trained model: prompt -> picture, picture + question -> text, reconstruct.
+"""Use a trained model: prompt -> picture, picture + question -> text, reconstruct, best of N.
 
     python sample.py "a red circle left of a blue star"        # built-in weights; writes out.png
     python sample.py "a cat" --run runs/dit-2b --n 4 --guidance 3 --seed 0
+    python sample.py "a cat" --best-of 8 --keep 1 --verifier prompt
     python sample.py --image photo.png "how many cats are there?"
     python sample.py --reconstruct photo.png
     python sample.py --prompts prompts.txt --out folder/
+    python sample.py "a cat" --save-latent z.safetensors;  python sample.py --latent z.safetensors
 
 Schedules: `clean` is 50 Euler steps from t = 1 to 0, with guidance that works (off at scale 1);
-`compat` is the authors' sampler, stray last step and all, for their numbers.
+`compat` is the authors' sampler, stray last step and all, for their numbers (guidance, which does
+nothing in theirs, is off unless given).
+
+The same prompt, seed and settings give the same bytes whatever is drawn beside them: images go
+through the matrix products one at a time. Only --best-of draws its candidates several at a time,
+for speed: the same command gives the same bytes, but they may differ from those of a plain run with
+the kept seed by the rounding of the products.
 """
 import argparse
-import functools
 import hashlib
+import itertools
+import json
 import math
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 from tqdm import tqdm
 
+import best_of
 import flow
 import parallel
 import run as runs
@@ -81,18 +93,39 @@ def answer(llm, tokenizer, question, device, z=None, limit=512):
 
 
 @torch.no_grad()
-def generate(dit, cond, noise, alpha, steps, guidance=1.0, schedule="clean", progress=None):
-    """cond [B,N,Z], noise [B,N,C] -> latents [B,N,C].
+def generate(dit, cond, noise, alpha, steps, guidance=1.0, schedule="clean", progress=None,
+             interval=(0.0, 1.0), together=None):
+    """noise [B,N,C], cond [B,N,Z] or, of one prompt for all, [1,N,Z] -> latents [B,N,C].
 
-    The unconditional branch of guidance has one null vector an image, so cond is [1,1,Z] there.
+    interval: the times t at which guidance acts (arXiv 2404.07724). together: images in one matrix
+    product, default all. With 1, images of one prompt have the same bytes in any company; a product
+    of another size may round differently. Exact savings, measured by tests/bench_sampler.py: images
+    of one prompt share its modulation, and the null condition, one vector for all tokens, has its
+    modulation [1,1,6D] for every step made in one table before the first.
     """
-    null = dit.null_condition(1) if guidance != 1 else None
+    pairs, shared = flow.schedule_pairs(schedule, steps, alpha), len(cond) == 1
+    times = torch.tensor([float(t) for t, _ in pairs], device=noise.device)             # [S]
+    table = [None] * len(pairs)
+    if guidance != 1:
+        table = list(zip(*(m.split(1) for m in dit.modulations(times, dit.null_condition(1)))))
+        table = [m if interval[0] <= t <= interval[1] else None for m, t in zip(table, times)]
+    table = iter(table)
 
     def velocity(x, t):
-        v = dit(x, t, cond)
-        return v if null is None else flow.guide(v, dit(x, t, null), guidance)
+        null, v = next(table), []
+        m = dit.modulations(t[:1], cond) if shared else None                # of [1,N,6D]
+        both = shared and null and [torch.cat([a, b.expand_as(a)]) for a, b in zip(m, null)]
+        b = together or len(x)
+        for part, y in zip(x.split(b), itertools.repeat(cond) if shared else cond.split(b)):
+            if null and shared and len(part) == 1:      # one image, both branches in one pass
+                v_c, v_u = dit(part.expand(2, -1, -1), m=both).split(1)
+            else:
+                v_c = dit(part, t[:1], y, m=m)
+                v_u = dit(part, m=null) if null else v_c
+            v.append(flow.guide(v_c.float(), v_u.float(), guidance if null else 1.0))
+        return torch.cat(v)
 
-    return flow.euler(velocity, noise, flow.schedule_pairs(schedule, steps, alpha), progress)
+    return flow.euler(velocity, noise, pairs, progress)
 
 
 def noise_for(prompt, seed, tokens, channels):
@@ -121,69 +154,294 @@ def to_tensor(image, size):
     return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
 
 
+def sheet(images, columns, space=2):
+    """Images [n,3,H,W] -> one [3,H',W'], row by row, white between them and where one lacks."""
+    lack = -len(images) % columns
+    x = torch.cat([images, torch.ones_like(images[:1]).expand(lack, -1, -1, -1)])
+    x = torch.nn.functional.pad(x, (0, space, 0, space), value=1).unflatten(0, (-1, columns))
+    x = x.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)                # [3,rows*H,columns*W]
+    return x[:, :x.shape[1] - space, :x.shape[2] - space]
+
+
 def save_png(image, path, **info):
     """image [3,H,W] in [0,1] -> PNG with the settings in its metadata."""
     meta = PngImagePlugin.PngInfo()
     for key, value in info.items():
-        meta.add_text(key, str(value))
+        meta.add_itxt(key, str(value))
     x = (image.float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(x).save(path, pnginfo=meta)
 
 
+def check_out(path, flag, suffix=None):
+    """Can `path` be written (suffix None: as a folder)? Asked before the work. Raises UserError."""
+    if suffix is None and path.exists() and not path.is_dir():
+        raise UserError(f"{flag} {path} is a file; expected a folder, for more than one prompt")
+    if suffix and path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; expected a file name that ends in {suffix}")
+    if suffix and path.suffix.lower() != suffix:
+        raise UserError(f"{flag} {path}: expected a file name that ends in {suffix}")
+    above = next(p for p in (path if suffix is None else path.parent, *path.absolute().parents)
+                 if p.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"{flag} {path}: cannot write in {above}")
+
+
+def read_prompts(path, layout):
+    """--prompts -> [(id, prompt, record)]: a text file of lines, a .jsonl of records with "prompt"
+    (GenEval's), or a folder of .txt files (DPG-Bench's). Raises UserError."""
+    flag = f"--prompts {path}"
+    if not path.exists():
+        raise UserError(f"{flag}: no such file or folder")
+    items, files = [], sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    try:
+        for file in files:
+            whole = file.read_text(encoding="utf-8-sig")
+            if path.is_dir():
+                items.append((file.stem, " ".join(whole.split()), {}))
+                continue
+            for number, line in enumerate(whole.splitlines(), 1):
+                if not line.strip():
+                    continue
+                record = {"prompt": line.strip()}
+                if path.suffix == ".jsonl":
+                    try:
+                        record = json.loads(line)
+                    except ValueError as error:
+                        raise UserError(f"{flag}, line {number}: not JSON ({error})")
+                    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+                        raise UserError(f"{flag}, line {number}: expected {{\"prompt\": ...}}")
+                name = f"{len(items):05d}"
+                if layout == "dpg":
+                    name = str(record.get("item_id", name))
+                items.append((name, record["prompt"].strip(), record))
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {file}: not UTF-8 text ({error.reason} at byte {error.start})")
+    if not items:
+        raise UserError(f"{flag}: no prompt in it; expected one a line, or .txt files in a folder")
+    for name, prompt, _ in items:
+        if not prompt:
+            raise UserError(f"{flag}: the prompt of {name} is empty")
+        if "/" in name or name.startswith("."):
+            raise UserError(f"{flag}: item_id {name!r} is no file name")
+    if len({name for name, _, _ in items}) < len(items):
+        raise UserError(f"{flag}: an item_id comes twice; pictures would overwrite each other")
+    return items
+
+
 # ------------------------------------------------------------------------------------------------
-# Commands
+# Arguments
 # ------------------------------------------------------------------------------------------------
 
 def arguments():
+    """Flags, checked against each other. Raises UserError."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("text", nargs="?", help="the prompt, or the question about --image")
+    p.add_argument("text", nargs="?", help="the prompt, or the question about --image or --latent")
     p.add_argument("--run", default=weights.ASSETS, help="run folder, released folder or hub id")
     p.add_argument("--encoder", help="default: the one the run was trained with")
     p.add_argument("--decoder", help="default: the one that belongs to the encoder")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--dtype", choices=["bfloat16", "float32"],
                    help="default: bfloat16 on accelerators, float32 on CPU")
-    g = p.add_argument_group("picture")
-    g.add_argument("--n", type=runs.positive(), default=1, help="pictures a prompt")
-    g.add_argument("--steps", type=runs.positive(), default=50)
-    g.add_argument("--guidance", type=runs.positive(float, zero=True),
-                   help="1: off (default for released weights); tiny default: 3")
-    g.add_argument("--seed", type=runs.positive(zero=True), default=0)
-    g.add_argument("--schedule", choices=["clean", "compat"], default="clean")
-    g.add_argument("--direct", action="store_true",
-                   help="skip the LLM's own words: open the image at once, in one prefill")
-    g.add_argument("--prompts", type=Path, help="a text file, one prompt a line; --out is a folder")
-    g.add_argument("--out", type=Path, default=Path("out.png"))
-    g.add_argument("--save-latent", type=Path, help="keep the latents [n,N,C] as safetensors")
+    p.add_argument("--out", type=Path, help="PNG, or folder for --prompts (default: out.png, out/)")
+    a = p.add_argument_group("picture").add_argument
+    draw = [a("--n", type=runs.positive(), help="pictures a prompt (default 1)"),
+            a("--steps", type=runs.positive(), help="default 50"),
+            a("--guidance", type=runs.positive(float, zero=True),
+              help="1: off (default for released weights, and for compat); else 3"),
+            a("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"),
+              help="guide only at times t in it; default 0 1, all (1 is noise)"),
+            a("--seed", type=runs.positive(zero=True), help="of the first picture (default 0)"),
+            a("--schedule", choices=["clean", "compat"], help="default clean"),
+            a("--direct", action="store_true",
+              help="skip the LLM's own words: open the image at once, in one prefill"),
+            a("--template", help="what the model is told, e.g. 'Can you generate a photo of {}?'; "
+              "verifiers are asked about the bare prompt"),
+            a("--prompts", type=Path,
+              help="one prompt a line, a .jsonl with \"prompt\", or a folder of .txt"),
+            a("--layout", choices=["geneval", "dpg"],
+              help="of the folder, for the official scorers; 4 pictures a prompt"),
+            a("--grid", action="store_true", help="the pictures of a prompt in one PNG"),
+            a("--save-latent", type=Path, help="keep the latents [n,N,C] as safetensors")]
+    a = p.add_argument_group("best of N: latents ranked, not decoded (best_of.py)").add_argument
+    draw += [a("--best-of", type=runs.positive(), metavar="N", help="candidates"),
+             a("--keep", type=runs.positive(), metavar="K", help="decode the K best (default 1)"),
+             a("--verifier", choices=list(best_of.KEYS), help="default prompt")]
     g = p.add_argument_group("understanding")
     g.add_argument("--image", type=Path, help="the picture that the text asks about")
-    g.add_argument("--latent", type=Path, help="a stored latent instead: decode it, or ask about it")
+    g.add_argument("--latent", type=Path, help="stored latents instead: decode, or ask about them")
     g.add_argument("--max-tokens", type=runs.positive(), default=512, help="of an answer")
     g.add_argument("--reconstruct", type=Path, help="encode and decode a picture, side by side")
     args = p.parse_args()
-    given = [bool(args.text), args.prompts is not None, args.reconstruct is not None,
-             args.latent is not None]
-    if not any(given):
-        p.error("nothing to do: give a prompt, --prompts, --latent or --reconstruct (see --help)")
-    if args.image and not (args.text or "").strip():
-        p.error(f"--image {args.image}: give the question too, in quotes")
+
+    inputs = [k for k in ("prompts", "image", "latent", "reconstruct") if getattr(args, k)]
+    if len(inputs) > 1:
+        raise UserError(f"--{inputs[0]} and --{inputs[1]} cannot go together; give one of them")
+    mode = inputs[0] if inputs else "prompt"
     if args.text is not None and not args.text.strip():
-        p.error("the prompt is empty; expected some words in quotes")
+        raise UserError("the prompt is empty; expected some words in quotes")
+    if args.text is None and mode == "prompt":
+        raise UserError("nothing to do: give a prompt, --prompts, --image with a question, "
+                        "--latent or --reconstruct (see --help)")
+    if args.text is None and mode == "image":
+        raise UserError(f"--image {args.image}: give the question too, in quotes")
+    if args.text is not None and mode in ("prompts", "reconstruct"):
+        raise UserError(f"{args.text!r} and --{mode}: give one of them")
+    if mode not in ("prompt", "prompts"):
+        for action in draw:
+            if getattr(args, action.dest) not in (None, False):
+                raise UserError(f"{action.option_strings[0]} is for drawing a prompt; it has no "
+                                f"meaning with --{mode}")
+    for flag, needs, there in (("--keep", "--best-of N", args.best_of),
+                               ("--verifier", "--best-of N", args.best_of),
+                               ("--layout", "--prompts FILE", args.prompts)):
+        if getattr(args, flag[2:]) and not there:
+            raise UserError(f"{flag} {getattr(args, flag[2:])} needs {needs}")
+    if args.best_of and args.n:
+        raise UserError(f"--n {args.n} with --best-of {args.best_of}: give --keep for the number "
+                        "of pictures")
+    if args.best_of and (args.keep or 1) > args.best_of:
+        raise UserError(f"--keep {args.keep} of --best-of {args.best_of}: cannot keep more than "
+                        "are drawn")
+    n, flag = (args.keep, "--keep") if args.best_of else (args.n, "--n")
+    if args.layout == "dpg" and n not in (None, 1, 4):
+        raise UserError(f"{flag} {n}: DPG-Bench's scorer takes 1 or 4 pictures a prompt")
+    if args.template and ("{}" not in args.template or args.template.count("{") > 1):
+        raise UserError(f"--template {args.template!r}: expected one {{}} where the prompt goes")
+    args.n = n or (min(4, args.best_of or 4) if args.layout else 1)
+    if args.layout == "dpg" and args.n not in (1, 4):
+        raise UserError(f"--best-of {args.best_of}: DPG-Bench's scorer takes 1 or 4 pictures a "
+                        "prompt; give --keep 1, or more candidates")
+    args.steps, args.seed = args.steps or 50, args.seed or 0
+    args.schedule, args.verifier = args.schedule or "clean", args.verifier or "prompt"
+    lo, hi = args.guidance_interval = tuple(args.guidance_interval or (0.0, 1.0))
+    if not 0 <= lo <= hi <= 1:
+        raise UserError(f"--guidance-interval {lo:g} {hi:g}: expected 0 <= LO <= HI <= 1")
     if args.schedule == "compat" and args.steps < 3:
-        p.error(f"--steps {args.steps}: --schedule compat needs at least 3")
+        raise UserError(f"--steps {args.steps}: --schedule compat needs at least 3")
+    args.out = args.out or Path("out" if args.prompts else "out.png")
+    if not (mode == "image" or mode == "latent" and args.text):         # those print
+        check_out(args.out, "--out", None if args.prompts else ".png")
+    if args.save_latent:
+        check_out(args.save_latent, "--save-latent", ".safetensors")
     return args
 
 
-def read_prompts(args):
-    if not args.prompts:
-        return [args.text]
-    if not args.prompts.is_file():
-        raise UserError(f"--prompts {args.prompts}: no such file")
-    prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts {args.prompts}: no prompt in it; expected one a line")
-    return prompts
+def check_text(words, flag, tokenizer, config, tokens):
+    """Raises UserError for words that break the chat, or that leave no room in the context."""
+    for s in (*text.SPECIAL, "<image>"):
+        if s in words:
+            raise UserError(f"{flag} holds {s}, which the chat format uses; leave it out")
+    limit = config.get("tokenizer_model_max_length") or 1024
+    length = len(text.prompt_ids(tokenizer, words)) + tokens + 10       # with the model's own words
+    if length > limit:
+        raise UserError(f"{flag} is too long: {length} tokens with the {tokens} of the image, the "
+                        f"model's context has {limit}; shorten it ({words[:40]!r}...)")
+
+
+# ------------------------------------------------------------------------------------------------
+# Commands
+# ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def reconstruct(args, picture, run, devices):
+    encoder, decoder = weights.load_codec(weights.config_of(run), args, devices)
+    x = to_tensor(picture, encoder.image_size).to(devices.device)
+    x_hat = decoder(encoder(x)).clamp(0, 1)
+    x = torch.nn.functional.interpolate(x, x_hat.shape[-2:], mode="area")
+    error = ((x * 255).round() - (x_hat * 255).round()).square().mean().item() / 255 ** 2
+    runs.save_grid(torch.cat([x, x_hat]), args.out, columns=2)
+    print(f"{args.out}  left: the picture, right: its reconstruction, "
+          f"PSNR {-10 * math.log10(max(error, 1e-10)):.2f} dB")
+
+
+def ask(args, llm, tokenizer, z, device):
+    """Print the answer about each latent [n,N,C] as it is written."""
+    for i, row in enumerate(z):
+        print(f"{i}: " if len(z) > 1 else "", end="", flush=True)
+        for piece in answer(llm, tokenizer, args.text, device, row[None], args.max_tokens):
+            print(piece if isinstance(piece, str) else "(it opens an image)", end="", flush=True)
+        print()
+
+
+def condition(args, llm, tokenizer, words, device):
+    """What the LLM makes of a prompt: cond [1,N,Z]. Raises UserError when it does not draw."""
+    if args.direct:
+        return direct_condition(llm, tokenizer, [words], device)
+    *said, cond = list(answer(llm, tokenizer, words, device)) or [""]
+    if isinstance(cond, str):
+        raise UserError(f"the model answered {''.join(said) + cond!r} instead of drawing; ask for "
+                        "a picture (\"Can you generate a photo of ...?\") or force one: --direct")
+    return cond
+
+
+@torch.no_grad()
+def draw(args, items, llm, dit, tokenizer, decoder, alpha, guidance, device):
+    """Prompts [(id, prompt, record)] -> PNG files, one bar with ETA over all of it."""
+    N, count, latents, seeds = dit.tokens, args.best_of or args.n, [], []
+    # Candidates together fill the matrix units; on a CPU more than 512 rows leave the cache.
+    together = 1 if not args.best_of else max(1, 512 // N) if device.type == "cpu" else None
+    pairs = flow.schedule_pairs(args.schedule, args.steps, alpha)
+    bar = tqdm(total=len(items) * count * len(pairs), unit="step", disable=not sys.stderr.isatty())
+
+    def progress(pairs):
+        for pair in pairs:
+            yield pair
+            bar.update(count)
+
+    for name, prompt, record in items:
+        bar.set_description(prompt[:40])
+        words = (args.template or "{}").replace("{}", prompt)
+        cond = condition(args, llm, tokenizer, words, device)               # [1,N,Z]
+        drawn = [args.seed + i for i in range(count)]
+        noise = torch.stack([noise_for(prompt, seed, N, dit.channels) for seed in drawn])
+        z = generate(dit, cond, noise.to(device), alpha, args.steps, guidance, args.schedule,
+                     progress, args.guidance_interval, together)            # [n,N,C]
+        info = dict(prompt=prompt, steps=args.steps, guidance=guidance, schedule=args.schedule,
+                    model=Path(args.run).name)
+        if args.guidance_interval != (0.0, 1.0):
+            info["guidance_interval"] = args.guidance_interval
+        if args.template:
+            info["template"] = args.template
+        if args.best_of:
+            rows = best_of.scores(llm, tokenizer, z, prompt)
+            order = best_of.rank(rows, args.verifier)
+            bar.write(f"{prompt}: {count} candidates, best first by {args.verifier}\n"
+                      + best_of.table(rows, order, drawn, args.n))
+            kept = order[:args.n]
+            z, drawn = z[kept], [drawn[i] for i in kept]
+            info.update(best_of=count, verifier=args.verifier)
+        images = torch.stack([decoder(row[None])[0] for row in z])          # [n,3,H,W]
+        latents.append(z.cpu())
+        seeds += [[prompt, seed] for seed in drawn]
+        for path, image, seed in files_of(args, name, record, images, drawn):
+            save_png(image, path, seed=seed, **info)
+            bar.write(str(path))
+    bar.close()
+    if args.save_latent:
+        args.save_latent.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": torch.cat(latents)}, args.save_latent,
+                  {"prompt, seed": json.dumps(seeds)})
+        print(args.save_latent)
+
+
+def files_of(args, name, record, images, drawn):
+    """The PNG files of one prompt: [(path, image [3,H,W], its seed or seeds)]."""
+    n, seeds = len(images), " ".join(map(str, drawn))
+    grid = sheet(images, math.ceil(math.sqrt(n)), 0 if args.layout == "dpg" else 2)
+    if args.layout == "geneval":        # NAME/metadata.jsonl, NAME/samples/0000.png, NAME/grid.png
+        folder = args.out / name
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        (folder / "metadata.jsonl").write_text(json.dumps(record) + "\n")
+        files = [(folder / "samples" / f"{i:04d}.png", images[i], drawn[i]) for i in range(n)]
+        return files + [(folder / "grid.png", grid, seeds)] * args.grid
+    if args.layout == "dpg" or args.prompts and args.grid:      # NAME.png, of 1, or of 2 x 2
+        return [(args.out / f"{name}.png", grid, seeds)]
+    if args.prompts:
+        return [(args.out / f"{name}-{drawn[i]}.png", images[i], drawn[i]) for i in range(n)]
+    if args.grid or n == 1:
+        return [(args.out, grid, seeds)]
+    return [(args.out.with_stem(f"{args.out.stem}-{i}"), images[i], drawn[i]) for i in range(n)]
 
 
 def main():
@@ -193,89 +451,48 @@ def main():
         devices.dtype = torch.float32
     device = devices.device
     picture = open_image(args.image or args.reconstruct) if args.image or args.reconstruct else None
-    prompts = read_prompts(args)
+    items = read_prompts(args.prompts, args.layout) if args.prompts else [
+        ("", args.text, {"prompt": args.text})]
     if args.latent and not args.latent.is_file():
         raise UserError(f"--latent {args.latent}: no such file")
     run, = weights.locate([("model", args.run, "--run")])
-
     if args.reconstruct:
-        encoder, decoder = weights.load_codec(weights.config_of(run), args, devices)
-        x = to_tensor(picture, encoder.image_size).to(device)
-        with torch.no_grad():
-            x_hat = decoder(encoder(x)).clamp(0, 1)
-        x = torch.nn.functional.interpolate(x, x_hat.shape[-2:], mode="area")
-        error = ((x * 255).round() - (x_hat * 255).round()).square().mean().item() / 255 ** 2
-        runs.save_grid(torch.cat([x, x_hat]), args.out, columns=2)
-        print(f"{args.out}  left: the picture, right: its reconstruction, "
-              f"PSNR {-10 * math.log10(max(error, 1e-10)):.2f} dB")
-        return
+        return reconstruct(args, picture, run, devices)
 
     llm, dit, tokenizer, config = weights.load_model(run, devices)
     N, C = dit.tokens, dit.channels
-    tiny = "shift_alpha" in config                      # our runs record theirs
-    alpha = config.get("shift_alpha") or flow.shift_alpha(N, C, config.get("diffusion_base_dim")
-                                                          or flow.SHIFT_BASE)
-    guidance = args.guidance if args.guidance is not None else 3.0 if tiny else 1.0
+    seen = llm.model.mm_projector[0].in_features        # channels of the latent that the LLM reads
+    z = weights.read_latent(args.latent, N, C).to(device) if args.latent else None
+    if seen != C and (args.best_of or args.latent and args.text):
+        raise UserError(f"--run {args.run} draws latents of {C} channels and reads those of "
+                        f"{seen}: it cannot judge what it draws (a VAE's latent is for pixels only)")
+    for name, words, _ in items:
+        if words is not None:
+            flag = f"--prompts: {name}" if args.prompts else "the prompt"
+            check_text((args.template or "{}").replace("{}", words), flag, tokenizer, config, N)
+    if args.image:                                      # a question about a picture
+        encoder, _ = weights.load_codec(config, args, devices, decoder=False)
+        with torch.no_grad():
+            z = encoder(to_tensor(picture, encoder.image_size).to(device))
+    if args.text and z is not None:                     # or about latents: no pixels needed there
+        return ask(args, llm, tokenizer, z, device)
 
-    # ---- a question about a picture, or about a stored latent: no pixels needed there ----
-    if args.image or (args.latent and args.text):
-        if args.image:
-            encoder, _ = weights.load_codec(config, args, devices, decoder=False)
-            with torch.no_grad():
-                z = encoder(to_tensor(picture, encoder.image_size).to(device))
-        else:
-            z = weights.read_latent(args.latent, N, C).to(device)[:1]
-        for piece in answer(llm, tokenizer, args.text, device, z, args.max_tokens):
-            if isinstance(piece, str):
-                print(piece, end="", flush=True)
-        print()
-        return
-
+    guided = hasattr(dit, "y_embedder")                 # it has learned a null condition
+    ours = "shift_alpha" in config and args.schedule == "clean"         # our runs record theirs
+    guidance = args.guidance if args.guidance is not None else 3.0 if ours and guided else 1.0
+    if guidance != 1 and not guided:
+        raise UserError(f"--guidance {guidance:g}: this model has no null condition (trained with "
+                        "--cond-drop 0); use --guidance 1")
     _, decoder = weights.load_codec(config, args, devices, encoder=False)
     if args.latent:
-        z = weights.read_latent(args.latent, N, C).to(device)
         with torch.no_grad():
-            runs.save_grid(decoder(z), args.out, columns=4)
+            images = torch.cat([decoder(row[None]) for row in z])
+        save_png(sheet(images, min(4, len(images))), args.out, model=Path(args.run).name)
         print(args.out)
         return
-
-    # ---- prompts -> pictures ----
-    folder = args.out if args.prompts else None
-    if folder is not None and folder.suffix:
-        folder = folder.with_suffix("")
-    kept = []
-    for k, prompt in enumerate(prompts):
-        if args.direct:
-            cond = direct_condition(llm, tokenizer, [prompt], device)
-        else:
-            *words, cond = list(answer(llm, tokenizer, prompt, device)) or [""]
-            if isinstance(cond, str):
-                raise UserError(f"the model answered {''.join(words) + cond!r} instead of drawing; "
-                                "ask for a picture (\"Can you generate a photo of ...?\") or force "
-                                "one with --direct")
-        bar = functools.partial(tqdm, desc=prompt[:40], disable=not sys.stderr.isatty())
-        # One picture at a time: products of another batch size round otherwise, and a picture must
-        # not depend on the batch that it was drawn in.
-        noise = [noise_for(prompt, args.seed + i, N, C)[None].to(device) for i in range(args.n)]
-        latents = [generate(dit, cond, x, alpha, args.steps, guidance, args.schedule, bar)
-                   for x in noise]
-        z = torch.cat(latents)                                              # [n,N,C]
-        with torch.no_grad():
-            images = [decoder(row[None])[0] for row in z]
-        kept.append(z.cpu())
-        info = dict(prompt=prompt, seed=args.seed, steps=args.steps, guidance=guidance,
-                    schedule=args.schedule, model=Path(run).name)
-        for i, image in enumerate(images):
-            if folder is not None:
-                path = folder / f"{k:05d}-{args.seed + i}.png"
-            else:
-                path = args.out if args.n == 1 else args.out.with_stem(f"{args.out.stem}-{i}")
-            save_png(image, path, **{**info, "seed": args.seed + i})
-            print(path)
-    if args.save_latent:
-        from safetensors.torch import save_file
-        save_file({"latents": torch.cat(kept)}, args.save_latent)
-        print(args.save_latent)
+    alpha = config.get("shift_alpha") or flow.shift_alpha(N, C, config.get("diffusion_base_dim")
+                                                          or flow.SHIFT_BASE)
+    draw(args, items, llm, dit, tokenizer, decoder, alpha, guidance, device)
 
 
 if __name__ == "__main__":
