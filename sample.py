@@ -128,6 +128,12 @@ def generate(dit, cond, noise, alpha, steps, guidance=1.0, schedule="clean", pro
     return flow.euler(velocity, noise, pairs, progress)
 
 
+def candidates_together(tokens, device):
+    """How many candidates of best-of-N go through a product at once: all, but on a CPU about 256
+    rows: more of them cost page faults and leave the cache (LOG.md, tests/bench_sampler.py)."""
+    return max(1, 256 // tokens) if device.type == "cpu" else None
+
+
 def noise_for(prompt, seed, tokens, channels):
     """[N,C] from (prompt, seed) alone: the batch it is sampled in never changes a picture."""
     key = int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:7], "big")
@@ -379,8 +385,7 @@ def condition(args, llm, tokenizer, words, device):
 def draw(args, items, llm, dit, tokenizer, decoder, alpha, guidance, device):
     """Prompts [(id, prompt, record)] -> PNG files, one bar with ETA over all of it."""
     N, count, latents, seeds = dit.tokens, args.best_of or args.n, [], []
-    # Candidates together fill the matrix units; on a CPU more than 512 rows leave the cache.
-    together = 1 if not args.best_of else max(1, 512 // N) if device.type == "cpu" else None
+    together = candidates_together(N, device) if args.best_of else 1
     pairs = flow.schedule_pairs(args.schedule, args.steps, alpha)
     bar = tqdm(total=len(items) * count * len(pairs), unit="step", disable=not sys.stderr.isatty())
 
@@ -463,9 +468,12 @@ def main():
     N, C = dit.tokens, dit.channels
     seen = llm.model.mm_projector[0].in_features        # channels of the latent that the LLM reads
     z = weights.read_latent(args.latent, N, C).to(device) if args.latent else None
+    if z is not None and not (len(z) and z.isfinite().all()):
+        raise UserError(f"--latent {args.latent}: "
+                        f"{'its values are not finite' if len(z) else 'no latent in it'}")
     if seen != C and (args.best_of or args.latent and args.text):
         raise UserError(f"--run {args.run} draws latents of {C} channels and reads those of "
-                        f"{seen}: it cannot judge what it draws (a VAE's latent is for pixels only)")
+                        f"{seen}: it cannot judge what it draws (a VAE's latent has no words)")
     for name, words, _ in items:
         if words is not None:
             flag = f"--prompts: {name}" if args.prompts else "the prompt"
