@@ -254,9 +254,9 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(D2, C, D2 if wide else Z)
 
     def run(self, blocks, x, c, rope, m=None):
-        for i, block in enumerate(blocks):
+        for block in blocks:
             if m is not None:
-                x = block(x, None, rope, m[i])
+                x = block(x, None, rope, next(m))
             elif self.remat and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, rope, use_reentrant=False)
             else:
@@ -270,11 +270,11 @@ class DiT(nn.Module):
 
     def modulations(self, t, cond):
         """t [B], cond [B,N or 1,Z] -> what they do to each block of the trunk and to the last
-        layer: a list of [B,N or 1,6D], at the end 2D. x_t has no part in it, so the samples of one
+        layer: yields [B,N or 1,6D], at the end 2D. x_t has no part in it, so the samples of one
         prompt share it, and for the null condition a table over all times t is small."""
         c = self.modulation_input(t, cond)
-        layers = [*self.dit_blocks[:self.depth], *[self.final_layer] * (not self.head_depth)]
-        return [layer.adaLN_modulation[1](c) for layer in layers]
+        for layer in [*self.dit_blocks[:self.depth], *[self.final_layer] * (not self.head_depth)]:
+            yield layer.adaLN_modulation[1](c)
 
     def forward(self, x_t, t=None, cond=None, drop=None, m=None):
         """x_t [B,N,C], t [B], cond [B,N,Z] (or [B,1,Z], as for the null condition) -> v [B,N,C].
@@ -285,11 +285,12 @@ class DiT(nn.Module):
         if drop is not None:
             cond = self.y_embedder(cond, drop)
         c = self.modulation_input(t, cond) if m is None else None           # [B,N,Z]
+        m = m and iter(m)
         x_t = x_t.to(self.dtype)
         s = self.x_embedder(x_t) + self.pos_embed.to(self.dtype)            # [B,N,D]
         if not self.head_depth:
             s = self.run(self.dit_blocks, s, c, self.feat_rope, m)
-            return self.final_layer(s, c, m and m[-1])
+            return self.final_layer(s, c, m and next(m))
         s = self.run(self.dit_blocks[:self.depth], s, c, self.enc_rope, m)  # trunk
         s = F.silu(self.s_projector(F.silu(s)))                             # [B,N,D2]
         h = self.s_embedder(x_t)                                # no positions: only RoPE here

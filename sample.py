@@ -19,7 +19,6 @@ the kept seed by the rounding of the products.
 """
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -112,13 +111,16 @@ def generate(dit, cond, noise, alpha, steps, guidance=1.0, schedule="clean", pro
     table = iter(table)
 
     def velocity(x, t):
-        null, v = next(table), []
+        null, v, b = next(table), [], together or len(x)
         m = dit.modulations(t[:1], cond) if shared else None                # of [1,N,6D]
-        both = shared and null and [torch.cat([a, b.expand_as(a)]) for a, b in zip(m, null)]
-        b = together or len(x)
-        for part, y in zip(x.split(b), itertools.repeat(cond) if shared else cond.split(b)):
-            if null and shared and len(part) == 1:      # one image, both branches in one pass
-                v_c, v_u = dit(part.expand(2, -1, -1), m=both).split(1)
+        alone = shared and b == 1                       # one image a pass: with both its branches
+        if null and alone:
+            m = (torch.cat([a, b.expand_as(a)]) for a, b in zip(m, null))   # of [2,N,6D]
+        if m and len(x) > 1:
+            m = list(m)                                 # else block by block, while it is in cache
+        for part, y in zip(x.split(b), cond.expand(len(x), -1, -1).split(b)):
+            if null and alone:
+                v_c, v_u = dit(part.expand(2, -1, -1), m=m).split(1)
             else:
                 v_c = dit(part, t[:1], y, m=m)
                 v_u = dit(part, m=null) if null else v_c
