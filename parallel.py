@@ -206,8 +206,9 @@ def place(batch, devices):
 
 def scalar(value, device):
     """A number that changes every step: on xla a tensor, because a constant would be compiled in
-    and every step would compile anew."""
-    return torch.tensor(value).to(device) if device.type == "xla" else value
+    and every step would compile anew. (A vector of one: equal scalars would be one input of the
+    program, which is then another one.)"""
+    return torch.tensor([value]).to(device)[0] if device.type == "xla" else value
 
 
 def full(tensor):
@@ -335,9 +336,10 @@ def scan(devices, blocks, x, *shared):
     --remat block. torch_xla's scan_layers would also keep one copy of `shared` a block, and with
     its default partition everything that autograd saves.
     """
-    if any(isinstance(s, list) for s in shared):            # one for each block, as in sampling
-        for i, block in enumerate(blocks):
-            x = block(x, *[s[i] if isinstance(s, list) else s for s in shared])
+    each = [hasattr(s, "__next__") for s in shared]         # an iterator: one for each block, as the
+    if any(each):                                           # modulations in sampling; no loop then
+        for block in blocks:
+            x = block(x, *[next(s) if e else s for s, e in zip(shared, each)])
         return x
     names = [name for name, _ in blocks[0].named_parameters()]
     tensors = [s for s in shared if torch.is_tensor(s)]
