@@ -1050,8 +1050,8 @@ def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, 
 
     encode: uint8 [B,R,R,3] -> float32 [B,N,F]. what: names encode, up to its weights; a source's
     subfolder is a hash of it, the resolution, and the names, sizes and times of the source's files.
-    Of several processes one is to `write`, the others wait(). The texts are not kept: they cost 1 %
-    of a picture, and their form changes from epoch to epoch. Raises DataError.
+    Of several processes one is to `write`, the others wait(). The texts are not kept: their form
+    changes from epoch to epoch. Raises DataError.
     """
     mixture.latents, found = None, []
     for s, name in enumerate(mixture.names):

@@ -233,8 +233,9 @@ def adaptive_weight(rec_loss, gan_loss, last_weight, average=lambda grad: grad):
     """|d rec / d W| / (|d gan / d W| + 1e-6), clamped to [0, 1e4], detached (arXiv 2012.09841).
 
     Balances the two losses at W = `last_weight`, the decoder's `decoder_pred.weight`. Keeps both
-    graphs for the real backward pass. average: of a gradient over the processes that share a batch. With a loss' gradient g at the picture x in hand,
-    (x * g).sum() stands for the loss: above x it has the same gradient.
+    graphs for the real backward pass. average: of a gradient over the processes that share a batch.
+    With a loss' gradient g at the picture x in hand, (x * g).sum() stands for the loss: above x it
+    has the same gradient.
     """
     rec, gan = (average(torch.autograd.grad(loss, last_weight, retain_graph=True)[0])
                 for loss in (rec_loss, gan_loss))
@@ -286,7 +287,8 @@ def load_strict(module, state, what):
 def load_discriminator(path, config=None, seed=0):
     """From a DINO trunk file (new heads) or a whole discriminator's; .safetensors, .pt, .pth.
 
-    config: None takes the one in a safetensors file's metadata, else DINO ViT-S/16. The k bias of every qkv is set to zero, as in the RAE code; softmax does not see it.
+    config: None takes the one in a safetensors file's metadata, else DINO ViT-S/16. The k bias of
+    every qkv is set to zero, as in the RAE code; softmax does not see it.
     Raises FileNotFoundError, or ValueError naming the keys that do not fit.
     """
     if not Path(path).is_file():

@@ -27,7 +27,7 @@ class Size:
 
 
 # Parameters and training FLOPs are of the DiT alone with N = 256, C = 1152 (tiny: 64 tokens of
-# 96); tests/test_dit.py recomputes both.
+# 96); tests/test_models.py recomputes both.
 #                     D depth  H  LLM
 SIZES = {
     "tiny": Size(    160,  6,  5, "tiny"),                          # 0.003 B    0.001 TFLOP/image

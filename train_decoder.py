@@ -329,8 +329,8 @@ def main():
     if args.bench:                                  # time the whole step, GAN included
         args.steps, args.log_every, args.disc_start, args.gan_start = args.bench, 1, 0, 0
     stats = {k: b for k, b in model.named_buffers() if k.startswith("latent_")}     # [C,h,w]
-    saved = {**named, **{f"ema.{k}": v for k, v in ema.items()}, **runs.moments(optimizer, named, devices),
-             **judged, **spectral, **(runs.moments(d_optimizer, judged, devices) if disc else {}),
+    saved = {**named, **{f"ema.{k}": v for k, v in ema.items()},
+             **runs.moments(optimizer, named, devices), **judged, **spectral, **(runs.moments(d_optimizer, judged, devices) if disc else {}),
              **stats}
     run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
     if args.latent_stats == "auto" and run.start == 0:      # every process measures the same

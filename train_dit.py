@@ -248,8 +248,9 @@ class ScaleRAE(nn.Module):
 def train_step(model, look, optimizer, named, ema, batches, tokens, answers, weight, args, devices):
     """One update from micro-batches that are on the devices; no host waits for a device in it.
 
-    look: batch -> z, u; tokens, answers: what the losses of the whole batch are divided by; weight: of this step in the
-    average. -> the step's values {name: tensor}; losses by time [10,2]; the gradient's norm.
+    look: batch -> z, u; tokens, answers: what the losses of the whole batch are divided by; weight:
+    of this step in the average. -> the step's values {name: tensor}; losses by time [10,2]; the
+    gradient's norm.
     """
     values, by_time = {}, 0
     for batch in batches:
@@ -505,7 +506,8 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Resume
     # --------------------------------------------------------------------------------------------
-    saved = {**named, **{f"ema.{k}": v for k, v in ema.items()}, **runs.moments(optimizer, named, devices)}
+    saved = {**named, **{f"ema.{k}": v for k, v in ema.items()},
+             **runs.moments(optimizer, named, devices)}
     if args.bench:
         args.steps, args.log_every = args.bench, 1
     run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)

@@ -51,6 +51,24 @@ def test_every_large_parameter_matches_one_row_and_divides(name, model):
                 assert size % 64 == 0, (key, tuple(p.shape), axes)
 
 
+def test_an_update_that_is_not_finite_changes_nothing():
+    """Neither weights nor moments nor Adam's count; the next finite one does."""
+    devices = parallel.setup("cpu", "float32")
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = parallel.adamw([w], devices, lr=0.1)
+    for gradient, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (1.0, 0)):
+        w.grad = torch.full((3,), gradient)
+        before = [t.clone() for t in (w, *optimizer.state[w].values())]
+        norm = parallel.clip_grad([w], 1.0, devices)
+        assert parallel.guarded_step(optimizer, norm, devices).item() == skipped
+        after = [w, *optimizer.state[w].values()]
+        if skipped:
+            assert all(torch.equal(a, b) for a, b in zip(after, before))
+        else:
+            assert not torch.equal(w, before[0])
+    assert optimizer.state[w]["step"].item() == 2
+
+
 def test_mesh():
     assert parallel.parse_mesh(None, 8) == {"fsdp": 8, "tensor": 1}
     assert parallel.parse_mesh("fsdp=4,tensor=2", 8) == {"fsdp": 4, "tensor": 2}
