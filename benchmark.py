@@ -111,13 +111,13 @@ def prompts(per_category=40, categories=CATEGORIES + (TEXT,)):
                 break
             shapes = (len(found) % 2 == 0 or category == "attribution"
                       or (unseen and category != "position"))
-            p = compose(category, unseen, shapes, data.generator("prompt", category, unseen, attempt))
+            rand = data.generator("prompt", category, unseen, attempt)
+            p = compose(category, unseen, shapes, rand)
             if p:
                 found.setdefault(p.text, p)
         if len(found) < want:
             raise DataError(f"--per-category {per_category}: there are only {len(found)} different "
-                            f"{'unseen' if unseen else 'seen'} prompts of the category {category!r}; "
-                            "lower it")
+                            f"{'unseen' if unseen else 'seen'} prompts in {category!r}; lower it")
         out += found.values()
     return tuple(out)
 
@@ -126,6 +126,9 @@ def change_one(prompt, rand):
     """The prompt with one attribute changed, so that it is not true of the scene any more: (which,
     Prompt). Its text is not changed."""
     things, scene = list(prompt.things), prompt.scene
+    if prompt.word:
+        same = [w for w in data.WORDS if len(w) == len(prompt.word) and w != prompt.word]
+        return "word", dataclasses.replace(prompt, word=pick(rand, same))
     at = int(rand() * len(things))
     kind, colour, count = things[at]
     which = pick(rand, ("kind", "count", "background", "colour" if colour else "kind",
@@ -153,7 +156,7 @@ def change_one(prompt, rand):
 # The judge: what is in a picture
 #
 # With F the picture less its background B, and D what a template (colours P times its mask A) would
-# leave there, D = P - A B, the match is  S = 2 <F,D> / (|F|^2 + |D|^2)  in a window that is a margin
+# leave there, D = P - A B, the match is S = 2 <F,D> / (|F|^2 + |D|^2) in a window that is a margin
 # wider than the template: 1 where they are equal, less for another shape, colour or brightness, and
 # for a part of something larger. All products are matrix products of unfolded windows.
 # ------------------------------------------------------------------------------------------------
@@ -263,7 +266,8 @@ def coarse(f, b, index):
         for at in ((top == best) & (top > FOUND - 0.15)).nonzero().flatten().tolist():
             order = kinds[s[:, at].topk(12).indices].tolist()
             peaks.append((top[at].item() ** 4 * gain[at].item() ** 0.5, top[at].item(), 2 * size,
-                          2 * (at % n) + size, 2 * (at // n) + size, list(dict.fromkeys(order))[:6]))
+                          2 * (at % n) + size, 2 * (at // n) + size,
+                          list(dict.fromkeys(order))[:6]))
     return sorted(peaks, key=lambda p: -p[0])
 
 
@@ -288,8 +292,8 @@ def refine(f, b, peak):
     s = match(product @ F.unfold(ff, w)[0], total, energy @ F.unfold(dd, w)[0] + constant)
     trial, shift = divmod(int(s.argmax()), 25)
     (i, px), score = trials[trial], s.max().item()
-    return Found(*THINGS[i], round(score, 3), (x + shift % 5 - 2) / SIDE, (y + shift // 5 - 2) / SIDE,
-                 px / SIDE)
+    return Found(*THINGS[i], round(score, 3), (x + shift % 5 - 2) / SIDE,
+                 (y + shift // 5 - 2) / SIDE, px / SIDE)
 
 
 def to_side(picture):
@@ -322,7 +326,7 @@ def look(picture):
 
 @functools.lru_cache(maxsize=64)
 def word_masks(word):
-    """Spectra [K,64,33] of the word's masks in every style at six widths, and their energies [K]."""
+    """Spectra [K,64,33] of the word's masks in every style at six widths, their energies [K]."""
     widest, out = SIDE * min(0.92, 0.2 * len(word)), []
     for style, part in itertools.product(data.STYLES, (0.75, 0.8, 0.85, 0.9, 0.95, 1)):
         mask, w = data.letters(word, style), round(widest * part)
