@@ -26,13 +26,45 @@ KEYS = {"prompt": lambda r: (-r["prompt_conf"], -r["yes_logit"], r["no_logit"]),
 
 
 def question(llm, tokenizer, z, words, more=()):
-    """z [B,N,C] with the user's words about each -> embeddings [B,L,H]: the chat up to the
-    assistant's header, then the ids `more`."""
-    ids = text.prompt_ids(tokenizer, words, image=True)
-    ids, _, start, _ = text.expand(ids, [text.IGNORE] * len(ids), llm.tokens)
-    ids = torch.tensor([ids + list(more)], device=z.device).expand(len(z), -1)          # [B,L]
-    start = torch.full((len(z),), start, device=z.device)
-    return llm.embed(ids, start, torch.zeros_like(start, dtype=torch.bool), z)
+    """z [B,N,C], or None for no picture, and the user's words about it: one text for all, or a list
+    of B of one length in tokens -> embeddings [B,L,H] of the chat up to the assistant's header,
+    then the ids `more`."""
+    rows = [text.prompt_ids(tokenizer, w, image=z is not None) + list(more)
+            for w in ([words] if isinstance(words, str) else words)]
+    rows = [text.expand(ids, [text.IGNORE] * len(ids), llm.tokens) for ids in rows]
+    ids = torch.tensor([ids for ids, *_ in rows])                                       # [B,L]
+    if z is None:
+        return llm.embed(ids.to(llm.head_weight().device))
+    start = torch.full((len(z),), rows[0][2], device=z.device)
+    return llm.embed(ids.to(z.device).expand(len(z), -1), start, start < 0, z)
+
+
+def greedy(llm, tokenizer, x, limit, cache):
+    """Embeddings [B,L,H] that end where B answers begin -> each step: logits [B,V], tokens [B], and
+    which answers go on [B] (it ends when none does). The cache, a list, begins empty."""
+    ends = torch.tensor([tokenizer.token_to_id(s) for s in ("<|im_end|>", "<im_start>")],
+                        device=x.device)
+    alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for _ in range(limit):
+        logits = llm.logits(llm(x, cache)[:, -1])                                       # [B,V]
+        token = logits.argmax(-1)                                                       # [B]
+        alive = alive & ~torch.isin(token, ends)
+        yield logits, token, alive
+        if not alive.any():
+            return
+        x = llm.embed(token[:, None])
+
+
+def decode(tokenizer, steps):
+    """Tokens [B] a step, -1 after an answer's end -> B strings."""
+    return [tokenizer.decode([i for i in row if i >= 0]) for row in torch.stack(steps, 1).tolist()]
+
+
+@torch.no_grad()
+def answers(llm, tokenizer, z, words, limit=48):
+    """`question` answered greedily, all at once: B strings."""
+    steps = greedy(llm, tokenizer, question(llm, tokenizer, z, words), limit, [])
+    return decode(tokenizer, [token.masked_fill(~alive, -1) for _, token, alive in steps])
 
 
 def certainty(logits):
@@ -71,32 +103,20 @@ def answer_scores(llm, tokenizer, z, prompt, limit=16):
 
     Greedy, all candidates at once with one KV cache; at most `limit` tokens. yes_prob needs 1.
     """
-    device, B = z.device, len(z)
-    yes, no, yes1, no1 = (torch.tensor(ids, device=device) for ids in
+    yes, no, yes1, no1 = (torch.tensor(ids, device=z.device) for ids in
                           (*word_ids(tokenizer), *word_ids(tokenizer, first=True)))
-    ends = torch.tensor([tokenizer.token_to_id(s) for s in ("<|im_end|>", "<im_start>")],
-                        device=device)
-    x, cache, written = question(llm, tokenizer, z, QUESTION.format(prompt)), [], []
-    yes_logit, no_logit = torch.zeros(2, B, device=device)
-    said, alive, yes_prob = (torch.zeros(B, device=device).bool(),
-                             torch.ones(B, device=device).bool(), None)
-    for _ in range(limit):
-        logits = llm.logits(llm(x, cache)[:, -1])                                       # [B,V]
+    score, yes_logit, no_logit = torch.zeros(3, len(z), device=z.device)
+    yes_prob, written = None, []
+    x = question(llm, tokenizer, z, QUESTION.format(prompt))
+    for logits, token, alive in greedy(llm, tokenizer, x, limit, []):
         if yes_prob is None:
             yes_prob = torch.sigmoid(logits[:, yes1].logsumexp(-1) - logits[:, no1].logsumexp(-1))
-        raw, token = logits.max(-1)                                                     # [B]
-        alive = alive & ~torch.isin(token, ends)
-        if not alive.any():
-            break
-        hit = alive & torch.isin(token, yes)
-        said, yes_logit = said | hit, torch.where(hit, raw, yes_logit)
+        raw, hit = logits.amax(-1), alive & torch.isin(token, yes)                      # [B]
+        score, yes_logit = score.masked_fill(hit, 1), torch.where(hit, raw, yes_logit)
         no_logit = torch.where(alive & torch.isin(token, no), raw, no_logit)
-        written.append(torch.where(alive, token, ends[0]))
-        x = llm.embed(token[:, None])
-    rows = torch.stack(written, 1).tolist() if written else [[]] * B
-    answers = [tokenizer.decode([i for i in row if i != ends[0]]) for row in rows]
-    return dict(score=said.float(), yes_logit=yes_logit, no_logit=no_logit, yes_prob=yes_prob,
-                answer=answers)
+        written.append(token.masked_fill(~alive, -1))
+    return dict(score=score, yes_logit=yes_logit, no_logit=no_logit, yes_prob=yes_prob,
+                answer=decode(tokenizer, written))
 
 
 def scores(llm, tokenizer, z, prompt):

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -57,38 +58,27 @@ def direct_condition(llm, tokenizer, prompts, device):
 
 
 @torch.no_grad()
-def answer(llm, tokenizer, question, device, z=None, limit=512):
+def answer(llm, tokenizer, question, z=None, limit=512):
     """Greedy answer with a KV cache: yields text as it comes, and last, when the model opens an
     image, its condition [1,N,Z] (spec: the model writes `<im_start>` itself, then the queries).
 
     question: the user's words; z [1,N,C]: the picture they are about, or None.
     """
-    ids = text.prompt_ids(tokenizer, question, image=z is not None)
-    ids, _, start, _ = text.expand(ids, [text.IGNORE] * len(ids), llm.tokens)
-    ids = torch.tensor([ids], device=device)
-    if z is None:
-        x = llm.embed(ids)
-    else:
-        x = llm.embed(ids, torch.tensor([start], device=device),
-                      torch.tensor([False], device=device), z)
-    opens, ends = tokenizer.token_to_id("<im_start>"), tokenizer.token_to_id("<|im_end|>")
+    opens = tokenizer.token_to_id("<im_start>")
     cache, written, shown = [], [], ""
-    for _ in range(limit):
-        token = llm.logits(llm(x, cache)[:, -1]).argmax(-1)                 # [1]
+    x = best_of.question(llm, tokenizer, z, question)
+    for _, token, alive in best_of.greedy(llm, tokenizer, x, limit, cache):             # [1]
         if token == opens:                      # <im_start>, then the queries, in one forward pass
-            start = torch.tensor([1], device=device)
-            block = torch.cat([token[None], torch.full((1, llm.tokens), text.IMAGE,
-                                                       device=device)], 1)  # [1,1+N]
+            start = torch.ones_like(token)
+            block = F.pad(token[None], (0, llm.tokens), value=text.IMAGE)               # [1,1+N]
             yield llm.condition(llm(llm.embed(block, start), cache), start)
-            return
-        if token == ends:
+        if not alive:
             return
         written.append(token.item())
         now = tokenizer.decode(written)
         if not now.endswith("\ufffd"):          # half of a character: wait for the rest
             yield now[len(shown):]
             shown = now
-        x = llm.embed(token[None])
 
 
 @torch.no_grad()
@@ -166,7 +156,7 @@ def sheet(images, columns, space=2):
     """Images [n,3,H,W] -> one [3,H',W'], row by row, white between them and where one lacks."""
     lack = -len(images) % columns
     x = torch.cat([images, torch.ones_like(images[:1]).expand(lack, -1, -1, -1)])
-    x = torch.nn.functional.pad(x, (0, space, 0, space), value=1).unflatten(0, (-1, columns))
+    x = F.pad(x, (0, space, 0, space), value=1).unflatten(0, (-1, columns))
     x = x.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)                # [3,rows*H,columns*W]
     return x[:, :x.shape[1] - space, :x.shape[2] - space]
 
@@ -356,18 +346,18 @@ def reconstruct(args, picture, run, devices):
     encoder, decoder = weights.load_codec(weights.config_of(run), args, devices)
     x = to_tensor(picture, encoder.image_size).to(devices.device)
     x_hat = decoder(encoder(x)).clamp(0, 1)
-    x = torch.nn.functional.interpolate(x, x_hat.shape[-2:], mode="area")
+    x = F.interpolate(x, x_hat.shape[-2:], mode="area")
     error = ((x * 255).round() - (x_hat * 255).round()).square().mean().item() / 255 ** 2
     runs.save_grid(torch.cat([x, x_hat]), args.out, columns=2)
     print(f"{args.out}  left: the picture, right: its reconstruction, "
           f"PSNR {-10 * math.log10(max(error, 1e-10)):.2f} dB")
 
 
-def ask(args, llm, tokenizer, z, device):
+def ask(args, llm, tokenizer, z):
     """Print the answer about each latent [n,N,C] as it is written."""
     for i, row in enumerate(z):
         print(f"{i}: " if len(z) > 1 else "", end="", flush=True)
-        for piece in answer(llm, tokenizer, args.text, device, row[None], args.max_tokens):
+        for piece in answer(llm, tokenizer, args.text, row[None], args.max_tokens):
             print(piece if isinstance(piece, str) else "(it opens an image)", end="", flush=True)
         print()
 
@@ -376,7 +366,7 @@ def condition(args, llm, tokenizer, words, device):
     """What the LLM makes of a prompt: cond [1,N,Z]. Raises UserError when it does not draw."""
     if args.direct:
         return direct_condition(llm, tokenizer, [words], device)
-    *said, cond = list(answer(llm, tokenizer, words, device)) or [""]
+    *said, cond = list(answer(llm, tokenizer, words)) or [""]
     if isinstance(cond, str):
         raise UserError(f"the model answered {''.join(said) + cond!r} instead of drawing; ask for "
                         "a picture (\"Can you generate a photo of ...?\") or force one: --direct")
@@ -485,7 +475,7 @@ def main():
         with torch.no_grad():
             z = encoder(to_tensor(picture, encoder.image_size).to(device))
     if args.text and z is not None:                     # or about latents: no pixels needed there
-        return ask(args, llm, tokenizer, z, device)
+        return ask(args, llm, tokenizer, z)
 
     guided = hasattr(dit, "y_embedder")                 # it has learned a null condition
     ours = "shift_alpha" in config and args.schedule == "clean"         # our runs record theirs
