@@ -208,8 +208,9 @@ class TextModel(nn.Module):
         """Cross-entropy of the labelled next tokens, summed (the caller divides by their number in
         the whole batch); h [B,L,H], labels [B,L].
 
-        Rows go through the head in groups and are recomputed in the backward pass: at V = 151,667
-        the logits of a whole batch would take more memory than the model.
+        A large batch goes through the head 64 positions at a time, recomputed in the backward pass:
+        at V = 151,667 all its logits would take more memory than the model. Cut along L, because B
+        is split over the devices.
         """
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)                        # [B,L]
 
@@ -217,9 +218,10 @@ class TextModel(nn.Module):
             return F.cross_entropy(self.logits(h).flatten(0, 1), targets.flatten(),
                                    ignore_index=IGNORE, reduction="sum")
 
-        rows = max(1, 2 ** 24 // (h.shape[1] * self.config["vocab_size"]))
-        return sum(checkpoint(group, h[i:i + rows], targets[i:i + rows], use_reentrant=False)
-                   if rows < len(h) else group(h, targets) for i in range(0, len(h), rows))
+        if targets.numel() * self.config["vocab_size"] <= 2 ** 24:
+            return group(h, targets)
+        return sum(checkpoint(group, h[:, i:i + 64], targets[:, i:i + 64], use_reentrant=False)
+                   for i in range(0, h.shape[1], 64))
 
     def train_flops(self, length):
         """Training FLOPs of one sequence of `length` tokens (6 per weight and token, attention
