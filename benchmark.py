@@ -122,34 +122,28 @@ def prompts(per_category=40, categories=CATEGORIES + (TEXT,)):
     return tuple(out)
 
 
-def change_one(prompt, rand):
-    """The prompt with one attribute changed, so that it is not true of the scene any more: (which,
-    Prompt). Its text is not changed."""
-    things, scene = list(prompt.things), prompt.scene
+def changes(prompt, rand):
+    """{attribute: the prompt with that one attribute changed}, for each that the prompt has: none
+    of them is true of its scene. The text is not changed."""
+    replace = functools.partial(dataclasses.replace, prompt)
     if prompt.word:
         same = [w for w in data.WORDS if len(w) == len(prompt.word) and w != prompt.word]
-        return "word", dataclasses.replace(prompt, word=pick(rand, same))
-    at = int(rand() * len(things))
-    kind, colour, count = things[at]
-    which = pick(rand, ("kind", "count", "background", "colour" if colour else "kind",
-                        "relation" if prompt.relation else "kind"))
-    if which == "relation":
-        return which, dataclasses.replace(prompt, relation=data.RELATIONS[prompt.relation])
-    if which == "background":
-        others = [b for b in data.BACKGROUNDS if b != scene.background[1]]
-        new = (scene.background[0], pick(rand, others), *scene.background[2:])
-        if new[0] != "textured" and new[1:2] == new[2:3]:                  # of one colour twice
-            new = ("plain", new[1])
-        return which, dataclasses.replace(prompt, background=new)
-    if which == "kind":
-        kind = pick(rand, [k for k in (data.SHAPES if colour else data.KINDS)
-                           if k not in {t[0] for t in things}])
-    elif which == "colour":
-        colour = pick(rand, [c for c in data.COLOURS if (kind, c) not in {t[:2] for t in things}])
-    else:
-        count = pick(rand, [n for n in (1, 2, 3, 4) if n != count])
-    things[at] = kind, colour, count
-    return which, dataclasses.replace(prompt, things=tuple(things))
+        return {"word": replace(word=pick(rand, same))}
+    at, (form, first, *rest) = int(rand() * len(prompt.things)), prompt.scene.background
+    kind, colour, count = prompt.things[at]
+    taken = {t[:2] for t in prompt.things}
+    kinds = [k for k in (data.SHAPES if colour else data.KINDS) if k not in {t[0] for t in taken}]
+    other = {"kind": (pick(rand, kinds), colour, count),
+             "count": (kind, colour, pick(rand, [n for n in (1, 2, 3, 4) if n != count]))}
+    if colour:
+        free = [c for c in data.COLOURS if (kind, c) not in taken]
+        other["colour"] = kind, pick(rand, free), count
+    out = {which: replace(things=prompt.things[:at] + (thing,) + prompt.things[at + 1:])
+           for which, thing in other.items()}
+    if prompt.relation:
+        out["relation"] = replace(relation=data.RELATIONS[prompt.relation])
+    new = pick(rand, [b for b in data.BACKGROUNDS if b not in (first, *rest)])
+    return {**out, "background": replace(background=(form, new, *rest))}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -355,16 +349,23 @@ def read_word(picture, colour, candidates):
 
 def judge(picture, prompt):
     """(passed, why not) for a picture [3,H,W] in [0,1]."""
-    if prompt.word:
-        rand = data.generator("candidates", prompt.word)
-        others = sorted(set(data.WORDS + NEW_WORDS) - {prompt.word}, key=lambda _: rand())
-        others.sort(key=lambda w: len(w) != len(prompt.word))               # of its length first
-        scores = read_word(picture, prompt.scene.words[0].colour, [prompt.word, *others[:19]])
-        best = max(scores, key=scores.get)
-        if scores[best] < 0.5:
-            return False, "no word"
-        return best == prompt.word, "" if best == prompt.word else f'reads "{best}"'
-    background, found = look(picture)
+    return read(picture, prompt) if prompt.word else compare(*look(picture), prompt)
+
+
+def read(picture, prompt):
+    """`judge` of a word: among 20, those of its length first, it must match best."""
+    rand = data.generator("candidates", prompt.word)
+    others = sorted(set(data.WORDS + NEW_WORDS) - {prompt.word}, key=lambda _: rand())
+    others.sort(key=lambda w: len(w) != len(prompt.word))
+    scores = read_word(picture, prompt.scene.words[0].colour, [prompt.word, *others[:19]])
+    best = max(scores, key=scores.get)
+    if scores[best] < 0.5:
+        return False, "no word"
+    return best == prompt.word, "" if best == prompt.word else f'reads "{best}"'
+
+
+def compare(background, found, prompt):
+    """`judge` of things, from what `look` gives."""
     first = []
     for kind, colour, count in prompt.things:
         same = [t for t in found if t.kind == kind and colour in (None, t.colour)]

@@ -18,6 +18,7 @@ prompts or questions. Pictures are drawn in batches: their last bits may differ 
 """
 import argparse
 import collections
+import itertools
 import json
 import re
 import sys
@@ -31,9 +32,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import benchmark
+import best_of
 import data
 import encoder as encoders
-import flow
 import parallel
 import run as runs
 import sample
@@ -245,74 +246,26 @@ def interval(groups, draws=2000):
 
 
 def load_run(args, **parts):
-    """--run -> (devices, llm, dit, tokenizer, config, encoder, decoder); fp32 on the CPU unless
-    --dtype says otherwise, as sample.py."""
-    devices = parallel.setup(args.device, args.dtype)
-    if args.dtype is None and devices.kind == "cpu":
-        devices.dtype = torch.float32
+    """--run -> (devices, llm, dit, tokenizer, config, encoder, decoder)."""
+    devices = sample.devices_of(args)
     path, = weights.locate([("model", args.run, "--run")])
     llm, dit, tokenizer, config = weights.load_model(path, devices)
     return devices, llm, dit, tokenizer, config, *weights.load_codec(config, args, devices, **parts)
 
 
 @torch.no_grad()
-def draw(args, prompts, devices, llm, dit, tokenizer, config, decoder):
-    """Prompts -> (k, [n,3,S,S]) for each, in batches of about --batch pictures of whole prompts."""
-    base = config.get("diffusion_base_dim") or flow.SHIFT_BASE
-    alpha = config.get("shift_alpha") or flow.shift_alpha(dit.tokens, dit.channels, base)
+def draw(args, prompts, device, llm, dit, tokenizer, decoder, alpha, guidance):
+    """Prompts -> [n,3,S,S] for each, in batches of about --batch pictures of whole prompts."""
     several = max(1, args.batch // args.n)
     for start in tqdm(range(0, len(prompts), several), desc="drawing",
                       disable=not sys.stderr.isatty()):
         some = prompts[start:start + several]
-        cond = sample.direct_condition(llm, tokenizer, some, devices.device)            # [b,N,Z]
+        cond = sample.direct_condition(llm, tokenizer, some, device)                    # [b,N,Z]
         noise = torch.stack([sample.noise_for(p, args.seed + i, dit.tokens, dit.channels)
-                             for p in some for i in range(args.n)]).to(devices.device)  # [bn,N,C]
+                             for p in some for i in range(args.n)]).to(device)          # [bn,N,C]
         z = sample.generate(dit, cond.repeat_interleave(args.n, 0), noise, alpha, args.steps,
-                            args.guidance)
-        yield from enumerate(decoder(z).float().cpu().clamp(0, 1).split(args.n), start)
-
-
-def read_prompts(path):
-    """[{"prompt": ..., "id": ...}] of a .jsonl (GenEval's form: other keys are kept), a folder of
-    .txt files (DPG-Bench's: the name is the id), a text file with one a line. Raises UserError."""
-    what = f"--prompts {path}"
-    if not path.exists():
-        raise UserError(f"{what}: no such file or folder")
-    if path.is_dir():
-        records = [{"prompt": f.read_text().strip(), "id": f.stem}
-                   for f in sorted(path.glob("*.txt"))]
-    else:
-        try:
-            lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        except UnicodeDecodeError:
-            raise UserError(f"{what}: not a text file; expected .jsonl, one prompt a line, or a "
-                            "folder of .txt")
-        records = [{"prompt": line} for line in lines]
-        for number, line in enumerate(lines if path.suffix == ".jsonl" else [], 1):
-            try:
-                records[number - 1] = dict(json.loads(line))
-            except (ValueError, TypeError):
-                raise UserError(f"{what}: line {number} is not a JSON object: {line[:40]!r}")
-            if not isinstance(records[number - 1].get("prompt"), str):
-                raise UserError(f"{what}: line {number} lacks \"prompt\", a string")
-    if not records or not all(r["prompt"].strip() for r in records):
-        raise UserError(f"{what}: {'an empty prompt' if records else 'no prompt'} in it")
-    return records
-
-
-def write_pictures(args, model, records):
-    """GenEval: OUT/00000/metadata.jsonl, samples/00000.png ...; DPG-Bench: OUT/ID.png, a grid."""
-    for k, pictures in draw(args, [r["prompt"] for r in records], *model):
-        if args.layout == "dpg":
-            runs.save_grid(pictures, args.out / f"{records[k].get('id', f'{k:05d}')}.png",
-                           columns=2 if args.n > 1 else 1, space=0)
-            continue
-        folder = args.out / f"{k:05d}"
-        for i, picture in enumerate(pictures):
-            sample.save_png(picture, folder / "samples" / f"{i:05d}.png", seed=args.seed + i,
-                            prompt=records[k]["prompt"], steps=args.steps, guidance=args.guidance)
-        (folder / "metadata.jsonl").write_text(json.dumps(records[k]) + "\n")
-    print(f"{args.out}: {len(records)} prompts, {args.n} pictures each")
+                            guidance)
+        yield from decoder(z).float().cpu().clamp(0, 1).split(args.n)
 
 
 def failure_sheet(failures, path, columns=8, side=128, tall=82):
@@ -348,97 +301,81 @@ def reconstruct(encoder, decoder, x, batch=64):
     return torch.cat([decoder(encoder(part.to(device))).float().cpu() for part in x.split(batch)])
 
 
+PARTS = {"seen": lambda p: not p.unseen, "unseen": lambda p: p.unseen,
+         "shapes": lambda p: p.scene.things and p.scene.things[0].colour,
+         "sprites": lambda p: p.scene.things and not p.scene.things[0].colour}
+
+
+def score(prompts, scores, ceiling, categories):
+    """The share of pictures that pass, mean of `categories`: a table's row as a dict."""
+    def of(values, keep=lambda p: True):
+        groups = [[v for v, p in zip(values, prompts) if p.category == c and keep(p)]
+                  for c in categories]
+        return [g for g in groups if g]
+    mean, low, high = interval(of(scores))
+    parts = {k: of(scores, keep) for k, keep in PARTS.items()}
+    return {"prompts": sum(map(len, of(scores))), "score": mean, "low": low, "high": high,
+            **{k: interval(g)[0] if g else None for k, g in parts.items()},
+            "ceiling": interval(of(ceiling))[0]}
+
+
 def t2i(args):
     """Draw the benchmark's prompts and judge the pictures; or draw --prompts for other scorers."""
     given = [value is not None for value in (args.prompts, args.layout, args.out)]
     if any(given) and not all(given):
         raise UserError("--prompts FILE, --layout geneval|dpg and --out FOLDER go together; for "
                         "the built-in benchmark give none of them")
-    records = read_prompts(args.prompts) if args.prompts else None
-    if records and args.layout == "dpg" and args.n not in (1, 4):
-        raise UserError(f"--n {args.n}: --layout dpg draws a grid of 4 pictures a prompt, or 1")
-    if records and (args.out.is_file() or args.out.is_dir() and any(args.out.iterdir())):
-        raise UserError(f"--out {args.out}: expected a new or an empty folder")
-    if args.sheet and (args.sheet.suffix != ".png" or not args.sheet.parent.is_dir()):
-        raise UserError(f"--sheet {args.sheet}: expected a .png in a folder that exists")
+    if args.prompts:                                    # sample.py does that
+        if args.sheet:
+            raise UserError(f"--sheet {args.sheet} is for the built-in benchmark, whose judge says "
+                            "what failed; leave it out with --prompts")
+        names = ("prompts", "layout", "out", "run", "n", "steps", "guidance", "seed", "encoder",
+                 "decoder", "device", "dtype")
+        return sample.main([word for k in names if getattr(args, k) is not None
+                            for word in (f"--{k}", str(getattr(args, k)))])
+    if args.sheet:
+        sample.check_out(args.sheet, "--sheet", ".png")
     prompts = benchmark.prompts(args.per_category)
-    devices, llm, dit, tokenizer, config, encoder, decoder = load_run(args, encoder=not records)
-    if args.guidance is None:                           # as sample.py: our runs record their alpha
-        args.guidance = 3.0 if "shift_alpha" in config else 1.0
-    if args.guidance != 1 and not hasattr(dit, "y_embedder"):
-        raise UserError(f"--guidance {args.guidance}: the model has no null condition; use 1")
-    model = devices, llm, dit, tokenizer, config, decoder
-    if records:
-        args.out.mkdir(parents=True, exist_ok=True)
-        return write_pictures(args, model, records)
-
+    devices, llm, dit, tokenizer, config, encoder, decoder = load_run(args)
+    alpha, guidance = sample.alpha_and_guidance(args, dit, config)
     print(f"{len(prompts)} prompts x {args.n} pictures by {args.run}, {args.steps} steps, guidance "
-          f"{args.guidance:g}, on {devices}\n", flush=True)
+          f"{guidance:g}, on {devices}\n", flush=True)
     x_hat = reconstruct(encoder, decoder, scene_pictures(prompts, encoder.image_size))
     ceiling = [benchmark.judge(x, p)[0] for x, p in zip(x_hat, prompts)]
     scores, failures = [], []
-    for k, pictures in draw(args, [p.text for p in prompts], *model):
-        verdicts = [benchmark.judge(x, prompts[k]) for x in pictures]
+    for p, drawn in zip(prompts, draw(args, [p.text for p in prompts], devices.device, llm, dit,
+                                      tokenizer, decoder, alpha, guidance)):
+        verdicts = [benchmark.judge(x, p) for x in drawn]
         scores.append(np.mean([passed for passed, _ in verdicts]))
-        failures += [(x, prompts[k], why)
-                     for x, (passed, why) in zip(pictures, verdicts) if not passed]
-    print(f"{'category':<16}{'prompts':>8}{'score':>8}{'95 %':>16}{'seen':>8}{'unseen':>8}"
-          f"{'shapes':>8}{'sprites':>8}{'ceiling':>9}")
+        failures += [(x, p, why) for x, (passed, why) in zip(drawn, verdicts) if not passed]
+    print(f"{'category':<16}{'prompts':>8}{'score':>8}{'95 %':>16}"
+          + "".join(f"{k:>9}" for k in (*PARTS, "ceiling")))
     results = {}
-
-    def show(name, categories):
-        """One row: the mean over `categories` of the share of pictures that pass."""
-        def of(values, keep=lambda p: True):
-            groups = [[v for v, p in zip(values, prompts) if p.category == c and keep(p)]
-                      for c in categories]
-            return [g for g in groups if g]
-        mean, low, high = interval(of(scores))
-        part = {"seen": lambda p: not p.unseen, "unseen": lambda p: p.unseen,
-                "shapes": lambda p: p.scene.things and p.scene.things[0].colour,
-                "sprites": lambda p: p.scene.things and not p.scene.things[0].colour}
-        groups = {k: of(scores, keep) for k, keep in part.items()}
-        row = results[name] = {"score": mean, "low": low, "high": high, "ceiling":
-                               interval(of(ceiling))[0],
-                               **{k: interval(g)[0] if g else None for k, g in groups.items()}}
-        cells = "".join(f"{'-' if row[k] is None else format(row[k], '.3f'):>8}" for k in part)
-        print(f"{name:<16}{sum(map(len, of(scores))):>8}{mean:>8.3f}"
-              f"{f'{low:.3f} to {high:.3f}':>16}{cells}{row['ceiling']:>9.3f}")
-    for category in benchmark.CATEGORIES:
-        show(category, [category])
-    show("overall", benchmark.CATEGORIES)
-    show("text", [benchmark.TEXT])
-    if args.sheet and failures:
+    for name in (*benchmark.CATEGORIES, "overall", benchmark.TEXT):
+        r = results[name] = score(prompts, scores, ceiling,
+                                  benchmark.CATEGORIES if name == "overall" else [name])
+        print(f"{name:<16}{r['prompts']:>8}{r['score']:>8.3f}"
+              f"{'{low:.3f} to {high:.3f}'.format(**r):>16}"
+              + "".join(f"{'-' if r[k] is None else format(r[k], '.3f'):>9}"
+                        for k in (*PARTS, "ceiling")))
+    print("\nceiling: the same scenes, rendered and reconstructed by the decoder")
+    if args.sheet:
         failure_sheet(failures, args.sheet)
     print(json.dumps({"task": "t2i", "run": str(args.run), "steps": args.steps, "seed": args.seed,
-                      "guidance": args.guidance, "n": args.n, "prompts": len(prompts),
+                      "guidance": guidance, "n": args.n, "dtype": str(devices.dtype),
                       **results.pop("overall"), "categories": results}))
 
 
-@torch.no_grad()
-def answers(llm, tokenizer, questions, z, limit=48, batch=64):
-    """Greedy answers to questions about latents z [n,N,C]; those of one length share a batch, so
-    that there is no padding: as sample.answer, many at a time."""
-    stop = torch.tensor([tokenizer.token_to_id(t) for t in ("<|im_end|>", "<im_start>")],
-                        device=z.device)
-    rows, by_length, said = [], collections.defaultdict(list), [""] * len(questions)
+def answers(llm, tokenizer, z, questions, batch=64):
+    """Greedy answers to questions about latents [n,N,C]; those of one length share a batch, so that
+    there is no padding."""
+    by_length, said = collections.defaultdict(list), [None] * len(questions)
     for i, q in enumerate(questions):
-        ids = text.prompt_ids(tokenizer, q, image=True)
-        rows.append(text.expand(ids, [text.IGNORE] * len(ids), llm.tokens))
-        by_length[len(rows[i][0])].append(i)
+        by_length[len(text.encode_text(tokenizer, q))].append(i)
     groups = [g[k:k + batch] for g in by_length.values() for k in range(0, len(g), batch)]
-    for group in tqdm(groups, desc="answering", disable=not sys.stderr.isatty()):
-        ids, start = (torch.tensor([rows[i][k] for i in group], device=z.device) for k in (0, 2))
-        x = llm.embed(ids, start, torch.zeros_like(start, dtype=torch.bool), z[group])     # [b,L,H]
-        cache, written, ended = [], [], torch.zeros_like(start, dtype=torch.bool)
-        for _ in range(limit):
-            token = llm.logits(llm(x, cache)[:, -1]).argmax(-1)                         # [b]
-            ended |= torch.isin(token, stop)
-            if ended.all():
-                break
-            written.append(torch.where(ended, stop[0], token))
-            x = llm.embed(token[:, None])
-        for i, tokens in zip(group, torch.stack(written, 1).tolist() if written else []):
-            said[i] = tokenizer.decode([t for t in tokens if t != stop[0]])
+    for g in tqdm(groups, desc="answering", disable=not sys.stderr.isatty()):
+        for i, a in zip(g, best_of.answers(llm, tokenizer, z[g], [questions[i] for i in g])):
+            said[i] = a
     return said
 
 
@@ -456,9 +393,9 @@ def vqa(args):
     mixture = data.Mixture(["builtin:qa"], encoder.image_size, args.seed)
     records = [mixture[i] for i in range(args.count)]
     with torch.no_grad():
-        z = torch.cat([encoder(x) for x in pictures(mixture, args.count, devices)])     # [n,N,C]
+        z = torch.cat([encoder(x) for x in pictures(records, args.count, devices)])     # [n,N,C]
     asked = [r["conversations"][0]["value"].replace("<image>\n", "") for r in records]
-    said = answers(llm, tokenizer, asked, z)
+    said = answers(llm, tokenizer, z, asked)
     good, expected = collections.defaultdict(list), collections.defaultdict(list)
     for r, a in zip(records, said):
         expected[r["question"]].append(r["conversations"][1]["value"])
@@ -483,35 +420,50 @@ def vqa(args):
                       "kinds": results}))
 
 
+def judge_scenes(source, count, seed):
+    """`count` scenes of a source, as prompts that ask for all of it."""
+    scenes = (data.scene(source, seed, i) for i in itertools.count())
+    return list(itertools.islice((benchmark.everything(s) for s in scenes if len(s.words) < 2),
+                                 count))
+
+
+def judge_the_judge(prompts, pictures):
+    """Pictures [P,3,S,S] of the prompts' scenes -> do they pass [P], and for each attribute, does
+    the prompt with that one changed pass: {attribute: [...]}."""
+    true, false = [], collections.defaultdict(list)
+    for k, (x, p) in enumerate(zip(pictures, prompts)):
+        seen = None if p.word else benchmark.look(x)
+        passes = (lambda q: benchmark.compare(*seen, q)[0] if seen else benchmark.read(x, q)[0])
+        true.append(passes(p))
+        for which, q in benchmark.changes(p, data.generator("change", p.text, k)).items():
+            false[which].append(passes(q))
+    return true, false
+
+
 def judge(args):
     """How often is the judge right? On scenes and their reconstructions, with the true caption and
     with one attribute of it changed."""
-    devices = parallel.setup(args.device, args.dtype or "float32")
+    devices = sample.devices_of(args)
     paths = weights.locate([("encoder", args.encoder or weights.TINY_CODEC[0], "--encoder"),
                             ("decoder", args.decoder or weights.TINY_CODEC[1], "--decoder")])
     encoder = weights.load_encoder(paths[0], devices)
     decoder = weights.load_decoder(paths[1], devices, encoder.channels, encoder.mean, encoder.std)
-    print(f"{args.count} scenes a row\n\n{'scenes':<12}{'picture':<16}{'true passes':>12}"
-          f"{'changed passes':>16}")
-    results = {}
+    print(f"{'scenes':<12}{'picture':<16}{'true pass':>10}{'95 %':>16}{'changed pass':>14}")
+    rows = {}
     for source in ("web", "synthetic", "text"):
-        prompts, i = [], 0
-        while len(prompts) < args.count:
-            scene, i = data.scene(f"builtin:{source}", args.seed, i), i + 1
-            if len(scene.words) < 2:
-                prompts.append(benchmark.everything(scene))
-        changed = [benchmark.change_one(p, data.generator("change", source, k))
-                   for k, p in enumerate(prompts)]
+        prompts = judge_scenes(f"builtin:{source}", args.count, args.seed)
         x = scene_pictures(prompts, encoder.image_size)
         for name, images in (("clean", x), ("reconstruction", reconstruct(encoder, decoder, x))):
-            true = [benchmark.judge(x, p)[0] for x, p in zip(images, prompts)]
-            false = [benchmark.judge(x, q)[0] for x, (_, q) in zip(images, changed)]
-            wrong = collections.Counter(which for f, (which, _) in zip(false, changed) if f)
-            results[f"{source} {name}"] = {"true": float(np.mean(true)), "changed":
-                                           float(np.mean(false)), "wrong": dict(wrong)}
-            print(f"{source:<12}{name:<16}{np.mean(true):>12.3f}{np.mean(false):>16.3f}  "
-                  + ", ".join(f"{n} {which}" for which, n in wrong.items()), flush=True)
-    print(json.dumps({"task": "judge", "count": args.count, "seed": args.seed, "rows": results}))
+            true, false = judge_the_judge(prompts, images)
+            mean, low, high = interval([true])
+            every = np.mean(sum(false.values(), []))
+            rows[f"{source} {name}"] = {
+                "scenes": len(true), "true": mean, "low": low, "high": high, "changed": every,
+                **{which: [sum(v), len(v)] for which, v in false.items()}}
+            print(f"{source:<12}{name:<16}{mean:>10.3f}{f'{low:.3f} to {high:.3f}':>16}"
+                  f"{every:>14.4f}  "
+                  + ", ".join(f"{k} {sum(v)}/{len(v)}" for k, v in false.items()), flush=True)
+    print(json.dumps({"task": "judge", "count": args.count, "seed": args.seed, "rows": rows}))
 
 
 def main():
@@ -565,6 +517,7 @@ def main():
             q.add_argument("--encoder", help="default: the one that belongs to the run")
             q.add_argument("--decoder", help="default: the one that belongs to the encoder")
     args = p.parse_args()
+    args.schedule = "clean"                             # of sample.py's; here there is no other
     args.function(args)
 
 

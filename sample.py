@@ -231,7 +231,7 @@ def read_prompts(path, layout):
 # Arguments
 # ------------------------------------------------------------------------------------------------
 
-def arguments():
+def arguments(argv=None):
     """Flags, checked against each other. Raises UserError."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("text", nargs="?", help="the prompt, or the question about --image or --latent")
@@ -270,7 +270,7 @@ def arguments():
     g.add_argument("--latent", type=Path, help="stored latents instead: decode, or ask about them")
     g.add_argument("--max-tokens", type=runs.positive(), default=512, help="of an answer")
     g.add_argument("--reconstruct", type=Path, help="encode and decode a picture, side by side")
-    args = p.parse_args()
+    args = p.parse_args(argv)
 
     inputs = [k for k in ("prompts", "image", "latent", "reconstruct") if getattr(args, k)]
     if len(inputs) > 1:
@@ -441,11 +441,30 @@ def files_of(args, name, record, images, drawn):
     return [(args.out.with_stem(f"{args.out.stem}-{i}"), images[i], drawn[i]) for i in range(n)]
 
 
-def main():
-    args = arguments()
-    devices = parallel.setup(args.device, args.dtype or None)
+def devices_of(args):
+    """--device and --dtype; fp32 on the CPU unless told otherwise."""
+    devices = parallel.setup(args.device, args.dtype)
     if args.dtype is None and devices.kind == "cpu":
         devices.dtype = torch.float32
+    return devices
+
+
+def alpha_and_guidance(args, dit, config):
+    """The model's time shift, and --guidance or its default. Raises UserError."""
+    alpha = config.get("shift_alpha")                   # our runs record theirs
+    guided = hasattr(dit, "y_embedder")                 # it has learned a null condition
+    default = 3.0 if alpha and guided and args.schedule == "clean" else 1.0
+    guidance = default if args.guidance is None else args.guidance
+    if guidance != 1 and not guided:
+        raise UserError(f"--guidance {guidance:g}: this model has no null condition (trained with "
+                        "--cond-drop 0); use --guidance 1")
+    base = config.get("diffusion_base_dim") or flow.SHIFT_BASE
+    return alpha or flow.shift_alpha(dit.tokens, dit.channels, base), guidance
+
+
+def main(argv=None):
+    args = arguments(argv)
+    devices = devices_of(args)
     device = devices.device
     picture = open_image(args.image or args.reconstruct) if args.image or args.reconstruct else None
     items = read_prompts(args.prompts, args.layout) if args.prompts else [
@@ -477,12 +496,7 @@ def main():
     if args.text and z is not None:                     # or about latents: no pixels needed there
         return ask(args, llm, tokenizer, z)
 
-    guided = hasattr(dit, "y_embedder")                 # it has learned a null condition
-    ours = "shift_alpha" in config and args.schedule == "clean"         # our runs record theirs
-    guidance = args.guidance if args.guidance is not None else 3.0 if ours and guided else 1.0
-    if guidance != 1 and not guided:
-        raise UserError(f"--guidance {guidance:g}: this model has no null condition (trained with "
-                        "--cond-drop 0); use --guidance 1")
+    alpha, guidance = alpha_and_guidance(args, dit, config)
     _, decoder = weights.load_codec(config, args, devices, encoder=False)
     if args.latent:
         with torch.no_grad():
@@ -490,8 +504,6 @@ def main():
         save_png(sheet(images, min(4, len(images))), args.out, model=Path(args.run).name)
         print(args.out)
         return
-    alpha = config.get("shift_alpha") or flow.shift_alpha(N, C, config.get("diffusion_base_dim")
-                                                          or flow.SHIFT_BASE)
     draw(args, items, llm, dit, tokenizer, decoder, alpha, guidance, device)
 
 
