@@ -11,7 +11,8 @@ rank takes its slice of n, a worker any of them. This is why a run does not chan
 
 The built-in world stands in for the paper's data (arXiv 2601.16208): `builtin:web` for web images,
 `builtin:synthetic` for FLUX-generated ones, `builtin:text` for RenderedText, `builtin:hq` for
-BLIP3o-60k, `builtin:qa` for Cambrian-7M. A scene is a structure that renders at any resolution.
+BLIP3o-60k, `builtin:qa` for Cambrian-7M; `builtin:align` asks what the verifiers of
+best_of.py ask. A scene is a structure that renders at any resolution.
 """
 import argparse
 import collections
@@ -283,7 +284,8 @@ def write_words(rand) -> Scene:
 
 
 BUILTIN = {"builtin:web": None, "builtin:synthetic": None, "builtin:text": None,
-           "builtin:hq": 600, "builtin:qa": None}   # source -> number of scenes; None: endless
+           "builtin:hq": 600, "builtin:qa": None,
+           "builtin:align": None}   # source -> number of scenes; None: endless
 
 
 def scene(source: str, seed: int, i: int) -> Scene:
@@ -546,13 +548,17 @@ def wrong_description(scene: Scene, rand, other):
             return describe(new, place, bg)
 
 
-def question(scene: Scene, rand, other) -> tuple:
-    """(type of the question, question, answer) about a scene with things."""
+def question(scene: Scene, rand, other, verify=False) -> tuple:
+    """(type of the question, question, answer) about a scene with things. verify: only the two
+    that best_of.py asks, with its words."""
     items, where = groups(scene), relation_of(scene)
     kind, colour, count = pick(rand, items)
     total = sum(g[2] for g in items if g[0] == kind)
     sentence = lambda s: s[0].upper() + s[1:] + "."
-    form = pick(rand, ("what", "count", "colour", "where" if where else "what", "exists", "align"))
+    form = pick(rand, ("describe", "align", "align") if verify else
+                ("what", "count", "colour", "where" if where else "what", "exists", "align"))
+    if form == "describe":
+        return form, "Describe this image.", caption(scene)
     if form == "what":
         q = pick(rand, ("What is in the picture?", "What does this image show?",
                         "What do you see?"))
@@ -602,11 +608,11 @@ def builtin_record(source: str, seed: int, i: int, resolution: int) -> dict:
     rand = generator("text", source, seed, i)
     out = {"key": f"{source}/{i}", "task": "t2i", "scene": s,
            "image": render(s, resolution) if resolution else None}
-    if source == "builtin:qa":
+    if source in ("builtin:qa", "builtin:align"):
         more = itertools.count(1)
         other = lambda: scene(source, seed, i + 1000 * next(more))
         out["task"], out["caption"] = "qa", None
-        out["question"], q, a = question(s, rand, other)
+        out["question"], q, a = question(s, rand, other, source == "builtin:align")
         out["conversations"] = [{"from": "human", "value": f"<image>\n{q}"},
                                 {"from": "gpt", "value": a}]
     else:
