@@ -51,60 +51,67 @@ DEFAULTS = {
 }
 
 
+def share(text):
+    """An argparse type: a number from 0 to below 1."""
+    if not 0 <= (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a share, from 0 to below 1, not {text}")
+    return value
+
+
 def arguments():
+    """Flags, checked against each other; what is not given follows from --size. Raises UserError."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 epilog="All defaults follow from --size.")
+    positive, none_or_more = runs.positive(float), runs.positive(float, zero=True)
     runs.add_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None)
-    p.add_argument("--epochs", type=runs.positive(float), help="length in passes over finite --data, "
-                   "instead of --steps (finetuning)")
-    p.add_argument("--export", action="store_true",
-                   help="write final/ from the latest checkpoint of an unfinished run, and stop")
-    p.add_argument("--overfit", action="store_true", help="train on the first batch only: a check")
-    p.add_argument("--cache-latents", nargs="?", const="runs/latents", metavar="DIR",
-                   help="encode finite --data once, onto disk (for small sets: 1.2 MB an image of "
-                   "256 x 1152)")
-    g = p.add_argument_group("model")
-    g.add_argument("--size", default="tiny", metavar="|".join(dits.SIZES),
-                   help="of the DiT; the paper's spellings (2.4B, 9.8B, ...) work too")
-    g.add_argument("--latent", choices=["siglip2", "webssl", "vae"], default="siglip2",
-                   help="vae: the baseline, FLUX's latent; siglip2 stays for understanding")
-    g.add_argument("--encoder", help="file, folder or hub id of the frozen encoder")
-    g.add_argument("--layers", type=runs.positive(), default=1,
-                   help="the latent sums the encoder's last K blocks (needs a decoder for that)")
-    g.add_argument("--decoder", help="file, folder or hub id of the decoder (sample grids)")
-    g.add_argument("--vae", help="file, folder, run or hub id of the VAE of --latent vae")
-    g.add_argument("--llm", help="Qwen2.5 folder or hub id; tiny: a folder with a tokenizer; "
-                   "random: random weights, for timing")
-    g.add_argument("--length", type=runs.positive(), help="pad every sample to this many tokens and "
-                   "skip longer ones (default: xla 512, tiny 128; elsewhere as long as the batch)")
-    g.add_argument("--random-init", action="store_true",
-                   help="random LLM and encoder of the real shapes: timing only (says so)")
-    g.add_argument("--freeze", choices=["llm"], help="train only DiT, its projector and the queries")
-    g.add_argument("--head-width", type=runs.positive(), default=0, help="DiT-DH: width (2688)")
-    g.add_argument("--head-depth", type=runs.positive(zero=True), default=0, help="DiT-DH: blocks (2)")
-    g.add_argument("--qk-norm", action="store_true")
-    g.add_argument("--allow-narrow", action="store_true", help="allow a width below the latent's C")
-    g = p.add_argument_group("flow and loss")
-    g.add_argument("--shift", default="auto", help="auto: sqrt(N C / base); none: 1; or a number")
-    g.add_argument("--shift-base", type=runs.positive(float))
-    g.add_argument("--diffusion-weight", type=runs.positive(float, zero=True), default=2.0)
-    g.add_argument("--cond-drop", type=runs.positive(float, zero=True), default=0.1,
-                   help="share of images that train the null condition")
-    g.add_argument("--repa", type=runs.positive(), default=0, metavar="LAYER",
-                   help="align the tokens after this DiT block with the encoder's features")
-    g.add_argument("--repa-weight", type=runs.positive(float), default=0.5,
-                   help="of that term, relative to the flow loss")
-    g = p.add_argument_group("optimizer")
-    g.add_argument("--lr", type=runs.positive(float), help="DiT and its projector")
-    g.add_argument("--lr-llm", type=runs.positive(float), help="LLM, queries, mm_projector")
-    g.add_argument("--warmup", type=runs.positive(float, zero=True), help="share of the steps")
-    g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.95], help="of the DiT's group")
-    g.add_argument("--betas-llm", type=float, nargs=2, default=[0.9, 0.999])
-    g.add_argument("--clip", type=runs.positive(float), default=1.0, help="global gradient norm")
-    g.add_argument("--ema", type=runs.positive(float, zero=True), help="decay; 0: off")
-    g = p.add_argument_group("samples")
-    g.add_argument("--guidance", type=runs.positive(float, zero=True), default=3.0)
-    g.add_argument("--sample-steps", type=runs.positive(), default=25)
+    a = p.add_argument
+    a("--epochs", type=positive, help="passes over finite --data, instead of --steps (finetuning)")
+    a("--export", action="store_true",
+      help="write final/ from the latest checkpoint of an unfinished run, and stop")
+    a("--overfit", action="store_true", help="train on the first batch only: a check")
+    a("--cache-latents", nargs="?", const="runs/latents", metavar="DIR", help="encode finite --data "
+      "once, onto disk (for small sets: 1.2 MB an image of 256 x 1152)")
+    a = p.add_argument_group("model").add_argument
+    a("--size", default="tiny", metavar="|".join(dits.SIZES),
+      help="of the DiT; the paper's spellings (2.4B, 9.8B, ...) work too")
+    a("--latent", choices=["siglip2", "webssl", "vae"], default="siglip2",
+      help="vae: the baseline, FLUX's latent; siglip2 stays for understanding")
+    a("--encoder", help="file, folder or hub id of the frozen encoder")
+    a("--layers", type=runs.positive(), default=1,
+      help="the latent sums the encoder's last K blocks (needs a decoder for that)")
+    a("--decoder", help="file, folder or hub id of the decoder (sample grids)")
+    a("--vae", help="file, folder, run or hub id of the VAE of --latent vae")
+    a("--llm", help="Qwen2.5 folder or hub id; tiny: a folder with a tokenizer; random: random "
+      "weights, for timing")
+    a("--length", type=runs.positive(), help="pad every sample to this many tokens and skip longer "
+      "ones (default: xla 512, tiny 128; elsewhere as long as the batch)")
+    a("--random-init", action="store_true",
+      help="random LLM and encoder of the real shapes: timing only (says so)")
+    a("--freeze", choices=["llm"], help="train only the DiT, its projector and the queries (the "
+      "paper's DiT-only finetuning)")
+    a("--head-width", type=runs.positive(), default=0, help="DiT-DH: width (2688)")
+    a("--head-depth", type=runs.positive(zero=True), default=0, help="DiT-DH: blocks (2)")
+    a("--qk-norm", action="store_true", help="RMSNorm on queries and keys of the DiT")
+    a("--allow-narrow", action="store_true", help="allow a width that is not above the latent's C")
+    a = p.add_argument_group("flow and loss").add_argument
+    a("--shift", default="auto", help="auto: sqrt(N C / base); none: 1; or a number")
+    a("--shift-base", type=positive, help="4096; tiny: 128")
+    a("--diffusion-weight", type=none_or_more, default=2.0, help="of the flow loss")
+    a("--cond-drop", type=share, default=0.1, help="share of images that train the null condition")
+    a("--repa", type=runs.positive(), default=0, metavar="LAYER",
+      help="align the tokens after this DiT block with the encoder's features")
+    a("--repa-weight", type=positive, default=0.5, help="of that, relative to the flow loss")
+    a = p.add_argument_group("optimizer").add_argument
+    a("--lr", type=positive, help="DiT and its projector")
+    a("--lr-llm", type=positive, help="LLM, queries, mm_projector")
+    a("--warmup", type=share, help="share of the steps")
+    a("--betas", type=share, nargs=2, default=[0.9, 0.95], help="of the DiT's group")
+    a("--betas-llm", type=share, nargs=2, default=[0.9, 0.999], help="of the LLM's group")
+    a("--clip", type=positive, default=1.0, help="norm of the whole gradient, at most")
+    a("--ema", type=share, help="decay; 0: off")
+    a = p.add_argument_group("samples").add_argument
+    a("--guidance", type=none_or_more, default=3.0, help="1: off")
+    a("--sample-steps", type=runs.positive(), default=25, help="Euler steps")
     args = p.parse_args()
 
     args.size = dits.PAPER_NAMES.get(args.size.upper(), args.size.lower())
@@ -119,48 +126,38 @@ def arguments():
     if args.data is None and not (args.dry_run or args.bench):
         raise UserError(f"--data is needed for --size {args.size}: a folder, a .jsonl, tar shards, "
                         "or builtin:web")
+    args.data = args.data or ["builtin:web"]            # a stand-in, where nothing is learned
     if bool(args.head_width) != bool(args.head_depth):
         raise UserError("--head-width and --head-depth go together (the paper's are 2688 and 2)")
-    if args.repa > dits.SIZES[args.size].depth:
-        raise UserError(f"--repa {args.repa}: --size {args.size} has "
-                        f"{dits.SIZES[args.size].depth} blocks")
+    if args.repa > (depth := dits.SIZES[args.size].depth):
+        raise UserError(f"--repa {args.repa}: --size {args.size} has {depth} blocks")
     if args.vae and args.latent != "vae":
         raise UserError(f"--vae {args.vae} is for --latent vae, not --latent {args.latent}")
     if args.layers > 1 and args.latent == "vae":
         raise UserError(f"--layers {args.layers}: not with --latent vae, whose latent is the VAE's")
-    if not 0 <= args.cond_drop < 1 or not 0 <= args.ema < 1 or args.warmup > 1:
-        raise UserError(f"--cond-drop {args.cond_drop}, --ema {args.ema}, --warmup {args.warmup}: "
-                        "expected shares, below 1")
-    for flag, betas in (("--betas", args.betas), ("--betas-llm", args.betas_llm)):
-        if not all(0 <= b < 1 for b in betas):
-            raise UserError(f"{flag} {betas[0]} {betas[1]}: expected two numbers from 0 to below 1")
+    if args.shift not in ("auto", "none"):
+        try:
+            positive(args.shift)
+        except ValueError:
+            raise UserError(f"--shift {args.shift}: expected auto, none or a positive number")
     args.out = args.out or Path(f"runs/dit-{args.size}")
     return args
-
-
-def shift_of(args, tokens, channels):
-    """The alpha of --shift."""
-    if args.shift == "auto":
-        return flow.shift_alpha(tokens, channels, args.shift_base)
-    try:
-        alpha = 1.0 if args.shift == "none" else float(args.shift)
-    except ValueError:
-        alpha = 0.0
-    if not 0 < alpha < math.inf:
-        raise UserError(f"--shift {args.shift}: expected auto, none or a positive number")
-    return alpha
 
 
 # ------------------------------------------------------------------------------------------------
 # A batch: tokens, pictures, and every random number of the step
 # ------------------------------------------------------------------------------------------------
 
+def generators(seed, numbers):
+    """One CPU generator a sample number: neither mesh nor micro-batch changes what it draws."""
+    return [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in numbers]
+
+
 class Collate:
     """Records -> one batch; runs in the loader's worker.
 
     images uint8 [B,3,S,S] (or, cached, latent [B,N,F]); ids, labels [B,L]; start, answer [B]; and
-    per image, drawn from (seed, sample number) so that neither mesh nor micro-batch changes them:
-    normal [B] (of the time), eps [B,N,C], drop [B], and for a VAE posterior [B,N,C].
+    drawn per image: normal [B] (of the time), eps [B,N,C], drop [B], for a VAE posterior [B,N,C].
     """
 
     def __init__(self, tokenizer, tokens, channels, seed, cond_drop, length=None, posterior=False):
@@ -178,7 +175,7 @@ class Collate:
             rows.append(row)
         pad = self.tokenizer.token_to_id("<|endoftext|>")
         ids, labels, start, answer = text.pad_batch(rows, pad, self.multiple)
-        draws = [torch.Generator().manual_seed(self.seed * 1_000_003 + r["n"]) for r in records]
+        draws = generators(self.seed, [r["n"] for r in records])
         shape = (self.tokens, self.channels)
         if "latent" in records[0]:
             seen = {"latent": torch.stack([torch.from_numpy(r["latent"]) for r in records])}
@@ -279,7 +276,7 @@ def buckets(t, each, answer):
 
 
 # ------------------------------------------------------------------------------------------------
-# Samples: fixed prompts, fixed noise
+# Samples of fixed prompts, and how far their colours are right
 # ------------------------------------------------------------------------------------------------
 
 PROMPTS = [
@@ -292,12 +289,6 @@ PROMPTS = [
     "three green squares on a white background", "two orange stars on a light blue background",
     "an apple on a white background", "a cat on a light green background",
     "two dogs on a beige background", "the word \"MOON\" in red on white"]
-
-
-def fixed_noise(count, tokens, channels, seed=0):
-    """[count,N,C]: row i depends on (seed, i) only."""
-    draws = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(count)]
-    return torch.stack([torch.randn(tokens, channels, generator=g) for g in draws])
 
 
 def colour_check(images, scenes):
@@ -340,9 +331,8 @@ def main():
     # --------------------------------------------------------------------------------------------
     size, tiny = dits.SIZES[args.size], args.size == "tiny"
     planned = not tiny and (args.dry_run or args.random_init)   # shapes only: no files are needed
-    random, own = args.llm == "random", False           # own: the LLM comes with --init
-    files, decoder, vae, init = {}, None, None, {}
-    source, llm_config = args.llm or size.llm, text.QWEN_7B if "7B" in size.llm else text.QWEN_1_5B
+    source, init, own = args.llm or size.llm, {}, False         # own: the LLM comes with --init
+    llm_config = text.QWEN_7B if "7B" in size.llm else text.QWEN_1_5B
     if args.init:
         path = weights.final_of(*weights.locate([("weights", args.init, "--init")]))
         init, config = weights.read_weights(path, "--init")
@@ -350,40 +340,24 @@ def main():
         if own:
             llm_config = weights.stage2_config(config, init, f"--init {args.init}")
             source = path if path.is_dir() else path.parent
-    if random or source == "tiny":
-        source = weights.ASSETS
     if planned:
-        kind = encoders.WEBSSL_300M if args.latent == "webssl" else encoders.SO400M
-        torch.manual_seed(args.seed)                    # the same random networks at every start
-        with torch.device("meta" if args.dry_run else devices.device):
-            encoder = encoders.build_encoder(kind, args.layers, devices.dtype)
-            vae = vaes.VAE() if args.latent == "vae" else None
-        tokenizer = text.load_tokenizer(weights.ASSETS)
+        encoder, vae = weights.random_towers(args, devices)
+        decoder, tokenizer, files = None, text.load_tokenizer(weights.ASSETS), "random weights"
     else:
-        files = weights.find_parts(args, tiny, source)
-        encoder = weights.load_encoder(files["encoder"], devices, args.layers)
-        if isinstance(encoder, encoders.DINOv2) != (args.latent == "webssl"):
-            raise UserError(f"--encoder {args.encoder} is a {type(encoder).__name__}, --latent is "
-                            f"{args.latent}; expected webssl with a DINOv2, else a SigLIP-2")
-        if args.latent == "vae":
-            vae = weights.load_vae(files["vae"], devices)
-        else:
-            decoder = weights.load_decoder(files["decoder"], devices, encoder.channels,
-                                           encoder.mean, encoder.std, args.layers)
-        with weights.user_errors(f"--llm {files['llm']}"):
-            tokenizer = text.load_tokenizer(files["llm"])
-        if tiny and not own:
-            llm_config = dict(text.TINY, vocab_size=tokenizer.get_vocab_size())
+        encoder, vae, decoder, tokenizer, files = weights.load_towers(args, tiny, source, devices)
+    if tiny and not own:
+        llm_config = dict(text.TINY, vocab_size=tokenizer.get_vocab_size())
     N, C = encoder.tokens, vae.channels if vae else encoder.channels
-    decode = vae.decode if vae else decoder
     resolution = encoder.grid * vae.stride if vae else encoder.image_size
-    alpha = shift_of(args, N, C)
+    decode = None if planned else vae.decode if vae else decoder
+    alpha = (flow.shift_alpha(N, C, args.shift_base) if args.shift == "auto" else
+             1.0 if args.shift == "none" else float(args.shift))
     if size.width <= C and not args.allow_narrow:
         raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the latent's "
                         f"{C} channels. Noise fills all C dimensions of a token, so a narrower DiT "
                         "cannot even copy it (paper appendix B). Take a larger --size, or override "
                         "with --allow-narrow")
-    scratch = tiny or planned or random or own
+    scratch = tiny or planned or own or args.llm == "random"
     with torch.device("meta" if args.dry_run and planned else "cpu"):
         if scratch:
             llm = text.TextModel(llm_config, N, encoder.channels, size.width, devices.dtype)
@@ -394,23 +368,23 @@ def main():
             dit = dits.DiT(C, N, size.width, size.depth, size.heads, head_width=args.head_width,
                            head_depth=args.head_depth, qk_norm=args.qk_norm, dtype=devices.dtype)
         model = ScaleRAE(llm, dit, alpha, args.repa, encoder.channels)
-    if not args.dry_run:
-        if scratch:
-            text.init_weights(llm, args.seed)
-        else:
-            text.init_extras(llm, args.seed)            # what Qwen2 does not have
-        dits.init_weights(dit, args.seed)
-        if args.repa:
-            dits.init_weights(model.repa, args.seed + 2)
-        if init:
-            weights.load_model_state(llm, dit, init, f"--init {args.init}")
     llm.remat = dit.remat = args.remat == "block"
     if args.freeze:
         llm.requires_grad_(False)
         for p in (llm.model.latent_queries, *llm.diff_head_projector.parameters()):
             p.requires_grad_(True)
+    blocks = [*llm.model.layers, *dit.dit_blocks]
     if not args.dry_run:
-        parallel.shard(model, devices, [*llm.model.layers, *dit.dit_blocks])
+        (text.init_weights if scratch else text.init_extras)(llm, args.seed)    # or Qwen2 has some
+        dits.init_weights(dit, args.seed)
+        if args.repa:
+            dits.init_weights(model.repa, args.seed + 2)
+        if init:
+            weights.load_model_state(llm, dit, init, f"--init {args.init}")
+        if args.compile or (args.compile is None and devices.kind == "cuda"):
+            for block in blocks:
+                block.compile(fullgraph=True)
+        parallel.shard(model, devices, blocks)
         parallel.shard(encoder, devices)
     if devices.kind == "xla" and args.scan is not False:
         parallel.use_scan(devices, llm, encoder, *[dit] * (not args.repa))  # REPA taps one block
@@ -423,24 +397,19 @@ def main():
         u = encoder(x)                                                      # [B,N,C']
         return torch.cat([*map(vaes.pack, vae.posterior(x)), u], -1) if vae else u
 
-    def latent(f, batch):
-        """`encode`'s [B,N,F] -> z [B,N,C], and what the LLM sees of an image u [B,N,C']: the same
-        thing, or with a VAE, whose latent says little of what is in the picture, a second tower's."""
+    def look(batch):
+        """A batch's latents z [B,N,C], and what the LLM sees of its images u [B,N,C']: the same, or
+        with a VAE, whose latent says little of what is in the picture, a second tower's."""
+        f = batch["latent"] if args.cache_latents else encode(batch["images"])      # [B,N,F]
         if not vae:
             return f, f
         mean, logvar, u = f.split([C, C, encoder.channels], -1)
         z = mean + (0.5 * logvar).exp() * batch["posterior"]
         return (z - vae.shift) * vae.scale, u
 
-    def look(batch):
-        """Latents z [B,N,C] of a batch, and what the LLM sees of its images u [B,N,C']."""
-        return latent(batch["latent"] if args.cache_latents else encode(batch["images"]), batch)
-
     # --------------------------------------------------------------------------------------------
-    # Data
+    # Data, and what follows from all of that
     # --------------------------------------------------------------------------------------------
-    if not tiny and (args.dry_run or args.bench):
-        args.data = args.data or ["builtin:web"]        # a stand-in, where no pictures are learned
     mixture = data.Mixture(args.data, resolution, args.seed)
     if args.epochs:
         try:
@@ -449,39 +418,34 @@ def main():
             raise UserError(f"--epochs {args.epochs}: {error}")
     if devices.kind == "xla" and args.length is None:   # another length is another program there
         args.length = 128 if tiny else 512
-    collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length,
-                      vae is not None)
+    collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length, vae is not None)
     length = collate([mixture[i] for i in range(16)])["ids"].shape[1]       # a typical L
 
-    flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length),
-             "encoder": encoder.forward_flops()}
-    if vae:
+    parts = {"dit": dit, "llm": llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
+             "repa": getattr(model, "repa", None)}
+    count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
+    flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length)}
+    if not args.cache_latents:
+        flops["encoder"] = encoder.forward_flops()
+    if vae and not args.cache_latents:
         flops["vae"] = vae.forward_flops(resolution, decode=False)
-    if args.cache_latents:
-        flops.update({k: 0 for k in flops if k in ("encoder", "vae")})
-    count = lambda m: sum(p.numel() for p in m.parameters())
+    if args.repa:
+        flops["repa"] = 6 * N * count["repa"]
     trained, frozen = (parallel.on_one_device(((k, p) for k, p in model.named_parameters()
                                                if p.requires_grad == train), devices)
                        for train in (True, False))
     frozen += parallel.on_one_device(encoder.named_parameters(), devices)
-    extra = {"vae (frozen)": count(vae)} if vae else {}
-    if args.repa:
-        extra["repa"] = count(model.repa)
-        flops["repa"] = 6 * N * extra["repa"]
-    frozen += extra.get("vae (frozen)", 0)
+    frozen += count.get("vae (frozen)", 0)
     activations = (dit.activation_bytes() + llm.activation_bytes(length)) * args.micro_batch
     summary = dict(
-        parameters={"dit": count(dit), "llm": count(llm), "encoder (frozen)": count(encoder),
-                    **extra, "total": count(dit) + count(llm) + count(encoder) + sum(extra.values())},
+        parameters={**count, "total": sum(count.values())},
         latent=[N, C], alpha=alpha, images_per_step=args.batch,
         train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
         memory_gb_per_device=runs.memory_gb(trained, frozen, activations / devices.axes["fsdp"],
                                             args.ema),
         device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
         attention=dits.attention_backend(devices.device.type, devices.dtype),
-        data=mixture.describe(), frozen={k: str(v) for k, v in files.items()} or "random weights")
-    if random and not planned:
-        summary["frozen"]["llm"] = "random weights"
+        data=mixture.describe(), frozen=files)
     if args.dry_run and args.json:
         print(json.dumps(summary))
     elif devices.main:
@@ -494,13 +458,10 @@ def main():
     # --------------------------------------------------------------------------------------------
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     of_llm = {k for k in named if k.startswith("llm.") and "diff_head" not in k}
-    head = [p for k, p in named.items() if k not in of_llm]
-    rest = [p for k, p in named.items() if k in of_llm]
     optimizer = parallel.adamw(
-        [dict(params=head, lr=args.lr, betas=args.betas),
-         dict(params=rest, lr=args.lr_llm, betas=args.betas_llm)],
-        devices, eps=1e-8, weight_decay=0.0)
-    base_lr = [args.lr, args.lr_llm]
+        [dict(params=[p for k, p in named.items() if k not in of_llm], lr=args.lr, betas=args.betas),
+         dict(params=[p for k, p in named.items() if k in of_llm], lr=args.lr_llm,
+              betas=args.betas_llm)], devices, eps=1e-8, weight_decay=0.0)
     ema = runs.averages(named, devices) if args.ema else {}
 
     # --------------------------------------------------------------------------------------------
@@ -521,7 +482,7 @@ def main():
             mixture, args.cache_latents, what, lambda x: encode(parallel.place(
                 {"images": torch.from_numpy(x).permute(0, 3, 1, 2)}, devices)["images"]
             ).cpu().numpy(), args.micro_batch, args.workers, devices.main,
-            lambda: parallel.total([0], devices))
+            lambda: parallel.barrier(devices))
     accumulate = args.batch // args.micro_batch
     batches = iter(data.loader(mixture, collate, args.micro_batch, run.start * args.batch,
                                args.workers, devices.rank, devices.world))
@@ -530,33 +491,25 @@ def main():
     skips, meter = data.SkipCounter(), runs.Meter()
     warmup = math.ceil(args.warmup * args.steps)
 
-    def latents(prompts, seed):
-        """[B,N,C] for these prompts by the EMA weights."""
+    @torch.no_grad()
+    def draw(prompts, seed):
+        """Pictures [B,3,S,S] of these prompts by the EMA weights; noise i is of (seed, i) only."""
         runs.swap(named, ema)
         with parallel.whole(model):
-            noise = fixed_noise(len(prompts), N, C, seed).to(devices.device)
+            noise = torch.stack([torch.randn(N, C, generator=g)
+                                 for g in generators(seed, range(len(prompts)))])
             cond = direct_condition(llm, tokenizer, prompts, devices.device)
             parallel.step_done(devices)
-            z = generate(dit, cond, noise, alpha, args.sample_steps, args.guidance,
-                         progress=parallel.stepwise(devices))
+            z = generate(dit, cond, noise.to(devices.device), alpha, args.sample_steps,
+                         args.guidance, progress=parallel.stepwise(devices))
         runs.swap(named, ema)
-        return z
-
-    def sample(step):
-        """The fixed prompts with the EMA weights -> samples/step-*.png."""
-        z = latents(PROMPTS, 0)
-        if run.main and decode is not None and not planned:
-            with torch.no_grad():
-                images = decode(z)
-            runs.save_grid(images, run.dir / "samples" / f"step-{step:07d}.png", columns=8)
+        return decode(z)
 
     def check_colours(count):
         """Backgrounds and colours on `count` single shapes that training has not seen."""
-        scenes = [s for s in (data.scene("builtin:synthetic", args.seed + 77, i)
-                              for i in range(20 * count)) if len(s.things) == 1][:count]
-        z = latents([data.caption(s) for s in scenes], 1)
-        with torch.no_grad():
-            back, colour = colour_check(decode(z), scenes)
+        scenes = (data.scene("builtin:synthetic", args.seed + 77, i) for i in itertools.count())
+        scenes = list(itertools.islice((s for s in scenes if len(s.things) == 1), count))
+        back, colour = colour_check(draw([data.caption(s) for s in scenes], 1), scenes)
         return dict(background_right=back, colour_right=colour)
 
     # --------------------------------------------------------------------------------------------
@@ -565,7 +518,7 @@ def main():
     parallel.step_done(devices)             # what was only recorded so far is not part of a step
     for step in run.progress(run.start if args.export else args.steps):
         factor = runs.cosine(step, args.steps, warmup)
-        for group, lr in zip(optimizer.param_groups, base_lr):
+        for group, lr in zip(optimizer.param_groups, (args.lr, args.lr_llm)):
             group["lr"] = parallel.scalar(lr * factor, devices.device)
         t0 = time.perf_counter()
         micros = [next(batches) for _ in range(accumulate)]
@@ -586,12 +539,13 @@ def main():
         meter.add(args.batch, wait, by_time=by_time, **values)
         runs.check_finite(run, step, norm, [k for b in micros for k in b["keys"]])
 
-        done = step + 1
-        values = {}
-        if run.due(done, args.sample_every):
-            sample(done)
+        done, values = step + 1, {}
+        if decode and run.due(done, args.sample_every):
+            pictures = draw(PROMPTS, 0)
+            if run.main:
+                runs.save_grid(pictures, run.dir / "samples" / f"step-{done:07d}.png", columns=8)
             if tiny and done < args.steps:
-                values.update(check_colours(32))
+                values = check_colours(32)
         if run.due(done, args.log_every):
             values = {**meter.read(sum(flops.values()), devices), "grad_norm": norm.item(), **values}
             values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
@@ -603,22 +557,22 @@ def main():
         if run.stop and done < args.steps:
             return run.say_how_to_resume(done)
     run.finish()
-    if not args.bench:
-        pair = ((weights.TINY_TOWER, weights.TINY_VAE) if tiny else
-                (weights.HUB.get(args.latent, weights.HUB["siglip2"])[0], weights.FLUX_VAE))
-        config = weights.model_config(llm, dit, args.encoder or pair[0], alpha,
-                                      (args.vae or pair[1]) if vae else None, args.layers)
-        run.export("model", weights.model_state(llm, dit), config)
+    if args.bench:
+        return parallel.finish(devices)
+    tower = weights.TINY_TOWER if tiny else weights.HUB[args.latent][0]
+    codec = weights.TINY_VAE if tiny else weights.FLUX_VAE
+    config = weights.model_config(llm, dit, args.encoder or tower, alpha,
+                                  (args.vae or codec) if vae else None, args.layers)
+    for name in ("model", "ema"):
+        run.export(name, weights.model_state(llm, dit), config)
         runs.swap(named, ema)
-        run.export("ema", weights.model_state(llm, dit), config)
-        runs.swap(named, ema)
-        if run.main:
-            tokenizer.save(str(run.dir / "final" / "tokenizer.json"))
-            print(f"{run.dir}/final written; samples: {run.dir}/samples")
-        if tiny:
-            score = check_colours(128)
-            print(f"128 unseen single shapes, guidance {args.guidance}: background right "
-                  f"{score['background_right']:.1%}, object colour right {score['colour_right']:.1%}")
+    if run.main:
+        tokenizer.save(str(run.dir / "final" / "tokenizer.json"))
+        print(f"{run.dir}/final written; samples: {run.dir}/samples")
+    if tiny:
+        score = check_colours(128)
+        print(f"128 unseen single shapes, guidance {args.guidance}: background right "
+              f"{score['background_right']:.1%}, object colour right {score['colour_right']:.1%}")
     parallel.finish(devices)
 
 

@@ -30,6 +30,7 @@ TINY_VAE = "assets/tiny/vae.safetensors"
 FLUX_VAE = "black-forest-labs/FLUX.1-dev"               # its vae/ folder
 HUB = {"siglip2": ("google/siglip2-so400m-patch14-224", "nyu-visionx/siglip2_decoder"),
        "webssl": ("facebook/webssl-dino300m-full2b-224", "nyu-visionx/webssl300m_decoder")}
+HUB["vae"] = HUB["siglip2"]                             # which understands there
 FILES = ("model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
          "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
@@ -201,25 +202,6 @@ def final_of(path, ema=True):
     return final / "ema.safetensors" if ema and (final / "ema.safetensors").is_file() else final
 
 
-def find_parts(args, tiny, llm):
-    """Paths of the frozen networks and the tokenizer that train_dit.py needs: flags first, then
-    assets/tiny for the tiny preset, else the published ones; llm: where the language model or its
-    tokenizer is. Raises UserError (see locate)."""
-    if tiny and args.latent == "webssl" and not (args.encoder and args.decoder):
-        raise UserError("--latent webssl: there is no tiny one; give --encoder and --decoder, or a "
-                        "larger --size")
-    encoder, decoder = TINY_CODEC if tiny else HUB.get(args.latent, HUB["siglip2"])
-    wanted = [("encoder", args.encoder or encoder, "--encoder"),
-              ("llm", llm, "--llm"),
-              ("decoder", args.decoder or decoder, "--decoder")]
-    if args.latent == "vae":                            # it decodes too
-        wanted[2] = ("vae", args.vae or (ASSETS / "vae.safetensors" if tiny else FLUX_VAE), "--vae")
-        if tiny and not args.vae and not wanted[2][1].is_file():
-            raise UserError(f"--latent vae: {wanted[2][1]} is not there; make one with `python "
-                            "train_decoder.py --latent vae`, then give --vae runs/vae-tiny")
-    return dict(zip((w[0] for w in wanted), locate(wanted)))
-
-
 def config_of(path):
     """The config of a model folder without its weights. Raises UserError."""
     with user_errors(f"--run {path}"):
@@ -303,6 +285,48 @@ def load_vae(path, devices, flag="--vae"):
     with user_errors(flag):
         model = vaes.load_vae(next((p for p in inside if p.exists()), path))
     return model.requires_grad_(False).eval().to(devices.device)
+
+
+def random_towers(args, devices):
+    """For --dry-run and --random-init: the encoder of --latent at its published size, and the VAE
+    or None; random, the same at every start."""
+    torch.manual_seed(args.seed)
+    with torch.device("meta" if args.dry_run else devices.device):
+        encoder = encoders.build_encoder(encoders.WEBSSL_300M if args.latent == "webssl" else
+                                         encoders.SO400M, args.layers, devices.dtype)
+        return encoder, vaes.VAE() if args.latent == "vae" else None
+
+
+def load_towers(args, tiny, llm, devices):
+    """What train_dit.py freezes -> (encoder, VAE or None, decoder or None, tokenizer, their paths).
+
+    By the flags, else from assets/tiny for the tiny preset, else the published ones; llm: where the
+    language model is, or its tokenizer. Raises UserError (see locate).
+    """
+    vae = args.latent == "vae"                          # decodes too
+    if tiny and args.latent == "webssl" and not (args.encoder and args.decoder):
+        raise UserError("--latent webssl: there is no tiny one; give --encoder and --decoder, or a "
+                        "larger --size")
+    if tiny and vae and not args.vae and not (ASSETS / "vae.safetensors").is_file():
+        raise UserError(f"--latent vae: {ASSETS / 'vae.safetensors'} is not there; make one with "
+                        "`python train_decoder.py --latent vae`, then give --vae runs/vae-tiny")
+    encoder, decoder = TINY_CODEC if tiny else HUB[args.latent]
+    wanted = [("encoder", args.encoder or encoder, "--encoder"),
+              ("llm", ASSETS if llm in ("tiny", "random") else llm, "--llm"),
+              ("vae", args.vae or (ASSETS / "vae.safetensors" if tiny else FLUX_VAE), "--vae") if vae
+              else ("decoder", args.decoder or decoder, "--decoder")]
+    files = dict(zip((w[0] for w in wanted), locate(wanted)))
+    encoder = load_encoder(files["encoder"], devices, args.layers)
+    if isinstance(encoder, encoders.DINOv2) != (args.latent == "webssl"):
+        raise UserError(f"--encoder {args.encoder} is a {type(encoder).__name__}, --latent is "
+                        f"{args.latent}; expected webssl with a DINOv2, else a SigLIP-2")
+    with user_errors(f"--llm {files['llm']}"):
+        tokenizer = text.load_tokenizer(files["llm"])
+    codec = (load_vae(files["vae"], devices), None) if vae else (
+        None, load_decoder(files["decoder"], devices, encoder.channels, encoder.mean, encoder.std,
+                           args.layers))
+    files = {k: "random weights" if (k, llm) == ("llm", "random") else str(v) for k, v in files.items()}
+    return encoder, *codec, tokenizer, files
 
 
 def load_perceptual(vgg, lpips, devices):
