@@ -136,6 +136,8 @@ def setup_xla(dtype, mesh):
     import torch_xla
     import torch_xla.distributed.spmd as xs
     xr.use_spmd()
+    if not hasattr(torch, "xla"):
+        torch._register_device_module("xla", torch_xla)     # torch.utils.checkpoint looks for it
     count = xr.global_runtime_device_count()
     axes = parse_mesh(mesh, count)
     grid = xs.Mesh(np.arange(count), tuple(axes.values()), tuple(axes))
