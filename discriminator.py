@@ -6,16 +6,11 @@ From StyleGAN-T (arXiv 2301.09515) by way of the RAE code (arXiv 2510.11690), wh
 
 B batch, N patches (196), d trunk width (384), L number of heads of the discriminator (5).
 """
-import json
 import math
-import pickle
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 DINO_S16 = dict(dim=384, depth=12, num_heads=6, key_depths=(2, 5, 8, 11), patch=16, kernel_size=9,
                 image_size=224)
@@ -271,44 +266,6 @@ def init_weights(model, seed):
             p.data = nn.init.trunc_normal_(torch.empty(p.shape), std=0.02, generator=generator)
         elif name.endswith("bias"):
             p.data.zero_()
-
-
-def load_strict(module, state, what):
-    """Load `state`; one error names every missing, unexpected or misshapen key of file `what`."""
-    have, want = ({k: list(v.shape) for k, v in s.items()} for s in (state, module.state_dict()))
-    wrong = [f"{k}: {have.get(k, 'missing')}, expected {want.get(k, 'no such key')}"
-             for k in sorted({*have, *want}) if have.get(k) != want.get(k)]
-    if wrong:
-        raise ValueError(f"{what}: {len(wrong)} keys do not fit:\n  " + "\n  ".join(wrong))
-    module.load_state_dict(state)
-    return module
-
-
-def load_discriminator(path, config=None, seed=0):
-    """From a DINO trunk file (new heads) or a whole discriminator's; .safetensors, .pt, .pth.
-
-    config: None takes the one in a safetensors file's metadata, else DINO ViT-S/16. The k bias of
-    every qkv is set to zero, as in the RAE code; softmax does not see it.
-    Raises FileNotFoundError, or ValueError naming the keys that do not fit.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no DINO weights at {path} (given by --dino)")
-    try:
-        if str(path).endswith(".safetensors"):
-            state = load_file(path)
-            with safe_open(path, "pt") as f:
-                config = config or json.loads((f.metadata() or {}).get("config", "{}"))
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} (given by --dino) cannot be read: {error}") from error
-    model = Discriminator(config)
-    init_weights(model, seed)
-    if not any(key.startswith("dino.") for key in state):       # a trunk: our heads stay
-        state = {f"dino.{key}": value for key, value in state.items()}
-        state = {**{k: v for k, v in model.state_dict().items() if k not in state
-                    and (k.startswith("heads.") or k.startswith("dino.x_"))}, **state}
-    return zero_k_bias(load_strict(model, state, path))
 
 
 def zero_k_bias(model):

@@ -8,14 +8,9 @@ CVPR 2016; Scale-RAE (arXiv 2601.16208, section 2) weighs it by 100 but names ne
 its normalisation: these are ours, see `gram`. Keys: `features.*` as in torchvision's VGG16,
 `lin{0..4}.model.1.weight` as in LPIPS v0.1.
 """
-import pickle
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 CONVS = (2, 2, 3, 3, 3)                     # convolutions a stage; a max pool between the stages
 WIDTHS = (64, 128, 256, 512, 512)           # channels of a stage at width 1
@@ -126,43 +121,3 @@ def init_weights(model, seed):
             std = (2 / module.weight[0].numel()) ** 0.5
             module.weight.data = torch.randn(module.weight.shape, generator=generator) * std
             module.bias.data.zero_()
-
-
-def read_weights(path, flag):
-    """The state dict in a .safetensors, .pt or .pth file; errors name the file and the flag."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {path} (given by {flag})")
-    try:
-        if str(path).endswith(".safetensors"):
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} (given by {flag}) cannot be read: {error}") from error
-
-
-def load_strict(module, state, what):
-    """Load `state`; one error names every missing, unexpected or misshapen key of file `what`."""
-    have, want = ({k: list(v.shape) for k, v in s.items()} for s in (state, module.state_dict()))
-    wrong = [f"{k}: {have.get(k, 'missing')}, expected {want.get(k, 'no such key')}"
-             for k in sorted({*have, *want}) if have.get(k) != want.get(k)]
-    if wrong:
-        raise ValueError(f"{what}: {len(wrong)} keys do not fit:\n  " + "\n  ".join(wrong))
-    module.load_state_dict(state)
-    return module
-
-
-def load_perceptual(vgg, lpips=None, dtype=torch.float32):
-    """Perceptual from torchvision's VGG16 file and LPIPS v0.1's (`lin*`); or both in one file.
-
-    The width is read from the first convolution. Without `lin*` weights a net of full width is an
-    error, a narrower one keeps 1/C.
-    """
-    state = {k: v for k, v in read_weights(vgg, "--vgg").items() if not k.startswith("classifier.")}
-    if lpips is not None:
-        state.update(read_weights(lpips, "--lpips-weights"))
-    if "features.0.weight" not in state:
-        raise ValueError(f"{vgg} has no key features.0.weight: expected torchvision's VGG16 layout")
-    model = Perceptual(len(state["features.0.weight"]) / WIDTHS[0], dtype)
-    if model.width < 1:
-        state = {**{k: v for k, v in model.state_dict().items() if k.startswith("lin")}, **state}
-    return load_strict(model, state, f"{vgg} and {lpips}" if lpips else vgg)

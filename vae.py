@@ -1,20 +1,17 @@
 """FLUX's VAE (diffusers AutoencoderKL, FLUX.1 form): the baseline latent of the paper.
 
 The same two methods as the RAE: encode(images) -> tokens, decode(tokens) -> images. Key names are
-diffusers'; `load_vae` also reads the original `ae.safetensors`. Architecture: arXiv 2112.10752.
+diffusers'; `from_ldm` turns the original `ae.safetensors` into them. Architecture: arXiv 2112.10752.
 
 B batch, H W pixels, h w latent grid (H/f, W/f), c latent channels (16), N = h/2 * w/2 tokens of
 C = 4c channels (64). fp32 throughout: it is frozen and small beside the rest.
 """
-import json
 import math
 import re
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 # black-forest-labs/FLUX.1-dev, vae/config.json: f = 8, 256 px -> 32x32x16 -> 256 tokens of 64
@@ -259,38 +256,3 @@ def from_ldm(state):
             value = value[:, :, 0, 0]
         out[key] = value
     return out
-
-
-def load_strict(module, state, what):
-    """Load `state`; one error names every missing, unexpected or misshapen key of file `what`."""
-    have, want = ({k: list(v.shape) for k, v in s.items()} for s in (state, module.state_dict()))
-    wrong = [f"{k}: {have.get(k, 'missing')}, expected {want.get(k, 'no such key')}"
-             for k in sorted({*have, *want}) if have.get(k) != want.get(k)]
-    if wrong:
-        raise ValueError(f"{what}: {len(wrong)} keys do not fit:\n  " + "\n  ".join(wrong))
-    module.load_state_dict(state)
-    return module
-
-
-def load_vae(path, config=None):
-    """A VAE from diffusers' `diffusion_pytorch_model.safetensors`, its folder, or `ae.safetensors`.
-
-    Config: the argument, else the file's metadata, else config.json beside it, else FLUX.1's.
-    Raises FileNotFoundError, or ValueError naming the keys that do not fit.
-    """
-    path = Path(path)
-    path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"no VAE weights at {path}")
-    try:
-        with safe_open(path, "pt") as f:
-            state = {key: f.get_tensor(key) for key in f.keys()}
-            text = (f.metadata() or {}).get("config")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    beside = path.with_name("config.json")
-    if text is None and beside.is_file():
-        text = beside.read_text()
-    if any(key.startswith("decoder.up.") for key in state):
-        state = from_ldm(state)
-    return load_strict(VAE(config or json.loads(text or "{}")), state, path)

@@ -279,72 +279,49 @@ def checksum(model):
 
 
 def load_vae(path, devices, flag="--vae"):
-    """FLUX's VAE: ae.safetensors, diffusers' file, a folder that holds either or vae/, or a run."""
+    """FLUX's VAE: ae.safetensors, diffusers' file, a folder that holds either or vae/, or a run.
+    A file without a config is FLUX.1's."""
     path = final_of(path)
     inside = (path / "vae", path / "ae.safetensors", path)
-    with user_errors(flag):
-        model = vaes.load_vae(next((p for p in inside if p.exists()), path))
+    path = next((p for p in inside if p.exists()), path)
+    state, config = read_weights(path, flag)
+    if any(k.startswith("decoder.up.") for k in state):
+        state = vaes.from_ldm(state)
+    with user_errors(f"{flag} {path}"):
+        model = load_strict(vaes.VAE(config), state, f"{flag} {path}")
     return model.requires_grad_(False).eval().to(devices.device)
 
 
-def random_towers(args, devices):
-    """For --dry-run and --random-init: the encoder of --latent at its published size, and the VAE
-    or None; random, the same at every start."""
-    torch.manual_seed(args.seed)
-    with torch.device("meta" if args.dry_run else devices.device):
-        encoder = encoders.build_encoder(encoders.WEBSSL_300M if args.latent == "webssl" else
-                                         encoders.SO400M, args.layers, devices.dtype)
-        return encoder, vaes.VAE() if args.latent == "vae" else None
-
-
-def load_towers(args, tiny, llm, devices):
-    """What train_dit.py freezes -> (encoder, VAE or None, decoder or None, tokenizer, their paths).
-
-    By the flags, else from assets/tiny for the tiny preset, else the published ones; llm: where the
-    language model is, or its tokenizer. Raises UserError (see locate).
-    """
-    vae = args.latent == "vae"                          # decodes too
-    if tiny and args.latent == "webssl" and not (args.encoder and args.decoder):
-        raise UserError("--latent webssl: there is no tiny one; give --encoder and --decoder, or a "
-                        "larger --size")
-    if tiny and vae and not args.vae and not (ASSETS / "vae.safetensors").is_file():
-        raise UserError(f"--latent vae: {ASSETS / 'vae.safetensors'} is not there; make one with "
-                        "`python train_decoder.py --latent vae`, then give --vae runs/vae-tiny")
-    encoder, decoder = TINY_CODEC if tiny else HUB[args.latent]
-    wanted = [("encoder", args.encoder or encoder, "--encoder"),
-              ("llm", ASSETS if llm in ("tiny", "random") else llm, "--llm"),
-              ("vae", args.vae or (ASSETS / "vae.safetensors" if tiny else FLUX_VAE), "--vae") if vae
-              else ("decoder", args.decoder or decoder, "--decoder")]
-    files = dict(zip((w[0] for w in wanted), locate(wanted)))
-    encoder = load_encoder(files["encoder"], devices, args.layers)
-    if isinstance(encoder, encoders.DINOv2) != (args.latent == "webssl"):
-        raise UserError(f"--encoder {args.encoder} is a {type(encoder).__name__}, --latent is "
-                        f"{args.latent}; expected webssl with a DINOv2, else a SigLIP-2")
-    with user_errors(f"--llm {files['llm']}"):
-        tokenizer = text.load_tokenizer(files["llm"])
-    codec = (load_vae(files["vae"], devices), None) if vae else (
-        None, load_decoder(files["decoder"], devices, encoder.channels, encoder.mean, encoder.std,
-                           args.layers))
-    files = {k: "random weights" if (k, llm) == ("llm", "random") else str(v) for k, v in files.items()}
-    return encoder, *codec, tokenizer, files
-
-
 def load_perceptual(vgg, lpips, devices):
-    """VGG16 with the LPIPS weights, for --vgg and --lpips-weights (None: both are in `vgg`)."""
-    for path, flag in ((vgg, "--vgg"), (lpips, "--lpips-weights")):
-        if path is not None:
-            read_weights(path, flag)                    # missing, damaged or unsafe: said clearly
-    with user_errors("--vgg, --lpips-weights" if lpips else "--vgg"):
-        model = perceptual.load_perceptual(vgg, lpips, devices.dtype)
+    """torchvision's VGG16 and the `lin*` of LPIPS v0.1; lpips None: both are in `vgg`.
+
+    The width is that of the first convolution. Without `lin*` a net of full width is an error, a
+    narrower one keeps 1/C.
+    """
+    what = f"--vgg {vgg}" + (f", --lpips-weights {lpips}" if lpips else "")
+    state = {k: v for k, v in read_weights(vgg, "--vgg")[0].items()
+             if not k.startswith("classifier.")}
+    if lpips:
+        state.update(read_weights(lpips, "--lpips-weights")[0])
+    if "features.0.weight" not in state:
+        raise UserError(f"{what}: no key features.0.weight, expected torchvision's VGG16 layout")
+    width = len(state["features.0.weight"]) / perceptual.WIDTHS[0]
+    model = perceptual.Perceptual(width, devices.dtype)
+    load_strict(model, state, what, optional=("lin",) if width < 1 else ())
     return model.to(devices.device)
 
 
 def load_discriminator(path, devices, config=None, seed=0):
-    """The discriminator with its frozen trunk from --dino (a trunk's file, or a whole one's)."""
-    read_weights(path, "--dino")
-    with user_errors("--dino"):
-        model = discriminator.load_discriminator(path, config, seed)
-    return model.to(devices.device)
+    """A DINO trunk's file with new heads, or a whole discriminator's. config: None takes the file's
+    own, else DINO ViT-S/16. The k biases become zero, as in the RAE code."""
+    state, found = read_weights(path, "--dino")
+    whole = any(k.startswith("dino.") for k in state)
+    with user_errors(f"--dino {path}"):
+        model = discriminator.Discriminator(config or found)
+        discriminator.init_weights(model, seed)
+    load_strict(model, state if whole else {f"dino.{k}": v for k, v in state.items()},
+                f"--dino {path}", optional=() if whole else ("heads.", "dino.x_"))
+    return discriminator.zero_k_bias(model).to(devices.device)
 
 
 def load_codec(config, args, devices, encoder=True, decoder=True):

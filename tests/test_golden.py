@@ -18,10 +18,15 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import discriminator  # noqa: E402
 import flow  # noqa: E402
 import golden  # noqa: E402
+import parallel  # noqa: E402
 import perceptual  # noqa: E402
 import vae  # noqa: E402
+import weights  # noqa: E402
 from decoder import Decoder  # noqa: E402
 from dit import DiT  # noqa: E402
+from parallel import UserError  # noqa: E402
+
+CPU = parallel.setup("cpu", "float32")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -203,17 +208,18 @@ def test_vae_reads_both_layouts(tmp_path):
     assert "decoder.up.2.block.1.conv1.weight" in state     # the first to run, lowest resolution
     assert "decoder.mid.attn_1.proj_out.bias" in state and len(state) == len(model.state_dict())
     save_file(state, tmp_path / "ae.safetensors")
-    same = vae.load_vae(tmp_path / "ae.safetensors", vae.TINY).state_dict()
+    (tmp_path / "config.json").write_text(golden.json.dumps(vae.TINY))
+    same = weights.load_vae(tmp_path / "ae.safetensors", CPU).state_dict()
     assert all(torch.equal(same[k], v) for k, v in model.state_dict().items())
 
     state = model.state_dict()
     state["decoder.conv_in.bias"], extra = torch.zeros(3), state.pop("encoder.conv_in.bias")
     save_file({**state, "encoder.bias": extra}, tmp_path / "diffusion_pytorch_model.safetensors")
-    (tmp_path / "config.json").write_text(golden.json.dumps(vae.TINY))
-    with pytest.raises(ValueError) as error:
-        vae.load_vae(tmp_path)
-    for text in ("decoder.conv_in.bias: [3], expected [64]", "encoder.conv_in.bias: missing",
-                 "encoder.bias: [32], expected no such key"):
+    (tmp_path / "ae.safetensors").unlink()
+    with pytest.raises(UserError) as error:
+        weights.load_vae(tmp_path, CPU)
+    for text in ("decoder.conv_in.bias is [3], expected [64]", "1 missing (first: encoder.conv_in.",
+                 "1 unexpected (first: encoder.bias)"):
         assert text in str(error.value)
 
 
@@ -253,11 +259,13 @@ def test_perceptual_files(tmp_path):
     save_file(lins, tmp_path / "lpips.safetensors")
     x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     a, _ = model(x, y)
-    b, _ = perceptual.load_perceptual(tmp_path / "vgg16.pth")(x, y)
-    c, _ = perceptual.load_perceptual(tmp_path / "vgg16.pth", tmp_path / "lpips.safetensors")(x, y)
+    b, _ = weights.load_perceptual(tmp_path / "vgg16.pth", None, CPU)(x, y)
+    c, _ = weights.load_perceptual(tmp_path / "vgg16.pth", tmp_path / "lpips.safetensors", CPU)(x, y)
     assert torch.equal(a, b) and torch.allclose(2 * a, c)
-    with pytest.raises(FileNotFoundError, match="--vgg"):
-        perceptual.load_perceptual(tmp_path / "none.pth")
+    full = perceptual.Perceptual().state_dict()         # of full width: LPIPS' weights must be there
+    torch.save({k: v for k, v in full.items() if not k.startswith("lin")}, tmp_path / "full.pth")
+    with pytest.raises(UserError, match="--vgg .*5 missing .first: lin0.model.1.weight"):
+        weights.load_perceptual(tmp_path / "full.pth", None, CPU)
 
 
 def test_spectral_norm_is_pytorchs():
@@ -282,7 +290,7 @@ def test_discriminator_files_and_modes(tmp_path):
     trunk = {k[5:]: v for k, v in state.items() if k.startswith("dino.") and "x_s" not in k}
     trunk["blocks.0.attn.qkv.bias"] = torch.ones(192)
     save_file(trunk, tmp_path / "dino.safetensors")
-    loaded = discriminator.load_discriminator(tmp_path / "dino.safetensors", discriminator.TINY)
+    loaded = weights.load_discriminator(tmp_path / "dino.safetensors", CPU, discriminator.TINY)
     bias = loaded.dino.blocks[0].attn["qkv"].bias
     assert bias.view(3, 64).sum(1).tolist() == [64, 0, 64]      # k's third is zeroed
     images = torch.rand(2, 3, 64, 64)
@@ -296,8 +304,8 @@ def test_discriminator_files_and_modes(tmp_path):
     assert all(p.grad is None for p in loaded.dino.parameters())
     assert all(p.grad is not None for p in loaded.heads.parameters())
     save_file(trunk | {"pos_embed": torch.zeros(1, 5, 64)}, tmp_path / "wrong.safetensors")
-    with pytest.raises(ValueError, match=r"dino.pos_embed: \[1, 5, 64\], expected \[1, 65, 64\]"):
-        discriminator.load_discriminator(tmp_path / "wrong.safetensors", discriminator.TINY)
+    with pytest.raises(UserError, match=r"pos_embed is \[1, 5, 64\], expected \[1, 65, 64\]"):
+        weights.load_discriminator(tmp_path / "wrong.safetensors", CPU, discriminator.TINY)
 
 
 def test_augment():
