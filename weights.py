@@ -292,6 +292,48 @@ def load_vae(path, devices, flag="--vae"):
     return model.requires_grad_(False).eval().to(devices.device)
 
 
+def random_towers(args, devices):
+    """For --dry-run and --random-init: the encoder of --latent at its published size, and the VAE
+    or None; random, the same at every start."""
+    torch.manual_seed(args.seed)
+    with torch.device("meta" if args.dry_run else devices.device):
+        encoder = encoders.build_encoder(encoders.WEBSSL_300M if args.latent == "webssl" else
+                                         encoders.SO400M, args.layers, devices.dtype)
+        return encoder, vaes.VAE() if args.latent == "vae" else None
+
+
+def load_towers(args, tiny, llm, devices):
+    """What train_dit.py freezes -> (encoder, VAE or None, decoder or None, tokenizer, their paths).
+
+    By the flags, else from assets/tiny for the tiny preset, else the published ones; llm: where the
+    language model is, or its tokenizer. Raises UserError (see locate).
+    """
+    vae = args.latent == "vae"                          # decodes too
+    if tiny and args.latent == "webssl" and not (args.encoder and args.decoder):
+        raise UserError("--latent webssl: there is no tiny one; give --encoder and --decoder, or a "
+                        "larger --size")
+    if tiny and vae and not args.vae and not (ASSETS / "vae.safetensors").is_file():
+        raise UserError(f"--latent vae: {ASSETS / 'vae.safetensors'} is not there; make one with "
+                        "`python train_decoder.py --latent vae`, then give --vae runs/vae-tiny")
+    encoder, decoder = TINY_CODEC if tiny else HUB[args.latent]
+    wanted = [("encoder", args.encoder or encoder, "--encoder"),
+              ("llm", ASSETS if llm in ("tiny", "random") else llm, "--llm"),
+              ("vae", args.vae or (ASSETS / "vae.safetensors" if tiny else FLUX_VAE), "--vae") if vae
+              else ("decoder", args.decoder or decoder, "--decoder")]
+    files = dict(zip((w[0] for w in wanted), locate(wanted)))
+    encoder = load_encoder(files["encoder"], devices, args.layers)
+    if isinstance(encoder, encoders.DINOv2) != (args.latent == "webssl"):
+        raise UserError(f"--encoder {args.encoder} is a {type(encoder).__name__}, --latent is "
+                        f"{args.latent}; expected webssl with a DINOv2, else a SigLIP-2")
+    with user_errors(f"--llm {files['llm']}"):
+        tokenizer = text.load_tokenizer(files["llm"])
+    codec = (load_vae(files["vae"], devices), None) if vae else (
+        None, load_decoder(files["decoder"], devices, encoder.channels, encoder.mean, encoder.std,
+                           args.layers))
+    files = {k: "random weights" if (k, llm) == ("llm", "random") else str(v) for k, v in files.items()}
+    return encoder, *codec, tokenizer, files
+
+
 def load_perceptual(vgg, lpips, devices):
     """torchvision's VGG16 and the `lin*` of LPIPS v0.1; lpips None: both are in `vgg`.
 
