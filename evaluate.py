@@ -284,6 +284,7 @@ def failure_sheet(failures, path, columns=8, side=128, tall=82):
         words = textwrap.wrap(prompt.text, 23)[:3] + textwrap.wrap("> " + why, 23)[:3]
         pen.multiline_text((x, y + side + 2), "\n".join(words), "black", ImageFont.load_default(10),
                            spacing=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     print(f"{path}: {len(shown)} of {len(failures)} failures")
 
