@@ -17,6 +17,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -190,9 +191,9 @@ class Run:
         if self.latest:
             try:
                 theirs = json.loads((self.latest / "meta.json").read_text())["args"]
-            except (ValueError, KeyError):
-                raise UserError(f"{self.latest}/meta.json is damaged; delete {self.latest} to go on "
-                                "from the checkpoint before it")
+            except (ValueError, LookupError, TypeError):
+                raise UserError(f"checkpoint {self.latest} is damaged (meta.json); delete it to go "
+                                "on from the one before")
             differ = [f"--{k.replace('_', '-')}: checkpoint {theirs.get(k)!r}, now {mine[k]!r}"
                       for k in mine if k in theirs and theirs[k] != mine[k]]
             if differ:
@@ -201,12 +202,8 @@ class Run:
         elif any((self.dir / "samples").iterdir()) or (self.dir / "final").exists():
             if self.main:
                 print(f"{self.dir} holds a run without a checkpoint: it is started again")
-        self.start = int(self.latest.name.split("-")[1]) if self.latest else 0
+        self.start = int(self.latest.name[5:]) if self.latest else 0
         self.saved_args = mine
-        if self.main:
-            write_text(self.dir / "args.json", json.dumps(mine, indent=1))
-            self._trim_log()
-            self.file = open(self.dir / "log.jsonl", "a")
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, self._ask_to_stop)
         if args.wandb and self.main:
@@ -219,16 +216,28 @@ class Run:
     def _lock(self):
         """One process a run folder. A POSIX lock: it dies with this process, even by kill -9, and
         the loader's workers, which may outlive it by seconds, do not inherit it."""
-        self.lock = open(self.dir / "lock", "w")
         try:
+            self.lock = open(self.dir / "lock", "w")
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"--out {self.dir} is in use by another process; give another --out")
+        except OSError as error:
+            raise UserError(f"--out {self.dir}: cannot write {error.filename}: {error.strerror}")
 
     def _whole(self):
         """The checkpoints, oldest first; a folder without meta.json is none."""
-        return sorted(p for p in (self.dir / "checkpoints").glob("step-*")
-                      if (p / "meta.json").is_file())
+        return sorted((p for p in (self.dir / "checkpoints").iterdir()
+                       if re.fullmatch(r"step-\d+", p.name) and (p / "meta.json").is_file()),
+                      key=lambda p: int(p.name[5:]))
+
+    def _sweep(self):
+        """Delete what a cut save or deletion left, and all checkpoints but the last --keep; from
+        each first what makes it one."""
+        kept = self._whole()[-self.args.keep:]
+        for old in (self.dir / "checkpoints").iterdir():
+            if re.fullmatch(r"(step|\.writing)-\d+", old.name) and old not in kept:
+                (old / "meta.json").unlink(missing_ok=True)
+                shutil.rmtree(old)
 
     def _trim_log(self):
         """Drop lines after the checkpoint: the resumed run writes them again."""
@@ -246,8 +255,8 @@ class Run:
             write_text(path, "".join(keep))
 
     def load(self, named):
-        """Fill `named` {key: tensor} from the latest checkpoint, if there is one. Raises UserError
-        too when the disk cannot hold the checkpoints to come."""
+        """Fill `named` {key: tensor} from the latest checkpoint, if there is one, and only then
+        write. Raises UserError too when the disk cannot hold the checkpoints to come."""
         need = sum(v.numel() * v.element_size() for v in named.values()) * (self.args.keep + 1)
         have = sum(f.stat().st_size for f in self.dir.glob("checkpoints/step-*/*"))
         free = shutil.disk_usage(self.dir).free
@@ -255,8 +264,18 @@ class Run:
             raise UserError(f"--out {self.dir}: {self.args.keep} checkpoints and one being written "
                             f"need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; lower --keep "
                             "or take another --out")
-        if self.latest is None:
-            return
+        if self.latest:
+            self._read(named)
+        if self.main:
+            write_text(self.dir / "args.json", json.dumps(self.saved_args, indent=1))
+            self._trim_log()
+            self.file = open(self.dir / "log.jsonl", "a")
+            if self.latest:
+                print(f"resumed {self.dir} at step {self.start}")
+
+    def _read(self, named):
+        before = next(reversed(self._whole()[:-1]), None)
+        mend = f"delete it to go on from {before.name if before else 'the start'}"
         try:
             with contextlib.ExitStack() as stack:
                 parts = {}                              # key -> its pieces: (first row, file)
@@ -266,15 +285,13 @@ class Run:
                     for key in f.keys():
                         parts.setdefault(key, []).append((rows.get(key, 0), f))
                 check_keys({k: list(v.shape) for k, v in named.items()},
-                           {k: stored_shape(k, pieces) for k, pieces in parts.items()}, self.latest)
+                           {k: stored_shape(k, pieces) for k, pieces in parts.items()},
+                           f"checkpoint {self.latest} ({mend})")
                 for key, tensor in named.items():
                     parallel.fill(key, tensor, functools.partial(read_rows, key, parts[key]),
                                   self.devices)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"checkpoint {self.latest} is damaged ({error}); delete it to go on "
-                            "from the one before")
-        if self.main:
-            print(f"resumed {self.dir} at step {self.start}")
+            raise UserError(f"checkpoint {self.latest} is damaged ({error}); {mend}")
 
     def due(self, step, every):
         return step % every == 0 or step == self.args.steps or self.stop
@@ -288,8 +305,7 @@ class Run:
         rank = f"-{self.devices.rank}" if self.devices.rank else ""
         try:
             if self.main:
-                for old in final.parent.glob(".writing-*"):         # a save that was cut short
-                    shutil.rmtree(old)
+                self._sweep()
                 temporary.mkdir()
         except OSError as e:
             error = e
@@ -312,12 +328,9 @@ class Run:
                 write_text(temporary / "meta.json",
                            json.dumps({"step": step, "args": self.saved_args}))
                 fsync(temporary)
-                if final.exists():
-                    shutil.rmtree(final)
                 temporary.rename(final)
                 fsync(final.parent)
-                for old in self._whole()[:-self.args.keep]:
-                    shutil.rmtree(old)
+                self._sweep()
         except OSError as e:
             error, failed = e, True
         if failed and self.main:
@@ -559,6 +572,7 @@ def write_text(path, text):
     """Write through a temporary name, so that a reader never sees half a file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
+    fsync(temporary)
     temporary.rename(path)
 
 
