@@ -135,7 +135,9 @@ def setup_xla(dtype, mesh):
     import numpy as np
     import torch_xla
     import torch_xla.distributed.spmd as xs
-    xr.use_spmd()
+    if os.environ.get("PJRT_DEVICE") == "CPU":      # virtual devices wait for each other in threads of
+        os.environ.setdefault("NPROC", "64")        # one pool, by default of the size of the machine:
+    xr.use_spmd()                                   # with few cores the last of them finds none
     if not hasattr(torch, "xla"):
         torch._register_device_module("xla", torch_xla)     # torch.utils.checkpoint looks for it
     count = xr.global_runtime_device_count()
@@ -446,6 +448,17 @@ def memory_gb(devices):
     import sys
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def free_gb(devices):
+    """Memory of one device that is free, in GB; None where it is not known."""
+    if devices.kind == "cuda":
+        return torch.cuda.mem_get_info()[0] / 1e9
+    if devices.kind == "cpu" and os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as f:
+            kib = int(re.search(r"MemAvailable: +(\d+)", f.read())[1])
+        return kib * 1024 / 1e9 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return None
 
 
 def peak_tflops(devices):
