@@ -13,7 +13,7 @@ Inception: it is no rFID, and compares only with another FD-enc in the same feat
 pictures. --inception PATH adds the Frechet distance of the field, rFID, in those of InceptionV3.
 
 t2i: the built-in compositional benchmark (benchmark.py), or pictures for the official scorers; vqa:
-questions of builtin:qa, answered greedily, by kind. Intervals are of 95 %, by bootstrap over
+built-in questions, answered greedily, by kind. Intervals are of 95 %, by bootstrap over
 prompts or questions. Pictures are drawn in batches: their last bits may differ from sample.py's.
 """
 import argparse
@@ -389,9 +389,9 @@ def right(kind, said, expected):
 
 
 def vqa(args):
-    """Ask unseen questions of builtin:qa and compare the answers, by kind of question."""
+    """Ask unseen questions and compare the answers, by kind of question."""
     devices, llm, _, tokenizer, _, encoder, _ = load_run(args, decoder=False)
-    mixture = data.Mixture(["builtin:qa"], encoder.image_size, args.seed)
+    mixture = data.Mixture([args.data], encoder.image_size, args.seed)
     records = [mixture[i] for i in range(args.count)]
     with torch.no_grad():
         z = torch.cat([encoder(x) for x in pictures(records, args.count, devices)])     # [n,N,C]
@@ -503,6 +503,8 @@ def main():
     q.set_defaults(function=vqa)
     q.add_argument("--count", type=runs.positive(), default=1000, help="questions")
     q.add_argument("--seed", type=runs.positive(zero=True), default=2000, help="of the questions")
+    q.add_argument("--data", choices=["builtin:qa", "builtin:align"], default="builtin:qa",
+                   help="align: only what the verifiers of best_of.py ask")
     q.add_argument("--show", type=runs.positive(zero=True), default=0, help="print some answers")
     q = tasks.add_parser("judge", help=judge.__doc__)
     q.set_defaults(function=judge)

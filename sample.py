@@ -18,7 +18,6 @@ for speed: the same command gives the same bytes, but they may differ from those
 the kept seed by the rounding of the products.
 """
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -38,11 +37,12 @@ import parallel
 import run as runs
 import text_model as text
 import weights
+from flow import candidates_together, generate, noise_for
 from parallel import UserError
 
 
 # ------------------------------------------------------------------------------------------------
-# Prompt -> condition -> latent
+# Prompt -> condition
 # ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -79,57 +79,6 @@ def answer(llm, tokenizer, question, z=None, limit=512):
         if not now.endswith("\ufffd"):          # half of a character: wait for the rest
             yield now[len(shown):]
             shown = now
-
-
-@torch.no_grad()
-def generate(dit, cond, noise, alpha, steps, guidance=1.0, schedule="clean", progress=None,
-             interval=(0.0, 1.0), together=None):
-    """noise [B,N,C], cond [B,N,Z] or, of one prompt for all, [1,N,Z] -> latents [B,N,C].
-
-    interval: the times t at which guidance acts (arXiv 2404.07724). together: images in one matrix
-    product, default all. With 1, images of one prompt have the same bytes in any company; a product
-    of another size may round differently. Exact savings, measured by tests/bench_sampler.py: images
-    of one prompt share its modulation, and the null condition, one vector for all tokens, has its
-    modulation [1,1,6D] for every step made in one table before the first.
-    """
-    pairs, shared = flow.schedule_pairs(schedule, steps, alpha), len(cond) == 1
-    times = torch.tensor([float(t) for t, _ in pairs], device=noise.device)             # [S]
-    table = [None] * len(pairs)
-    if guidance != 1:
-        table = list(zip(*(m.split(1) for m in dit.modulations(times, dit.null_condition(1)))))
-        table = [m if interval[0] <= t <= interval[1] else None for m, t in zip(table, times)]
-    table = iter(table)
-
-    def velocity(x, t):
-        null, v, b = next(table), [], together or len(x)
-        m = dit.modulations(t[:1], cond) if shared else None                # of [1,N,6D]
-        alone = shared and b == 1                       # one image a pass: with both its branches
-        if null and alone:
-            m = (torch.cat([a, b.expand_as(a)]) for a, b in zip(m, null))   # of [2,N,6D]
-        if m and len(x) > 1:
-            m = list(m)                                 # else block by block, while it is in cache
-        for part, y in zip(x.split(b), cond.expand(len(x), -1, -1).split(b)):
-            if null and alone:
-                v_c, v_u = dit(part.expand(2, -1, -1), m=m).split(1)
-            else:
-                v_c = dit(part, t[:1], y, m=m)
-                v_u = dit(part, m=null) if null else v_c
-            v.append(flow.guide(v_c.float(), v_u.float(), guidance if null else 1.0))
-        return torch.cat(v)
-
-    return flow.euler(velocity, noise, pairs, progress)
-
-
-def candidates_together(tokens, device):
-    """How many candidates of best-of-N go through a product at once: all, but on a CPU about 256
-    rows: more of them cost page faults and leave the cache (LOG.md, tests/bench_sampler.py)."""
-    return max(1, 256 // tokens) if device.type == "cpu" else None
-
-
-def noise_for(prompt, seed, tokens, channels):
-    """[N,C] from (prompt, seed) alone: the batch it is sampled in never changes a picture."""
-    key = int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:7], "big")
-    return torch.randn(tokens, channels, generator=torch.Generator().manual_seed(key))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,108 @@
+"""Do the latent verifiers of best_of.py pick better pictures than chance?
+
+    python tests/bench_best_of.py --keep best.safetensors            # draws, judges, ranks
+    python tests/bench_best_of.py --keep best.safetensors --ranker runs/dit-tiny    # ranks again
+
+16 candidates of each benchmark prompt of shapes (one, then two) are drawn and judged once. For k =
+1, 2, 4, 8, 16 the candidates are cut into groups of k; a verifier picks one of each group, blindly;
+printed is the share of picks that the judge passes, beside the mean of all (a random pick) and the
+groups with any that passes (the judge's own pick: the ceiling). AUC: how often a verifier puts a
+passing candidate of a prompt before a failing one; 0.5 is chance.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import benchmark
+import best_of
+import evaluate
+import run as runs
+import sample
+import weights
+
+SIZES = 1, 2, 4, 8, 16
+
+
+def draw(args, prompts):
+    """-> latents [P,16,N,C], passed [P,16] bool."""
+    devices, llm, dit, tokenizer, config, _, decoder = evaluate.load_run(args, encoder=True)
+    alpha, guidance = sample.alpha_and_guidance(args, dit, config)
+    latents, passed = [], []
+    for p in tqdm(prompts, desc="drawing"):
+        cond = sample.direct_condition(llm, tokenizer, [p.text], devices.device)
+        noise = torch.stack([sample.noise_for(p.text, i, dit.tokens, dit.channels)
+                             for i in range(SIZES[-1])]).to(devices.device)
+        z = sample.generate(dit, cond, noise, alpha, args.steps, guidance)  # [16,N,C]
+        latents.append(z.cpu())
+        passed.append([benchmark.judge(x, p)[0] for x in decoder(z).float()])
+    return torch.stack(latents), torch.tensor(passed)
+
+
+def auc(good, order):
+    """Pairs of a passing and a failing candidate that `order` (best first) puts right: a share."""
+    place = np.argsort(order)
+    right = [place[i] < place[j] for i in np.flatnonzero(good) for j in np.flatnonzero(~good)]
+    return np.mean(right)
+
+
+@torch.no_grad()
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--run", default=weights.ASSETS)
+    p.add_argument("--ranker", help="a run whose LLM ranks (default: --run's)")
+    p.add_argument("--keep", type=Path, required=True, help="latents and verdicts, drawn if absent")
+    p.add_argument("--count", type=runs.positive(), default=12, help="prompts of a category")
+    p.add_argument("--steps", type=runs.positive(), default=25)
+    p.add_argument("--guidance", type=float)
+    p.add_argument("--dtype", choices=["bfloat16", "float32"])
+    args = p.parse_args()
+    args.device, args.encoder, args.decoder, args.schedule = "auto", None, None, "clean"
+    pool = [q for q in benchmark.prompts(40)
+            if q.category in benchmark.CATEGORIES and q.scene.things[0].colour]
+    prompts = [q for name in ("single object", "colours", "two objects", "attribution")
+               for q in [q for q in pool if q.category == name][:args.count]]
+    if not args.keep.is_file():
+        latents, passed = draw(args, prompts)
+        save_file({"latents": latents, "passed": passed}, args.keep)
+    kept = load_file(args.keep)
+    latents, passed = kept["latents"], kept["passed"].numpy()               # [P,16]
+    args.run = args.ranker or args.run
+    devices, llm, _, tokenizer, *_ = evaluate.load_run(args, decoder=False)
+    rows = [best_of.scores(llm, tokenizer, z.to(devices.device), q.text)
+            for z, q in zip(latents, tqdm(prompts, desc="ranking"))]
+
+    results, mixed = {}, [k for k, good in enumerate(passed) if 0 < good.sum() < len(good)]
+    print(f"{len(prompts)} prompts, {passed.mean():.3f} of the candidates pass, {len(mixed)} prompts "
+          f"have both kinds; ranked by {args.run}\n\n{'pick':<10}"
+          + "".join(f"{f'best of {k}':>12}" for k in SIZES) + f"{'95 % at 16':>18}{'AUC':>8}")
+    for name in ("random", *best_of.KEYS, "judge"):
+        shares = []
+        for k in SIZES:
+            share = []                                  # a value a prompt, mean over its groups
+            for good, row in zip(passed, rows):
+                groups = [list(range(i, i + k)) for i in range(0, SIZES[-1], k)]
+                if name in best_of.KEYS:
+                    picks = [good[g[best_of.rank([row[i] for i in g], name)[0]]] for g in groups]
+                else:
+                    picks = [good[g].mean() if name == "random" else good[g].any() for g in groups]
+                share.append(np.mean(picks))
+            shares.append(evaluate.interval([share]))
+        pairs = [auc(passed[k], best_of.rank(rows[k], name)) for k in mixed] \
+            if name in best_of.KEYS and mixed else [0.5 if name == "random" else 1.0]
+        results[name] = {"share": [s[0] for s in shares], "at 16": shares[-1],
+                         "auc": evaluate.interval([pairs])}
+        print(f"{name:<10}" + "".join(f"{s[0]:>12.3f}" for s in shares)
+              + f"{f'{shares[-1][1]:.3f} to {shares[-1][2]:.3f}':>18}{np.mean(pairs):>8.3f}")
+    print(json.dumps({"task": "best of N", "run": str(args.run), "prompts": len(prompts),
+                      "mixed": len(mixed), **results}))
+
+
+if __name__ == "__main__":
+    runs.main(main)
