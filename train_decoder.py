@@ -102,8 +102,8 @@ def arguments():
         g.add_argument(f"--lr{name}", type=runs.positive(float), help=what)
         g.add_argument(f"--lr{name}-final", type=number)
         g.add_argument(f"--warmup{name}", type=span, help="steps, or 2e")
-    g.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.95], help="of both")
-    g.add_argument("--ema", type=number, help="decay; 0: off")
+    g.add_argument("--betas", type=runs.share, nargs=2, default=[0.9, 0.95], help="of both")
+    g.add_argument("--ema", type=runs.share, help="decay; 0: off")
     args = p.parse_args()
 
     defaults = dict(DEFAULTS["tiny" if args.size == "tiny" else args.latent])
@@ -117,6 +117,8 @@ def arguments():
             setattr(args, key, value)
     for key in ("steps", "warmup", "warmup_disc", "disc_start", "gan_start"):
         setattr(args, key, steps_of(str(getattr(args, key)), args.batch))
+    if not (args.l1 or args.lpips or args.gram or args.gan):
+        raise UserError("--l1 0 --lpips 0 --gram 0 --gan 0: nothing is left to train on")
     if args.gan and args.gan_start < args.disc_start:
         raise UserError(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}: "
                         "an untrained discriminator would steer the decoder")

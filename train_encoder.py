@@ -64,7 +64,7 @@ def arguments():
     g = p.add_argument_group("loss and optimizer")
     g.add_argument("--dense", type=runs.positive(float, zero=True),
                    help="weight of the pixel term (mean squared error, pixels in [-1,1]); vit only")
-    g.add_argument("--mask", type=runs.positive(float, zero=True), default=0.1,
+    g.add_argument("--mask", type=runs.share, default=0.1,
                    help="share of the patches hidden from the encoder (grey), for the dense term")
     g.add_argument("--lr", type=runs.positive(float))
     g.add_argument("--warmup", type=runs.positive(zero=True), default=200, help="steps")
@@ -209,7 +209,8 @@ def loss_net(args, vocab_size, dtype):
 def tokenizer_for(args):
     """The given tokenizer, or a BPE of 1,024 tokens trained on the built-in captions, questions."""
     if args.tokenizer:
-        return text.load_tokenizer(args.tokenizer)
+        with weights.user_errors(f"--tokenizer {args.tokenizer}"):
+            return text.load_tokenizer(args.tokenizer)
     sources = [f"builtin:{s}" for s in ("web", "synthetic", "text", "hq", "qa")]
     mixture = data.Mixture(sources, resolution=8, seed=1)
     turns = [t["value"] for i in range(8000) for t in mixture[i]["conversations"]]
@@ -234,6 +235,10 @@ def main():
         raise UserError(f"--resolution {args.resolution} is not a multiple of --patch {args.patch}")
     if args.width % args.heads:
         raise UserError(f"--width {args.width} is not a multiple of --heads {args.heads}")
+    if args.arch == "vgg" and args.resolution < 16:
+        raise UserError(f"--resolution {args.resolution}: VGG's four poolings need 16 pixels")
+    if args.arch == "dino" and args.depth < 2:
+        raise UserError(f"--depth {args.depth}: every second block is read, so two are needed")
 
     # --------------------------------------------------------------------------------------------
     # Devices
@@ -245,14 +250,8 @@ def main():
     # Data
     # --------------------------------------------------------------------------------------------
     mixture = data.Mixture(args.data, args.resolution, args.seed)
-    run = None if args.dry_run or args.bench else runs.Run(args, devices)
-    kept = run and run.dir / "tokenizer.json"
-    if kept and kept.is_file():
-        tokenizer = text.load_tokenizer(run.dir)
-    else:
-        tokenizer = tokenizer_for(args)
-        if kept and run.main:
-            tokenizer.save(str(kept))
+    kept = not args.fresh and (args.out / "tokenizer.json").is_file()       # of a run that goes on
+    tokenizer = text.load_tokenizer(args.out) if kept else tokenizer_for(args)
     collate = Collate(tokenizer)
 
     # --------------------------------------------------------------------------------------------
@@ -276,7 +275,7 @@ def main():
         module.weight.data.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
         module.bias.data.zero_()
     if args.init:
-        state, _ = weights.read_weights(args.init)
+        state, _ = weights.read_weights(weights.final_of(args.init))
         weights.load_strict(model.encoder, state, f"--init {args.init}")
     model = parallel.shard(model, devices)
 
@@ -308,7 +307,9 @@ def main():
     saved = {**named, **moments}
     if args.bench:
         args.steps, args.log_every = args.bench, 1
-        run = runs.Bench(args, devices)
+    run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
+    if run.main and not (args.bench or kept):
+        runs.write_text(run.dir / "tokenizer.json", tokenizer.to_str(pretty=True))
     run.load(saved)
     accumulate = args.batch // args.micro_batch
     batches = iter(data.loader(mixture, collate, args.micro_batch, run.start * args.batch, args.workers,
