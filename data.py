@@ -678,7 +678,7 @@ class Folder:
         self.entries = [e for e in found if e[1] or not text]         # (name, text or "it has one")
         if not self.entries:
             raise DataError(f"{path}: {len(found)} images, 0 of them with a caption; "
-                            f"--data takes a folder of {', '.join(IMAGES)} files with a "
+                            f"expected a folder of {', '.join(IMAGES)} files with a "
                             "metadata.jsonl (file_name, text) or a .txt beside each image")
 
     def __len__(self):
@@ -800,8 +800,8 @@ def open_source(name: str, text: bool = True, strict: bool = True):
         return Tars(paths, text) if paths else Folder(name, text)
     if not name.endswith((".jsonl", ".tar")):
         what = "a file of no known kind" if os.path.exists(name) else "neither built in nor a path"
-        raise DataError(f"source {name!r} is {what}; --data takes {', '.join(BUILTIN)}, a folder, "
-                        "a .jsonl, or .tar shards, each with =WEIGHT if wanted")
+        raise DataError(f"{name!r} is {what}; expected {', '.join(BUILTIN)}, a folder, a .jsonl, or "
+                        ".tar shards, each with =WEIGHT if wanted")
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if braces:
         first, last = braces.groups()
@@ -832,11 +832,11 @@ def load_image(data: bytes, resolution: int, crop: str, rand) -> np.ndarray:
                         image.resize((resolution, resolution), Image.BICUBIC))
     while min(image.size) >= 2 * short:
         image = image.resize([v // 2 for v in image.size], Image.BOX)
-    scale = short / min(image.size)
-    image = image.resize([max(short, round(v * scale)) for v in image.size], Image.BICUBIC)
-    x, y = (int(rand() * (v - resolution + 1)) if crop == "random" else (v - resolution) // 2
-            for v in image.size)
-    return np.array(image.crop((x, y, x + resolution, y + resolution)))
+    size = [max(short, round(v * short / min(image.size))) for v in image.size]
+    at = [int(rand() * (v - resolution + 1)) if crop == "random" else (v - resolution) // 2
+          for v in size]                                  # only what the crop shows is resized
+    box = [(a + side) * v / w for side in (0, resolution) for a, v, w in zip(at, image.size, size)]
+    return np.array(image.resize((resolution, resolution), Image.BICUBIC, box=box))
 
 
 def file_record(source, j: int, resolution: int, crop: str, text: bool, rand) -> dict:
@@ -930,7 +930,10 @@ class Mixture:
                                 f"at least 1/{BLOCK} is expected")
             if name.startswith("builtin:") and name not in BUILTIN:
                 raise DataError(f"--data {name}: expected one of {', '.join(BUILTIN)}, or a path")
-        self.files = [None if name in BUILTIN else open_source(name, text) for name in self.names]
+        try:
+            self.files = [None if n in BUILTIN else open_source(n, text) for n in self.names]
+        except DataError as e:
+            raise DataError(f"--data {e}") from None
         # Every block of 1,000 samples has the same plan: each source gets its share (by largest
         # remainder), one sample in each of as many equal stretches, so short windows are fair too.
         shares = [w * BLOCK for w in self.weights]
@@ -983,7 +986,7 @@ class Mixture:
             except CORRUPT as e:
                 skipped.append((files.key(j), reason(e)))
                 i = hash64("instead", self.seed, n, attempt) % size
-        raise DataError(f"{name}: {len(skipped)} broken records in a row, the last is "
+        raise DataError(f"--data {name}: {len(skipped)} broken records in a row, the last is "
                         f"{skipped[-1][0]} ({skipped[-1][1]}); `python data.py check` lists them")
 
 
@@ -1176,7 +1179,7 @@ def export(args):
     mixture = Mixture([args.source], args.resolution, args.seed, args.crop, text=False)
     os.makedirs(args.out, exist_ok=True)
     if glob.glob(os.path.join(glob.escape(args.out), "*.tar")):
-        raise DataError(f"{args.out} holds tars already; give another --out or empty it")
+        raise DataError(f"--out {args.out} holds tars already; give another --out or empty it")
     skips = SkipCounter()
     for first in range(0, args.count, args.shard):
         with tarfile.open(os.path.join(args.out, f"{first // args.shard:05d}.tar"), "w") as tar:
@@ -1237,7 +1240,7 @@ def main():
         q.add_argument("--out", default=out, help="what to write")
         q.add_argument("--count", type=positive, default=count, help="number of samples")
         q.add_argument("--resolution", type=positive, default=224, help="pixels a side")
-        q.add_argument("--crop", default="squash", help=f"one of {', '.join(CROPS)}")
+        q.add_argument("--crop", choices=CROPS, default="squash", help="how to make it a square")
         q.add_argument("--seed", type=int, default=0, help="seed of the stream")
         if command is show:
             q.add_argument("--columns", type=positive, default=6, help="pictures in a row")
@@ -1250,8 +1253,8 @@ def main():
     args = p.parse_args()
     try:
         globals()[args.command](args)
-    except (DataError, OSError) as e:                     # OSError: --out cannot be written
-        print(f"data.py: {e}", file=sys.stderr)
+    except (DataError, OSError) as e:
+        print(f"error: {'' if isinstance(e, DataError) else '--out: '}{e}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -70,6 +70,20 @@ def positive(kind=int, zero=False):
     return parse
 
 
+def share(text):
+    """An argparse type: a part of one, but not all."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a share, from 0 to below 1, not {text}")
+    return float(text)
+
+
+def seed(text):
+    """An argparse type. Generators are seeded by multiples of it, in 64 bits."""
+    if not 0 <= int(text) < 2 ** 32:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2**32 - 1, not {text!r}")
+    return int(text)
+
+
 def add_flags(parser, steps, batch, data, log=20, sample=250, save=500):
     """The flags of commands.md that every training script has; the caller gives the defaults
     (None: derived from --size)."""
@@ -79,7 +93,7 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500):
     g.add_argument("--steps", type=positive(), default=steps, help="optimizer steps")
     g.add_argument("--batch", type=positive(), default=batch, help="images a step, all devices")
     g.add_argument("--micro-batch", type=positive(), help="images at a time; accumulates to --batch")
-    g.add_argument("--seed", type=positive(zero=True), default=0)
+    g.add_argument("--seed", type=seed, default=0, help="of all that is random")
     g.add_argument("--init", type=Path, help="start from these weights: a run folder or a file")
     g = parser.add_argument_group("data")
     g.add_argument("--data", nargs="+", default=data, metavar="SOURCE[=WEIGHT]",
@@ -170,6 +184,8 @@ class Run:
         if args.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; "
                             "pip install wandb, or leave the flag out: log.jsonl has it all")
+        if getattr(args, "export", False) and not self._whole():
+            raise UserError(f"--export: {self.dir} has no checkpoint")
         if args.fresh and self.main and self.dir.is_dir() and any(self.dir.iterdir()):
             self._lock()                                # an old run, not one that is running
             k = 1
@@ -226,7 +242,7 @@ class Run:
 
     def _whole(self):
         """The checkpoints, oldest first; a folder without meta.json is none."""
-        return sorted((p for p in (self.dir / "checkpoints").iterdir()
+        return sorted((p for p in (self.dir / "checkpoints").glob("*")
                        if re.fullmatch(r"step-\d+", p.name) and (p / "meta.json").is_file()),
                       key=lambda p: int(p.name[5:]))
 
