@@ -79,8 +79,8 @@ def main():
             for z, q in zip(latents, tqdm(prompts, desc="ranking"))]
 
     results, mixed = {}, [k for k, good in enumerate(passed) if 0 < good.sum() < len(good)]
-    print(f"{len(prompts)} prompts, {passed.mean():.3f} of the candidates pass, {len(mixed)} prompts "
-          f"have both kinds; ranked by {args.run}\n\n{'pick':<10}"
+    print(f"{len(prompts)} prompts, {passed.mean():.3f} of the candidates pass, {len(mixed)} "
+          f"prompts have both kinds; ranked by {args.run}\n\n{'pick':<10}"
           + "".join(f"{f'best of {k}':>12}" for k in SIZES) + f"{'95 % at 16':>18}{'AUC':>8}")
     for name in ("random", *best_of.KEYS, "judge"):
         shares = []

@@ -139,8 +139,8 @@ def codec():
 
 
 def judge_accuracy(codec, count):
-    """`count` scenes a source -> {"clean", "reconstruction": share of true pairs that pass}, and for
-    each attribute [pairs that pass with it changed, pairs]."""
+    """`count` scenes a source -> {"clean", "reconstruction": share of true pairs that pass}, and
+    {attribute: (pairs that pass with it changed, pairs)}."""
     true, false = {"clean": [], "reconstruction": []}, {}
     for source in ("web", "synthetic", "text"):
         prompts = evaluate.judge_scenes(f"builtin:{source}", count, 2000)
@@ -179,7 +179,7 @@ def test_intervals_by_hand():
     assert evaluate.interval([[1] * 4, [0] * 4]) == (0.5, 0.5, 0.5)     # within categories only
     mean, low, high = evaluate.interval([[1, 0, 0, 0] * 25])            # binomial(100, 1/4)
     assert mean == 0.25 and abs(low - 0.17) <= 0.01 and abs(high - 0.34) <= 0.01
-    mean, low, high = evaluate.interval([[0, 1] * 50] * 4)  # standard error of each 1/20, of all 1/40
+    mean, low, high = evaluate.interval([[0, 1] * 50] * 4)      # standard error 1/20 of each, 1/40 in all
     assert mean == 0.5 and abs(low - 0.451) <= 0.008 and abs(high - 0.549) <= 0.008
     assert evaluate.interval([[0, 1] * 50] * 4) == (mean, low, high)    # the same draws each time
 
@@ -204,7 +204,8 @@ def test_which_answers_are_right():
     assert evaluate.right("what", "Two dogs, a cat and a cup", "A cat, two dogs and a cup.")
     assert not evaluate.right("what", "A cat.", "A cat and a red star.")
     assert not evaluate.right("what", "A cat and a cat.", "A cat.")
-    assert evaluate.right("count", " two", "Two.") and not evaluate.right("count", "Two two", "Two.")
+    assert evaluate.right("count", " two", "Two.")
+    assert not evaluate.right("count", "Two two", "Two.")
     assert not evaluate.right("exists", "", "No.")
 
 
