@@ -179,7 +179,7 @@ def test_intervals_by_hand():
     assert evaluate.interval([[1] * 4, [0] * 4]) == (0.5, 0.5, 0.5)     # within categories only
     mean, low, high = evaluate.interval([[1, 0, 0, 0] * 25])            # binomial(100, 1/4)
     assert mean == 0.25 and abs(low - 0.17) <= 0.01 and abs(high - 0.34) <= 0.01
-    mean, low, high = evaluate.interval([[0, 1] * 50] * 4)      # standard error 1/20 of each, 1/40 in all
+    mean, low, high = evaluate.interval([[0, 1] * 50] * 4)   # standard error 1/20, of all 1/40
     assert mean == 0.5 and abs(low - 0.451) <= 0.008 and abs(high - 0.549) <= 0.008
     assert evaluate.interval([[0, 1] * 50] * 4) == (mean, low, high)    # the same draws each time
 
