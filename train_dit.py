@@ -419,7 +419,11 @@ def main():
     if devices.kind == "xla" and args.length is None:   # another length is another program there
         args.length = 128 if tiny else 512
     collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length, vae is not None)
-    length = collate([mixture[i] for i in range(16)])["ids"].shape[1]       # a typical L
+    first = collate([mixture[i] for i in range(16)])
+    length = first["ids"].shape[1]                      # a typical L
+    if (first["labels"] == text.IGNORE).all():
+        raise UserError(f"--length {args.length}: none of the first 16 samples fits, such as "
+                        f"{': '.join(first['skipped'][-1])}")
 
     parts = {"dit": dit, "llm": llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
              "repa": getattr(model, "repa", None)}
