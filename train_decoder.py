@@ -13,7 +13,6 @@ import json
 import math
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -332,8 +331,8 @@ def main():
         args.steps, args.log_every, args.disc_start, args.gan_start = args.bench, 1, 0, 0
     stats = {k: b for k, b in model.named_buffers() if k.startswith("latent_")}     # [C,h,w]
     saved = {**named, **{f"ema.{k}": v for k, v in ema.items()},
-             **runs.moments(optimizer, named, devices), **judged, **spectral, **(runs.moments(d_optimizer, judged, devices) if disc else {}),
-             **stats}
+             **runs.moments(optimizer, named, devices), **judged, **spectral,
+             **(runs.moments(d_optimizer, judged, devices) if disc else {}), **stats}
     run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
     if args.latent_stats == "auto" and run.start == 0:      # every process measures the same
         with torch.no_grad():
@@ -348,7 +347,6 @@ def main():
     unseen = data.Mixture(args.data, resolution, args.seed + 1000, crop="center", text=False)
     held = next(pictures(unseen, 64, devices))
     skips, meter = data.SkipCounter(), runs.Meter()
-    d_run = SimpleNamespace(print=run.print, devices=devices, args=args, due=run.due, norms=[])
     d_loss = {"hinge": gans.d_loss_hinge, "vanilla": gans.d_loss_vanilla}[args.disc_loss]
 
     @torch.no_grad()
@@ -451,9 +449,7 @@ def main():
             parallel.guarded_step(d_optimizer, d_norm, devices)
             d_optimizer.zero_grad(set_to_none=True)
         parallel.step_done(devices)
-        runs.check_finite(run, step, norm)
-        if judging:
-            runs.check_finite(d_run, step, d_norm)
+        runs.check_finite(run, step, norm + d_norm if judging else norm)    # of either network
 
         done = step + 1
         values = {"lr_disc": lr_disc} if judging else {}

@@ -9,8 +9,9 @@ Sigmoid image-text loss (SigLIP, arXiv 2303.15343) plus a dense term: from each 
 linear layer must predict the pixels of its own patch, also where the input patch was hidden. The
 term stands in for SigLIP-2's captioning, self-distillation and masked prediction (arXiv 2502.14786):
 without it a contrastive encoder throws pixels away and no decoder can bring them back.
-The two networks of the decoder's loss learn from the sigmoid loss alone. They are small stand-ins
-for VGG16 and DINO ViT-S/16, of the same architecture, and the logs say so wherever they are used.
+The two networks of the decoder's loss are small stand-ins for VGG16 and DINO ViT-S/16, of the same
+architecture, and the logs say so wherever they are used. VGG learns from the sigmoid loss alone, DINO
+from both: without the dense term its tokens do not tell a picture from its reconstruction (LOG.md).
 """
 import argparse
 import copy
@@ -44,7 +45,7 @@ ARCH = {    # width: C of the vit, channels of VGG's first stage, d of DINO
     "vgg": dict(width=round(perceptual.WIDTHS[0] * perceptual.TINY_WIDTH), depth=0, heads=1,
                 dense=0.0, lr=1e-3),
     "dino": dict(width=discriminator.TINY["dim"], depth=discriminator.TINY["depth"],
-                 heads=discriminator.TINY["num_heads"], dense=0.0, lr=1.5e-3),
+                 heads=discriminator.TINY["num_heads"], dense=30.0, lr=1.5e-3),
 }
 
 
@@ -63,7 +64,7 @@ def arguments():
     g.add_argument("--tokenizer", type=Path, help="a tokenizer folder (default: train one here)")
     g = p.add_argument_group("loss and optimizer")
     g.add_argument("--dense", type=runs.positive(float, zero=True),
-                   help="weight of the pixel term (mean squared error, pixels in [-1,1]); vit only")
+                   help="weight of the pixel term (mean squared error, pixels in [-1,1]); not for vgg")
     g.add_argument("--mask", type=runs.share, default=0.1,
                    help="share of the patches hidden from the encoder (grey), for the dense term")
     g.add_argument("--lr", type=runs.positive(float))
@@ -71,8 +72,8 @@ def arguments():
     args = p.parse_args()
     if args.arch == "vgg" and (args.depth or args.heads):
         raise UserError("--arch vgg has neither --depth nor --heads: its 13 convolutions are fixed")
-    if args.arch != "vit" and args.dense:
-        raise UserError(f"--dense {args.dense}: only --arch vit has the pixel term")
+    if args.arch == "vgg" and args.dense:
+        raise UserError(f"--dense {args.dense}: --arch vgg has no tokens, so no pixel term")
     for key, value in ARCH[args.arch].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -114,7 +115,7 @@ class Trainee(nn.Module):
 
 class LossNet(nn.Module):
     """The same for a network of the decoder's loss: `encoder` is a Perceptual or a Dino, whose
-    features are pooled over space and projected; there is no latent and no dense term."""
+    features are pooled over space and projected. DINO has the dense term, VGG has no tokens."""
 
     def __init__(self, encoder, features, vocab_size, dtype, embedding=96):
         super().__init__()
@@ -122,22 +123,25 @@ class LossNet(nn.Module):
         self.text = text.TextModel(dict(text.TINY, vocab_size=vocab_size), dtype=dtype)
         self.text_projection = nn.Linear(self.text.width, embedding)
         self.image_projection = nn.Linear(features, embedding)
+        if isinstance(encoder, discriminator.Dino):
+            self.patch_size = encoder.patch_embed["proj"].kernel_size[0]
+            self.pixels = nn.Linear(features, 3 * self.patch_size ** 2)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
-    def pool(self, images):
-        """[B,3,S,S] -> [B,features]: VGG's five maps (all five are used), DINO's normed tokens."""
-        if isinstance(self.encoder, perceptual.Perceptual):
-            return torch.cat([f.mean((2, 3)) for f in self.encoder.maps(images)], 1)
-        return self.encoder.norm(self.encoder(images)[0].mT).mean(1)
-
     def forward(self, images, seen, ids, last):
-        """As Trainee's; seen is not used, the error and the latent are zeros."""
+        """As Trainee's; for VGG, which has no tokens, the error and the latent are zeros."""
         h = self.text(self.text.embed(ids))                                 # [B,L,W]
         h = h[torch.arange(len(ids), device=ids.device), last].float()      # [B,W], last token
-        image = F.normalize(self.image_projection(self.pool(images)), dim=-1)
-        zero = images.new_zeros(1, 1, 1)
-        return image, F.normalize(self.text_projection(h), dim=-1), zero.sum(), zero
+        if isinstance(self.encoder, perceptual.Perceptual):
+            z, mse = images.new_zeros(1, 1, 1), images.new_zeros(())
+            pooled = torch.cat([f.mean((2, 3)) for f in self.encoder.maps(images)], 1)  # [B,F]
+        else:
+            z = self.encoder.norm(self.encoder(seen)[0].mT)                 # [B,N,d]
+            mse = (self.pixels(z) - patchify(images, self.patch_size)).square().mean()
+            pooled = z.mean(1)                                              # [B,d]
+        image = F.normalize(self.image_projection(pooled), dim=-1)
+        return image, F.normalize(self.text_projection(h), dim=-1), mse, z
 
     similarity = Trainee.similarity
 
@@ -189,7 +193,7 @@ class Collate:
 
 def loss_net(args, vocab_size, dtype):
     """The initialised LossNet of --arch vgg | dino -> (network, config, forward FLOPs an image).
-    Its `encoder` is exported as perceptual.load_perceptual and load_discriminator read it."""
+    Its `encoder` is exported as weights.load_perceptual and load_discriminator read it."""
     if args.arch == "vgg":
         width = args.width / perceptual.WIDTHS[0]
         net = perceptual.Perceptual(width)
@@ -223,10 +227,11 @@ def evaluate(model, batch):
     images = batch["images"].float() / 255
     image, caption, mse, z = model(images, images, batch["ids"], batch["last"])
     hit = (image @ caption.T).argmax(1).cpu() == torch.arange(len(images))
-    if isinstance(model, LossNet):
-        return dict(retrieval=hit.float().mean().item())
-    return dict(retrieval=hit.float().mean().item(), probe_psnr=-10 * math.log10(mse.item() / 4),
-                effective_rank=effective_rank(z.cpu()))
+    values = dict(retrieval=hit.float().mean().item())
+    if mse > 0:                             # VGG has no tokens
+        values.update(probe_psnr=-10 * math.log10(mse.item() / 4),
+                      effective_rank=effective_rank(z.cpu()))
+    return values
 
 
 def main():
@@ -265,10 +270,10 @@ def main():
         model = Trainee(config, vocab, devices.dtype)
         encoders.init_weights(model.encoder, args.seed)
         config, forward_flops = model.encoder.config, model.encoder.forward_flops()
-        heads = model.text_projection, model.pixels
+        heads = [model.text_projection, model.pixels]
     else:
         model, config, forward_flops = loss_net(args, vocab, devices.dtype)
-        heads = model.text_projection, model.image_projection
+        heads = [m for k, m in model.named_children() if k.endswith("projection") or k == "pixels"]
     text.init_weights(model.text, args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     for module in heads:
@@ -367,7 +372,7 @@ def main():
         run.export("model", e.state_dict(), config)
         final = evaluate(model, unseen)
         words = f"retrieval among {len(unseen['ids'])} {final['retrieval']:.1%}"
-        if args.arch == "vit":
+        if "probe_psnr" in final:
             words += (f", linear probe {final['probe_psnr']:.1f} dB, effective rank "
                       f"{final['effective_rank']:.0f}")
         if devices.main:
