@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ GIB = 2 ** 30
 # ------------------------------------------------------------------------------------------------
 
 class Placeholders:
-    """Tensors of a shape and a sharding without memory, and which argument of the program each is."""
+    """Tensors of a shape and a sharding without memory: arguments of the program."""
 
     def __init__(self, devices):
         self.devices, self.made = devices, []
@@ -43,7 +44,7 @@ class Placeholders:
         import torch_xla.core.xla_builder as xb
         import torch_xla.distributed.spmd as xs
         t = xb.create_placeholder_tensor(tuple(shape), dtype)
-        self.made.append((t, t.clone()))        # the clone still names the argument when t is updated
+        self.made.append((t, t.clone()))        # the clone names the argument after t is updated
         # mark_sharding, which real tensors get, would move data; the meaning is the same
         xs.annotate_custom_sharding(t, self.devices.mesh, axes or (None,) * len(shape))
         return t
@@ -91,12 +92,14 @@ def build(args, dtype, llm):
     import dit as dits
     import encoder as encoders
     import flow
+    import parallel
     import text_model as text
     import train_dit
     import weights
     size, tiny = dits.SIZES[args.size], args.size == "tiny"
     if tiny:
-        encoder = weights.load_encoder(weights.TINY_CODEC[0], _Host(dtype))
+        host = parallel.Devices("cpu", torch.device("cpu"), 0, 1, dtype, {"fsdp": 1})
+        encoder = weights.load_encoder(weights.TINY_CODEC[0], host)
     with torch.device("meta"):
         if not tiny:
             encoder = encoders.build_encoder(encoders.SO400M, args.layers, dtype)
@@ -113,17 +116,10 @@ def build(args, dtype, llm):
     return model, encoder
 
 
-class _Host:
-    """What weights.load_encoder asks of devices, for the host."""
-
-    def __init__(self, dtype):
-        import torch
-        self.kind, self.device, self.dtype, self.world = "cpu", torch.device("cpu"), dtype, 1
-
-
-def trace(args, llm):
-    """-> dict(hlo: the program as bytes, donate: argument -> output that may take its memory, and
-    what the table needs)."""
+def trace(flags, llm, chips):
+    """flags: of train_dit.py; llm: None takes --size's -> dict(hlo: the program as bytes, donate:
+    argument -> output that may take its memory, and what the table needs)."""
+    os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(chips))
     import torch
     import torch_xla
 
@@ -131,6 +127,11 @@ def trace(args, llm):
     import run as runs
     import train_dit
     started = time.perf_counter()
+    typed, sys.argv = sys.argv, ["train_dit.py", "--dry-run", *flags]
+    args = train_dit.arguments()
+    sys.argv = typed
+    args.length = args.length or (128 if args.size == "tiny" else 512)
+    llm = llm or {"tiny": "tiny", "9b": "7b"}.get(args.size, "1.5b")
     devices = parallel.setup("xla", args.dtype or "bfloat16", args.mesh)
     runs.check_batch(args, devices)
     model, encoder = build(args, devices.dtype, llm)
@@ -145,11 +146,11 @@ def trace(args, llm):
     trained = sum(p.numel() for p in named.values())
 
     # The state as train_dit.py makes it: one AdamW of two groups, moments and the average ready.
-    of_llm = {k for k in named if k.startswith("llm.") and "diff_head" not in k}
-    groups = [dict(params=[p for k, p in named.items() if (k in of_llm) == llms], lr=lr, betas=betas)
-              for llms, lr, betas in ((False, args.lr, args.betas), (True, args.lr_llm, args.betas_llm))]
-    groups = [g for g in groups if g["params"]]
-    optimizer = parallel.adamw(groups, devices, eps=1e-8, weight_decay=0.0)
+    groups = ([], args.betas), ([], args.betas_llm)
+    for k, p in named.items():
+        groups[k.startswith("llm.") and "diff_head" not in k][0].append(p)
+    optimizer = parallel.adamw([dict(params=ps, lr=0, betas=betas) for ps, betas in groups if ps],
+                               devices, eps=1e-8, weight_decay=0.0)
     like = lambda k, p: held(p.shape, p.dtype, parallel.spec(k, p.shape))
     for k, p in named.items():
         optimizer.state[p] = dict(step=held((), torch.float32),
@@ -186,23 +187,24 @@ def trace(args, llm):
              *(t for p in named.values() for t in optimizer.state[p].values())]
     lowering = torch_xla._XLAC.lowering.LoweringContext("step")
     lowering.set_name_string("step")
-    lowering.build([*state, *values.values(), by_time, norm])
+    lowering.build([*state, *values.values(), by_time, norm,
+                    *(group["lr"] for group in optimizer.param_groups)])
     argument = {id(t): lowering.tensor_parameter_id(key) for t, key in held.made}
     donate = {argument[id(t)]: i for i, t in enumerate(state)}
     assert -1 not in donate, "a state tensor is no argument of the program"
 
-    flops = {"dit": model.dit.train_flops()}
+    flops, stacks = {"dit": model.dit.train_flops()}, [model.dit.dit_blocks]
     parameters = {"dit": count(model.dit)}
     if llm != "none":
         flops.update(llm=model.llm.train_flops(L), encoder=encoder.forward_flops())
         parameters.update(llm=count(model.llm), encoder=count(encoder))
+        stacks += model.llm.model.layers, encoder.vision_model.encoder.layers
     return dict(
-        hlo=lowering.hlo(), donate=donate, batch=args.batch, chips=devices.count, trained=trained,
-        mesh=str(devices.axes), parameters=parameters,
+        hlo=lowering.hlo(), donate=donate, size=args.size, llm=llm,
+        batch=args.batch, chips=devices.count, mesh=str(devices), parameters=parameters,
+        trained=trained,
         flops_per_chip={k: v * args.batch / devices.count for k, v in flops.items()},
-        depths=[len(m) for m in (model.dit.dit_blocks, getattr(model.llm, "model", None) and
-                                 model.llm.model.layers, encoder.vision_model.encoder.layers
-                                 if hasattr(encoder, "vision_model") else None) if m],
+        depths=[len(stack) for stack in stacks],
         shapes=[list(p.shape) for m in (model, encoder) for p in m.parameters()],
         trace_s=time.perf_counter() - started)
 
@@ -252,6 +254,170 @@ def compile_for(program, topology):
     context, module = module_of(program)
     started = time.perf_counter()
     with context:
-        done = compiler.backend_compile(chips[0].client, module, xla_client.DeviceList(tuple(chips)),
-                                        options)
+        done = compiler.backend_compile(chips[0].client, module,
+                                        xla_client.DeviceList(tuple(chips)), options)
     return done, time.perf_counter() - started
+
+
+# ------------------------------------------------------------------------------------------------
+# Read
+# ------------------------------------------------------------------------------------------------
+
+COLLECTIVE = re.compile(
+    r"^ *(?:ROOT )?%\S+ = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    r"|collective-broadcast)(?:-start)?\((.*?)\), .*?channel_id=(\d+)")
+ARRAY = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
+
+
+def collectives(hlo):
+    """Optimised HLO text -> [(operation, dtype, shape, how often it runs, in a loop, written by an
+    update in place)], one entry an array.
+
+    One transfer may appear in several computations, where the compiler runs it beside others: they
+    share a channel and count once. A loop's body counts as often as its condition's constant says.
+    """
+    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", hlo, re.M | re.S))
+    runs = {}                                                   # computation -> how often it runs
+
+    def visit(name, times):
+        if times <= runs.get(name, 0):
+            return
+        runs[name] = times
+        for line in bodies[name].splitlines():
+            trips = times
+            if loop := re.search(r" while\(.*condition=%?([\w.\-]+)", line):
+                trips *= max(int(n) for n in re.findall(r"constant\((\d+)\)", bodies[loop[1]]))
+            for called in re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", line):
+                visit(called, trips)
+    visit(re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.M)[1], 1)
+    found, seen = [], set()
+    for name, body in bodies.items():
+        for line in body.splitlines():
+            m = COLLECTIVE.match(line)
+            if not m or m[4] in seen:
+                continue
+            seen.add(m[4])
+            arrays = ARRAY.findall(m[1])
+            if "-start(" in line:                               # (operands, results, flags)
+                arrays = [a for a in arrays if a[1]]
+                arrays = arrays[len(arrays) // 2:]
+            updates = []
+            for operand in re.findall(r"%([\w.\-]+)", m[3]):
+                made = re.search(rf"%{re.escape(operand)} = [^\n]*", body)
+                updates.append(bool(made) and "dynamic-update-slice" in made[0])
+            for i, (dtype, dims) in enumerate(arrays):
+                shape = [int(n) for n in dims.split(",") if n]
+                found.append((m[2], dtype, shape, runs.get(name, 1), name in runs
+                              and runs[name] > 1, updates[i] if i < len(updates) else False))
+    return found
+
+
+def kind_of(operation, shape, updated, program):
+    """weight: gathered, whole or stacked; gradient: reduced in a weight's shape; small: scalars,
+    norms, biases; the rest has the shape of an activation.
+
+    Dimensions are compared without ones and in any order; a split one may be a chip's part, or
+    rounded up to whole tiles of 16 rows a chip.
+    """
+    dims = sorted(n for n in shape if n > 1)
+    if math.prod(dims) < 2 ** 14:
+        return "small"
+    chips = program["chips"]
+
+    def same(n, want):
+        return n in (want, want // chips, -(-want // (16 * chips)) * 16 * chips)
+    for wanted in program["shapes"]:
+        wanted = sorted(n for n in wanted if n > 1)
+        for depth in (None, *program["depths"]):
+            stacked = sorted([*wanted, depth] if depth else wanted)
+            if len(stacked) == len(dims) and all(map(same, dims, stacked)):
+                gather = operation == "all-gather" or (operation == "all-reduce" and updated)
+                return "weight" if gather else "gradient"
+    return "activation"
+
+
+def read(compiled, hlo, seconds, program):
+    """-> the numbers of one chip, as a dict."""
+    memory, cost = compiled.get_compiled_memory_stats(), compiled.cost_analysis()
+    gib = {k: getattr(memory, f"{k}_size_in_bytes") / GIB
+           for k in ("argument", "output", "alias", "temp", "generated_code")}
+    gib["total"] = sum(gib.values()) - 2 * gib["alias"]
+    traffic, activations = {}, {}
+    for operation, dtype, shape, times, loop, updated in collectives(hlo):
+        kind = kind_of(operation, shape, updated, program)
+        size = 1 if dtype == "pred" else int(re.sub(r"\D", "", dtype)) // 8
+        n = times * size * math.prod(shape) / GIB
+        traffic[kind] = traffic.get(kind, 0) + n
+        if kind == "activation":
+            key = f"{operation} {dtype}{shape}{' in a loop' if loop else ''}"
+            activations[key] = activations.get(key, 0) + n
+    cost = cost if isinstance(cost, dict) else cost[0]
+    return dict(gib_per_chip=gib, collective_gib_per_chip=traffic,
+                activation_collectives=activations, compiler_tflop_per_chip=cost["flops"] / 1e12,
+                compile_s=seconds, compile_cpu_s=resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+
+
+# ------------------------------------------------------------------------------------------------
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                epilog="All other flags are train_dit.py's.")
+    p.add_argument("--topology", default="v5e:2x2", help="v4:2x2x1, v5e:4x4, v5p:4x4x4, ...")
+    p.add_argument("--llm", choices=["none", "tiny", "1.5b", "7b"], help="default: by --size")
+    p.add_argument("--keep", metavar="FOLDER", help="leave the program and the compiler's HLO here")
+    p.add_argument("--program", help=argparse.SUPPRESS)
+    mine, rest = p.parse_known_args()
+    if mine.program:                                            # the second process
+        program = pickle.loads(Path(mine.program).read_bytes())
+        compiled, seconds = compile_for(program, mine.topology)
+        text = compiled.hlo_modules()[0].to_string()
+        Path(mine.program).with_suffix(".txt").write_text(text)
+        return print(json.dumps(read(compiled, text, seconds, program)))
+
+    from parallel import UserError
+    chip, _, grid = mine.topology.partition(":")
+    if chip not in CHIP_GB or not re.fullmatch(r"\d+(x\d+)+", grid):
+        raise UserError(f"--topology {mine.topology}: expected CHIP:GRID, as v5p:4x4x4; chips are "
+                        f"{', '.join(CHIP_GB)}")
+    program = trace(rest, mine.llm, math.prod(map(int, grid.split("x"))))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(mine.keep or folder) / "step.pkl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(program))
+        environment = {k: v for k, v in os.environ.items() if k != "PJRT_DEVICE"}
+        done = subprocess.run(
+            [sys.executable, __file__, "--program", path, "--topology", mine.topology],
+            env={**environment, "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"},
+            capture_output=True, text=True)
+    if done.returncode:
+        if no_room := re.search(r"RESOURCE_EXHAUSTED.*?Used (\S+) of (\S+) hbm", done.stderr, re.S):
+            raise UserError(f"--batch {program['batch']} does not fit {mine.topology}: the program "
+                            f"needs {no_room[1]} of {no_room[2]} a chip; take a smaller --batch or "
+                            "more chips")
+        raise UserError(f"the compiler refused: {done.stderr.strip().splitlines()[-1]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    for key in ("hlo", "donate", "shapes"):
+        del program[key]
+    import run as runs
+    gib, moved = found["gib_per_chip"], found["collective_gib_per_chip"]
+    ours = sum(program["flops_per_chip"].values()) / 1e12
+    runs.table(f"one training step on {mine.topology}", [
+        *((k, program[k]) for k in ("size", "llm", "batch", "mesh", "parameters", "trained")),
+        ("GiB a chip", gib),
+        ("fits", f"yes: the compiler refuses what does not; {gib['total']:.2f} GiB of the "
+                 f"{CHIP_GB[chip]} GB of a {chip} chip"),
+        ("TFLOP a chip", f"{ours:.4g} a step by our count; {found['compiler_tflop_per_chip']:.4g} "
+                         "by the compiler's, which counts the body of a loop once"),
+        ("moved, GiB a chip", moved),
+        ("of it activations", found["activation_collectives"] or "none"),
+        ("trace, seconds", program["trace_s"]), ("compile, seconds", found["compile_s"]),
+        ("of the processor", found["compile_cpu_s"])])
+    print(json.dumps({"topology": mine.topology, **program, **found}))
+
+
+if __name__ == "__main__":
+    if "--program" in sys.argv:             # jax alone: this process never loads torch_xla
+        main()
+    else:
+        import run
+        run.main(main)
