@@ -47,7 +47,8 @@ DEFAULTS = {
                  data=["builtin:synthetic=6", "builtin:web=2", "builtin:text=0.5", "builtin:hq=0.5",
                        "builtin:qa=1"]),
     "paper": dict(steps=30_000, batch=2048, lr=5e-4, lr_llm=5e-5, warmup=0.0134, ema=0.9999,
-                  shift_base=4096.0, log_every=10, sample_every=1000, save_every=1000, data=None),
+                  shift_base=4096.0, log_every=10, sample_every=1000, save_every=1000,
+                  data=["builtin:web"]),
 }
 
 
@@ -123,10 +124,6 @@ def arguments():
     for key, value in DEFAULTS["tiny" if args.size == "tiny" else "paper"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.data is None and not (args.dry_run or args.bench):
-        raise UserError(f"--data is needed for --size {args.size}: a folder, a .jsonl, tar shards, "
-                        "or builtin:web")
-    args.data = args.data or ["builtin:web"]            # a stand-in, where nothing is learned
     if bool(args.head_width) != bool(args.head_depth):
         raise UserError("--head-width and --head-depth go together (the paper's are 2688 and 2)")
     if args.repa > (depth := dits.SIZES[args.size].depth):
@@ -317,6 +314,25 @@ def colour_check(images, scenes):
     return backgrounds / len(scenes), objects / len(scenes)
 
 
+def check_memory(memory, args, devices):
+    """memory(images at a time) -> GB by part. Raises UserError where the plan does not fit, before
+    anything of its size is made. Of the activations half must fit: they are counted for blocks that
+    are not compiled."""
+    have, need = parallel.free_gb(devices), memory(args.micro_batch)
+    if have is None or need["total"] - need["activations"] / 2 <= have:
+        return
+    n = devices.axes["fsdp"]
+    fits = next((b for b in range(args.micro_batch, 0, -1) if args.batch % b == 0 and b % n == 0
+                 and memory(b)["total"] <= have), None)
+    parts = ", ".join(f"{k} {v:.1f}" for k, v in need.items() if k != "total")
+    raise UserError(
+        f"--size {args.size} with {args.micro_batch // n} images at a time needs {need['total']:.1f} "
+        f"GB a device ({parts}); {have:.1f} GB are free. "
+        + (f"--micro-batch {fits} fits" if fits else
+           f"Without images it needs {memory(0)['total']:.1f} GB: take a smaller --size, --freeze "
+           "llm, --ema 0, or more devices (torchrun)"))
+
+
 def main():
     args = arguments()
 
@@ -332,7 +348,8 @@ def main():
     size, tiny = dits.SIZES[args.size], args.size == "tiny"
     planned = not tiny and (args.dry_run or args.random_init)   # shapes only: no files are needed
     source, init, own = args.llm or size.llm, {}, False         # own: the LLM comes with --init
-    llm_config = text.QWEN_7B if "7B" in size.llm else text.QWEN_1_5B
+    name = size.llm if source == "random" else source
+    llm_config = text.QWEN_7B if "7b" in name.lower() else text.QWEN_1_5B
     if args.init:
         path = weights.final_of(*weights.locate([("weights", args.init, "--init")]))
         init, config = weights.read_weights(path, "--init")
@@ -347,6 +364,11 @@ def main():
         encoder, vae, decoder, tokenizer, files = weights.load_towers(args, tiny, source, devices)
     if tiny and not own:
         llm_config = dict(text.TINY, vocab_size=tokenizer.get_vocab_size())
+    scratch = tiny or planned or own or args.llm == "random"
+    known = Path(name) if planned else None if scratch else Path(files["llm"])
+    if known and (known / "config.json").is_file():
+        V = llm_config["vocab_size"] if planned else tokenizer.get_vocab_size()
+        llm_config = dict(weights.config_of(known, "--llm"), vocab_size=V)
     N, C = encoder.tokens, vae.channels if vae else encoder.channels
     resolution = encoder.grid * vae.stride if vae else encoder.image_size
     decode = None if planned else vae.decode if vae else decoder
@@ -357,35 +379,93 @@ def main():
                         f"{C} channels. Noise fills all C dimensions of a token, so a narrower DiT "
                         "cannot even copy it (paper appendix B). Take a larger --size, or override "
                         "with --allow-narrow")
-    scratch = tiny or planned or own or args.llm == "random"
-    with torch.device("meta" if args.dry_run and planned else "cpu"):
-        if scratch:
-            llm = text.TextModel(llm_config, N, encoder.channels, size.width, devices.dtype)
-        else:
-            llm = weights.load_llm(files["llm"], tokenizer, N, encoder.channels, size.width,
-                                   devices.dtype)
+
+    def networks(llm):
+        """The LLM and a new DiT, as the arguments want them."""
         with weights.user_errors("the DiT"):
             dit = dits.DiT(C, N, size.width, size.depth, size.heads, head_width=args.head_width,
                            head_depth=args.head_depth, qk_norm=args.qk_norm, dtype=devices.dtype)
-        model = ScaleRAE(llm, dit, alpha, args.repa, encoder.channels)
-    llm.remat = dit.remat = args.remat == "block"
-    if args.freeze:
-        llm.requires_grad_(False)
-        for p in (llm.model.latent_queries, *llm.diff_head_projector.parameters()):
-            p.requires_grad_(True)
-    blocks = [*llm.model.layers, *dit.dit_blocks]
-    if not args.dry_run:
-        (text.init_weights if scratch else text.init_extras)(llm, args.seed)    # or Qwen2 has some
-        dits.init_weights(dit, args.seed)
-        if args.repa:
-            dits.init_weights(model.repa, args.seed + 2)
-        if init:
-            weights.load_model_state(llm, dit, init, f"--init {args.init}")
-        if args.compile or (args.compile is None and devices.kind == "cuda"):
-            for block in blocks:
-                block.compile(fullgraph=True)
-        parallel.shard(model, devices, blocks)
-        parallel.shard(encoder, devices)
+        llm.remat = dit.remat = args.remat == "block"
+        if args.freeze:
+            llm.requires_grad_(False)
+            for p in (llm.model.latent_queries, *llm.diff_head_projector.parameters()):
+                p.requires_grad_(True)
+        return ScaleRAE(llm, dit, alpha, args.repa, encoder.channels)
+
+    # --------------------------------------------------------------------------------------------
+    # Data, and what follows from all of that
+    # --------------------------------------------------------------------------------------------
+    mixture = data.Mixture(args.data, resolution, args.seed)
+    if args.epochs:
+        try:
+            args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
+        except TypeError as error:
+            raise UserError(f"--epochs {args.epochs}: {error}")
+    if devices.kind == "xla" and args.length is None:   # another length is another program there
+        args.length = 128 if tiny else 512
+    collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length, vae is not None)
+    first = collate([mixture[i] for i in range(16)])
+    length = first["ids"].shape[1]                      # a typical L
+    if (first["labels"] == text.IGNORE).all():
+        raise UserError(f"--length {args.length}: none of the first 16 samples fits, such as "
+                        f"{': '.join(first['skipped'][-1])}")
+
+    with torch.device("meta"):                          # shapes only: the table takes no memory
+        model = networks(text.TextModel(llm_config, N, encoder.channels, size.width, devices.dtype))
+    llm, dit = model.llm, model.dit
+    parts = {"dit": dit, "llm": llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
+             "repa": getattr(model, "repa", None)}
+    count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
+    flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length)}
+    if not args.cache_latents:
+        flops["encoder"] = encoder.forward_flops()
+    if vae and not args.cache_latents:
+        flops["vae"] = vae.forward_flops(resolution, decode=False)
+    if args.repa:
+        flops["repa"] = 6 * N * count["repa"]
+    trained, frozen = (parallel.on_one_device(((k, p) for k, p in model.named_parameters()
+                                               if p.requires_grad == train), devices)
+                       for train in (True, False))
+    frozen += parallel.on_one_device(encoder.named_parameters(), devices)
+    frozen += count.get("vae (frozen)", 0)
+    activations = (dit.activation_bytes() + llm.activation_bytes(length)) / devices.axes["fsdp"]
+    memory = lambda images: runs.memory_gb(trained, frozen, activations * images, args.ema)
+    summary = dict(
+        parameters={**count, "total": sum(count.values())},
+        latent=[N, C], alpha=alpha, images_per_step=args.batch,
+        train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
+        memory_gb_per_device=memory(args.micro_batch),
+        device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
+        attention=dits.attention_backend(devices.device.type, devices.dtype),
+        data=mixture.describe(), frozen=files)
+    if args.dry_run and args.json:
+        print(json.dumps(summary))
+    elif devices.main:
+        runs.table(f"train_dit --size {args.size}", list(summary.items()))
+    if args.dry_run:
+        return
+    check_memory(memory, args, devices)
+
+    # --------------------------------------------------------------------------------------------
+    # The networks that are trained
+    # --------------------------------------------------------------------------------------------
+    if scratch:
+        llm = text.TextModel(llm_config, N, encoder.channels, size.width, devices.dtype)
+    else:
+        llm = weights.load_llm(files["llm"], tokenizer, N, encoder.channels, size.width, devices.dtype)
+    model = networks(llm)
+    dit, blocks = model.dit, [*llm.model.layers, *model.dit.dit_blocks]
+    (text.init_weights if scratch else text.init_extras)(llm, args.seed)        # or Qwen2 has some
+    dits.init_weights(dit, args.seed)
+    if args.repa:
+        dits.init_weights(model.repa, args.seed + 2)
+    if init:
+        weights.load_model_state(llm, dit, init, f"--init {args.init}")
+    if args.compile or (args.compile is None and devices.kind == "cuda"):
+        for block in blocks:
+            block.compile(fullgraph=True)
+    parallel.shard(model, devices, blocks)
+    parallel.shard(encoder, devices)
     if devices.kind == "xla" and args.scan is not False:
         parallel.use_scan(devices, llm, encoder, *[dit] * (not args.repa))  # REPA taps one block
 
@@ -406,56 +486,6 @@ def main():
         mean, logvar, u = f.split([C, C, encoder.channels], -1)
         z = mean + (0.5 * logvar).exp() * batch["posterior"]
         return (z - vae.shift) * vae.scale, u
-
-    # --------------------------------------------------------------------------------------------
-    # Data, and what follows from all of that
-    # --------------------------------------------------------------------------------------------
-    mixture = data.Mixture(args.data, resolution, args.seed)
-    if args.epochs:
-        try:
-            args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
-        except TypeError as error:
-            raise UserError(f"--epochs {args.epochs}: {error}")
-    if devices.kind == "xla" and args.length is None:   # another length is another program there
-        args.length = 128 if tiny else 512
-    collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length, vae is not None)
-    first = collate([mixture[i] for i in range(16)])
-    length = first["ids"].shape[1]                      # a typical L
-    if (first["labels"] == text.IGNORE).all():
-        raise UserError(f"--length {args.length}: none of the first 16 samples fits, such as "
-                        f"{': '.join(first['skipped'][-1])}")
-
-    parts = {"dit": dit, "llm": llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
-             "repa": getattr(model, "repa", None)}
-    count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
-    flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length)}
-    if not args.cache_latents:
-        flops["encoder"] = encoder.forward_flops()
-    if vae and not args.cache_latents:
-        flops["vae"] = vae.forward_flops(resolution, decode=False)
-    if args.repa:
-        flops["repa"] = 6 * N * count["repa"]
-    trained, frozen = (parallel.on_one_device(((k, p) for k, p in model.named_parameters()
-                                               if p.requires_grad == train), devices)
-                       for train in (True, False))
-    frozen += parallel.on_one_device(encoder.named_parameters(), devices)
-    frozen += count.get("vae (frozen)", 0)
-    activations = (dit.activation_bytes() + llm.activation_bytes(length)) * args.micro_batch
-    summary = dict(
-        parameters={**count, "total": sum(count.values())},
-        latent=[N, C], alpha=alpha, images_per_step=args.batch,
-        train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
-        memory_gb_per_device=runs.memory_gb(trained, frozen, activations / devices.axes["fsdp"],
-                                            args.ema),
-        device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
-        attention=dits.attention_backend(devices.device.type, devices.dtype),
-        data=mixture.describe(), frozen=files)
-    if args.dry_run and args.json:
-        print(json.dumps(summary))
-    elif devices.main:
-        runs.table(f"train_dit --size {args.size}", list(summary.items()))
-    if args.dry_run:
-        return
 
     # --------------------------------------------------------------------------------------------
     # Optimizer: one AdamW, two groups (the DiT with its projector; everything else)

@@ -202,9 +202,9 @@ def final_of(path, ema=True):
     return final / "ema.safetensors" if ema and (final / "ema.safetensors").is_file() else final
 
 
-def config_of(path):
+def config_of(path, flag="--run"):
     """The config of a model folder without its weights. Raises UserError."""
-    with user_errors(f"--run {path}"):
+    with user_errors(f"{flag} {path}"):
         return json.loads((final_of(path, ema=False) / "config.json").read_text())
 
 
