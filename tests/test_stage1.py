@@ -116,7 +116,7 @@ def test_a_tiny_term_without_its_network_is_off(monkeypatch, tmp_path):
     monkeypatch.setattr(train_decoder, "TINY_DINO", tmp_path / "dino.safetensors")
     a = options()
     assert (a.l1, a.lpips, a.gram, a.gan) == (1, 0, 0, 0)
-    assert options("--gan", "2").gan == 2 and options("--vgg", "x").lpips == 1
+    assert options("--gan", "2").gan == 2 and options("--vgg", "x").lpips == 0.1
     (tmp_path / "dino.safetensors").touch()
     assert (options().gan > 0, options().lpips) == (True, 0)
 
