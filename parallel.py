@@ -28,12 +28,15 @@ TABLE = [
      r"|adaLN_modulation\.1|embed_tokens|lm_head)\.weight$",            ("tensor", "fsdp")),
     (r"(attn\.proj|w3|o_proj|down_proj|out_proj|fc2|output\.dense)\.weight$",
                                                                         ("fsdp", "tensor")),
-    (r"(mm_projector\.[02]|diff_head_projector|t_embedder\.mlp\.[02]|s_projector"
+    (r"(mm_projector\.[02]|diff_head_projector|t_embedder\.mlp\.[02]|s_projector|repa\.[024]"
      r"|final_layer\.linear|decoder_embed)\.weight$|in_proj_weight$",   ("fsdp", None)),
     (r"decoder_pred\.weight$",                                          (None, "fsdp")),
     (r"(x_embedder\.proj|s_embedder\.proj|patch_embedding|projection)\.weight$",
                                                                         ("fsdp", None, None, None)),
     (r"pos_embed$|position_embedding|latent_queries$",                  (None, None, None)),
+    # whole: the convolutions of VAE, VGG and discriminator are networks of less than 100M
+    (r"(conv[12]?|features\.\d+|patch_embed\.proj|fn\.0)\.weight(_orig)?$",
+                                                                        (None, None, None, None)),
 ]
 WHOLE = 2 ** 14
 
