@@ -1,0 +1,111 @@
+"""The ladder of sizes: parameters, FLOPs and memory as planned, and what a user reads without them.
+
+    pytest tests/test_ladder.py
+
+FLOPs of the DiT against torch's counter: test_models.py; of the decoder: test_stage1.py.
+"""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import encoder as encoders
+import parallel
+import text_model as text
+import train_dit
+import weights
+
+B, L = 2, 128
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """Calls train_dit.py as typed -> what it prints, or UserError."""
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["train_dit.py", *map(str, words)])
+        train_dit.main()
+        return capsys.readouterr().out
+    return call
+
+
+# bf16 on the CPU takes plain products, which the counter sees; the fused kernel it does not.
+
+def test_flops_of_the_language_model():
+    """Forward, text loss and backward of L tokens within 1 %."""
+    config = dict(text.TINY, vocab_size=512, hidden_size=64, intermediate_size=192)
+    llm = text.TextModel(config, dtype=torch.bfloat16)
+    ids = torch.randint(0, 512, (B, L))
+    with FlopCounterMode(display=False) as counter:
+        llm.text_loss(llm(llm.embed(ids)), ids).backward()
+    assert counter.get_total_flops() / B == pytest.approx(llm.train_flops(L), rel=0.01)
+
+
+@pytest.mark.parametrize("build", [
+    lambda c: encoders.SigLIP2(dict(encoders.SO400M, intermediate_size=192, **c)),
+    lambda c: encoders.DINOv2(dict(encoders.WEBSSL_300M, **c))])
+def test_flops_of_the_encoders(build):
+    """One forward within 1 %."""
+    model = build(dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4))
+    model.dtype = torch.bfloat16
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.rand(B, 3, model.image_size, model.image_size))
+    assert counter.get_total_flops() / B == pytest.approx(model.forward_flops(), rel=0.01)
+
+
+# parameters of the DiT and its training TFLOP an image (N = 256, C = 1152), of either LLM
+DIT = {"0.5b": (0.481, 0.750), "2b": (2.436, 3.782), "3b": (3.082, 4.779), "5b": (5.475, 8.467),
+       "9b": (9.729, 15.012)}
+LLM = {"Qwen/Qwen2.5-1.5B-Instruct": 1.55, "Qwen/Qwen2.5-7B-Instruct": 7.64}
+
+
+@pytest.mark.parametrize("size", DIT)
+@pytest.mark.parametrize("llm", LLM)
+def test_dry_run_of_every_size(size, llm, typed):
+    """Without weights: the parts sum, the mesh divides what is stored."""
+    plans = {n: json.loads(typed("--size", size, "--llm", llm, "--dry-run", "--json", "--mesh",
+                                 f"fsdp={n}", "--batch", 64)) for n in (1, 64)}
+    for plan in plans.values():
+        parts = plan["parameters"]
+        assert sum(v for k, v in parts.items() if k != "total") == parts["total"]
+        assert parts["dit"] / 1e9 == pytest.approx(DIT[size][0], abs=1e-3)
+        assert parts["llm"] / 1e9 == pytest.approx(LLM[llm], rel=0.01)
+        assert plan["train_tflop_per_image"]["dit"] == pytest.approx(DIT[size][1], abs=1e-3)
+        memory = plan["memory_gb_per_device"]
+        assert sum(v for k, v in memory.items() if k != "total") == pytest.approx(memory["total"])
+    one, many = (plans[n]["memory_gb_per_device"] for n in (1, 64))
+    assert one["ema"] == one["gradients"] == one["moments"] / 2
+    for kind in ("weights", "moments", "activations"):      # norms, biases, positions stay whole
+        assert 0 <= many[kind] - one[kind] / 64 < 0.05
+
+
+# ---- what is typed without weights, network or memory ----
+
+def test_without_weights_the_files_and_flags_are_listed(typed, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(parallel.UserError) as error:
+        typed("--size", "2b")
+    for word in ("encoder", "llm", "decoder", *weights.HUB["siglip2"], "Qwen2.5-1.5B-Instruct",
+                 "--encoder", "--llm", "--decoder", "weights/"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("free, batch, says", [
+    (10, 8, ["needs", "10.0 GB are free", "weights 17.7", "Without images it needs", "--freeze"]),
+    (100, 512, ["512 images at a time needs", "100.0 GB are free", "--micro-batch"])])
+def test_too_little_memory_is_said_before_long_work(free, batch, says, typed, monkeypatch):
+    """What is needed by part, what is there, the flag that mends it; no network is built."""
+    monkeypatch.setattr(parallel, "free_gb", lambda devices: float(free))
+    # the encoder is real otherwise: its 0.4B random weights are half a minute
+    towers = weights.random_towers
+    monkeypatch.setattr(weights, "random_towers", lambda args, devices: towers(
+        type(args)(**{**vars(args), "dry_run": True}), devices))
+    with pytest.raises(parallel.UserError) as error:
+        typed("--size", "2b", "--random-init", "--bench", 3, "--batch", batch, "--device", "cpu")
+    for word in says:
+        assert word in str(error.value)
