@@ -1,7 +1,12 @@
 """The XLA path on virtual devices, no TPU needed. In an environment with requirements-tpu.txt:
 
-    PJRT_DEVICE=CPU CPU_NUM_DEVICES=4 pytest tests/test_spmd.py
+    pytest tests/test_spmd.py
+
+Each run is a process of its own, because the number of devices is fixed when a process starts. It
+is this file run as a script: the training script's main, with torch_xla's counters noted at the end
+of every step.
 """
+import functools
 import json
 import os
 import subprocess
@@ -11,26 +16,103 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch_xla", reason="needs requirements-tpu.txt")
+import torch
+from safetensors.torch import load_file
+
 ROOT = Path(__file__).parent.parent
+COMMON = ["--dtype", "float32", "--batch", "8", "--workers", "0", "--log-every", "5",
+          "--sample-every", "99", "--save-every", "10", "--steps", "20"]
+SCRIPTS = {"train_dit": ["--sample-steps", "1", "--guidance", "1"],
+           "train_decoder": ["--disc-start", "2", "--gan-start", "5"]}
+# LLVM without its slow passes: the programs run a few steps only, and their compilation is the cost
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def curve(tmp_path, device, **env):
-    """Losses of three steps of the tiny preset in fp32."""
-    out = tmp_path / device
-    command = [sys.executable, ROOT / "train_dit.py", "--device", device, "--dtype", "float32",
-               "--steps", "3", "--batch", "8", "--log-every", "1", "--sample-every", "99",
-               "--save-every", "99", "--workers", "0", "--sample-steps", "2", "--out", out]
-    environment = {k: v for k, v in os.environ.items() if k not in ("PJRT_DEVICE",)}
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, env={**environment, **env},
-                          capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines], done.stdout
+def observed(script, *argv):
+    """Run script's main; counts.json in its run folder: what torch_xla counted up to the end of
+    each step, [compilations, transfers from the device]."""
+    sys.path.insert(0, str(ROOT))
+    import torch_xla.debug.metrics as metrics
+
+    import parallel
+    counts, step_done = [], parallel.step_done
+
+    def watch(devices):
+        step_done(devices)
+        counts.append([(metrics.metric_data(name) or [0])[0]
+                       for name in ("CompileTime", "TransferFromDeviceTime")])
+    parallel.step_done = watch
+    sys.argv = [script, *argv]
+    __import__(script).main()
+    out = Path(argv[argv.index("--out") + 1])
+    (out / "counts.json").write_text(json.dumps(counts))
 
 
-def test_four_devices_give_the_curve_of_one_cpu(tmp_path):
-    expected, _ = curve(tmp_path, "cpu")
-    found, said = curve(tmp_path, "xla", PJRT_DEVICE="CPU", CPU_NUM_DEVICES="4")
-    assert "mesh fsdp=4" in said
-    assert found == pytest.approx(expected, abs=1e-4)
-    assert len(set(expected)) == 3
+@pytest.fixture(scope="module")
+def curve(tmp_path_factory):
+    """curve(script, devices, mesh) -> run folder, log lines, counts (None on plain CPU: devices 0).
+    Equal calls share one run. start: a run folder to go on from."""
+    @functools.cache
+    def run(script, devices, mesh="", start=None):
+        out = start or tmp_path_factory.mktemp("runs") / "run"
+        argv = [*COMMON, *SCRIPTS[script], "--device", "xla" if devices else "cpu", "--out", str(out),
+                *(["--mesh", mesh] if mesh else [])]
+        env = {k: v for k, v in os.environ.items() if k != "PJRT_DEVICE"}
+        env.update(OMP_NUM_THREADS="1", XLA_FLAGS=FLAGS)
+        if devices:
+            env.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices))
+        command = [f"{script}.py"] if not devices else ["tests/test_spmd.py", script]
+        done = subprocess.run([sys.executable, *command, *argv], cwd=ROOT, env=env,
+                              capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert mesh in done.stdout
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return out, lines, json.loads((out / "counts.json").read_text()) if devices else None
+    return run
+
+
+def same(found, expected, keys, tolerance):
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for a, b in zip(found, expected):
+        for key in keys:
+            assert a[key] == pytest.approx(b[key], rel=tolerance), (a["step"], key)
+
+
+def averages(out):
+    return load_file(out / "final" / "ema.safetensors")
+
+
+def close(a, b, tolerance):
+    """Largest difference of two sets of weights, relative to the largest weight of each tensor.
+    Wider than for losses: Adam divides by the gradient's size, and some gradients are rounding."""
+    assert a.keys() == b.keys()
+    worst = max((float((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-3)), k) for k in b)
+    assert worst[0] < tolerance, worst
+
+
+@pytest.mark.parametrize("devices, mesh", [(4, "fsdp=4")])
+def test_every_mesh_gives_the_curve_of_one_cpu(curve, devices, mesh):
+    """20 steps, each in one of the four averages that are compared."""
+    _, expected, _ = curve("train_dit", 0)
+    _, found, _ = curve("train_dit", devices, mesh)
+    same(found, expected, ("loss", "flow", "text", "grad_norm"), 1e-4)
+    same(found, expected, ("loss",), 1e-5)
+    assert expected[0]["loss"] > 1.1 * expected[-1]["loss"]
+
+
+def test_the_average_of_four_devices_is_that_of_one_cpu(curve):
+    close(averages(curve("train_dit", 4, "fsdp=4")[0]), averages(curve("train_dit", 0)[0]), 5e-3)
+
+
+def test_one_program_a_step_and_no_look_at_a_value_between_log_lines(curve):
+    _, _, counts = curve("train_dit", 4, "fsdp=4")
+    compiles, transfers = zip(*counts[:21])             # the first is the start, then 20 steps
+    assert compiles[0] < compiles[1]
+    assert len(set(compiles[1:11])) == 1, compiles      # saving, after step 10, gathers each tensor by
+    assert len(set(compiles[11:21])) == 1, compiles     # a program of its own
+    read = [step for step in range(1, 20) if transfers[step + 1] != transfers[step]]
+    assert read == [5, 10, 15], (read, transfers)       # after these steps a line is logged
+
+
+if __name__ == "__main__":
+    observed(*sys.argv[1:])
