@@ -944,6 +944,9 @@ class Mixture:
         slots = sorted(((k + rand()) / c, s, k)
                        for s, c in enumerate(self.counts) for k in range(c))
         self.plan = [(s, k) for _, s, k in slots]
+        for s, files in enumerate(self.files):            # is there a record that can be read?
+            if files is not None:
+                self[next(n for n, (source, _) in enumerate(self.plan) if source == s)]
 
     def size(self, s: int):
         """Records of source s, None when it is endless."""

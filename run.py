@@ -194,12 +194,13 @@ class Run:
             self.dir.rename(aside)
             print(f"moved the old run to {aside}")
         try:
-            (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (self.dir / "samples").mkdir(exist_ok=True)
+            self.dir.mkdir(parents=True, exist_ok=True)
+            if self.main:
+                self._lock()
+            for name in ("checkpoints", "samples"):
+                (self.dir / name).mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.dir}: cannot make the run folder: {error.strerror}")
-        if self.main:
-            self._lock()
         parallel.barrier(devices)                       # the old folder is aside, the new one there
         self.latest = next(reversed(self._whole()), None)
         mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
