@@ -1,0 +1,388 @@
+"""Stage 2 through train_dit.py: the recipe, the baselines, finetuning, what goes wrong in a long
+run, and the expected loss curve. What a step must give is worked out here from the equations: at
+the start the DiT's velocity is 0 and its blocks are the identity.
+
+    pytest tests/test_stage2.py
+    python tests/test_stage2.py --write         # tests/expected/train_dit.json, after a real change
+"""
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import data
+import decoder as decoders
+import dit as dits
+import encoder as encoders
+import parallel
+import run as runs
+import text_model as text
+import train_dit
+import vae as vaes
+import weights
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+CPU = parallel.Devices("cpu", torch.device("cpu"), 0, 1, torch.float32, {"fsdp": 1, "tensor": 1})
+BASE = ["--device", "cpu", "--dtype", "float32", "--workers", "0", "--log-every", "1",
+        "--sample-every", "99", "--save-every", "99", "--sample-steps", "1", "--guidance", "1",
+        "--batch", "4"]
+
+
+def call(*args):
+    """train_dit.py in this process, one step if not told -> its exit status."""
+    one = [] if {"--steps", "--epochs"} & set(args) else ["--steps", "1"]
+    old, sys.argv = sys.argv, ["train_dit.py", *BASE, *one, *map(str, args)]
+    try:
+        runs.main(train_dit.main)
+    except SystemExit as stopped:
+        return stopped.code
+    finally:
+        sys.argv = old
+    return 0
+
+
+def train(out, *args, status=0):
+    """-> the lines of its log."""
+    assert call(*args, "--out", out) == status
+    path = Path(out) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def losses(lines):
+    return [line["loss"] for line in lines]
+
+
+def first_batch(encoder, sources, vae=None, batch=4):
+    """What the first step of a run on `sources` with seed 0 sees -> batch, features u [B,N,C']."""
+    mixture = data.Mixture(sources, 64)
+    collate = train_dit.Collate(text.load_tokenizer(weights.ASSETS), 64,
+                                (vae or encoder).channels, 0, 0.1, posterior=vae is not None)
+    batch = collate([mixture[i] for i in range(batch)])
+    with torch.no_grad():
+        return batch, encoder(batch["images"].float() / 255)
+
+
+def by_time(batch, z, alpha):
+    """The flow loss of v = 0 in each tenth of t, None without an image there; and of all."""
+    t, answer = torch.sigmoid(batch["normal"]), batch["answer"]
+    t = alpha * t / (1 + (alpha - 1) * t)
+    each = (batch["eps"] - z).square().mean((1, 2))                         # [B]
+    tenths = [each[answer & (t >= k / 10) & (t < (k + 1) / 10)] for k in range(10)]
+    return ([pytest.approx(e.mean().item(), rel=1e-5) if len(e) else None for e in tenths],
+            pytest.approx(each[answer].mean().item(), rel=1e-5))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return weights.load_encoder(weights.TINY_CODEC[0], CPU)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A short run on builtin:hq that others are held against."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    return out, train(out, "--data", "builtin:hq", "--steps", 2)
+
+
+@pytest.fixture(scope="module")
+def vae_file(tmp_path_factory):
+    torch.manual_seed(0)
+    model, path = vaes.VAE(vaes.TINY), tmp_path_factory.mktemp("vae") / "vae.safetensors"
+    save_file(model.state_dict(), path, metadata={"config": json.dumps(model.config)})
+    return path
+
+
+# ------------------------------------------------------------------------------------------------
+# The recipe
+# ------------------------------------------------------------------------------------------------
+
+def test_one_step_by_hand(tmp_path, encoder):
+    """T2I and questions in one batch, of a mixture; losses over the whole batch, not a micro-batch;
+    the clip at 1; two learning rates and betas, no decay; the average's first step."""
+    sources, lr = ["builtin:synthetic=3", "builtin:qa=1"], {True: 3e-4, False: 2e-5}
+    line, = train(tmp_path / "r", "--data", *sources, "--batch", 8, "--micro-batch", 4, "--lr",
+                  lr[True], "--lr-llm", lr[False], "--warmup", 0)
+    batch, z = first_batch(encoder, sources, batch=8)
+    llm = text.TextModel(dict(text.TINY, vocab_size=1024), 64, 96, 160)
+    dit = dits.DiT(96, 64, 160, 6, 5)
+    text.init_weights(llm, 0)
+    dits.init_weights(dit, 0)
+    assert 0 < batch["answer"].sum() < 8
+    with torch.no_grad():
+        h = llm(llm.embed(batch["ids"], batch["start"], batch["answer"], z))
+        ce = F.cross_entropy(llm.logits(h)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(),
+                             ignore_index=-100).item()
+    tenths, flow = by_time(batch, z, math.sqrt(64 * 96 / 128))
+    assert line["flow_by_t"] == tenths and line["flow"] == flow
+    assert line["text"] == pytest.approx(ce, rel=1e-5)
+    assert line["loss"] == pytest.approx(line["text"] + 2 * line["flow"], rel=1e-5)
+
+    before = {f"llm.{k}": v for k, v in llm.state_dict().items()}
+    before.update((f"dit.{k}", v) for k, v in dit.state_dict().items() if "freqs" not in k)
+    after = load_file(tmp_path / "r/checkpoints/step-0000001/state.safetensors")
+    square, moved = 0, set()
+    for key in before.keys() - {"dit.pos_embed"}:
+        of_dit = key.startswith("dit.") or "diff_head" in key
+        first, second = (after[f"optimizer.{key}.exp_avg{m}"] for m in ("", "_sq"))
+        square += (first / 0.1).square().sum().item()                   # of the clipped gradient
+        big = second > 1e-18                                                # not lost to rounding
+        assert torch.allclose((first ** 2 / second)[big], torch.tensor(0.1 ** 2 / (
+            0.05 if of_dit else 0.001)), rtol=1e-3), key
+        change = (after[key] - before[key]).abs().max().item()
+        assert change == 0 or change == pytest.approx(lr[of_dit], rel=2e-2), key
+        moved |= {key} if change else set()
+        average = before[key].lerp(after[key], 0.9)                         # 1 - 1/10 at first
+        assert torch.allclose(after[f"ema.{key}"], average, atol=1e-7), key
+    assert line["grad_norm"] > 1 and square == pytest.approx(1, rel=1e-3)
+    assert {"dit.final_layer.linear.weight", "llm.model.latent_queries", "llm.model.norm.weight",
+            "llm.model.mm_projector.0.weight", "llm.model.embed_tokens.weight"} <= moved
+
+
+def test_schedule_and_freeze(tmp_path):
+    """Warm-up, then cosine; --freeze llm leaves the LLM's bytes alone. (The condition is felt from
+    step 3 on: everything after it starts from zero.)"""
+    lines = train(tmp_path / "r", "--freeze", "llm", "--steps", 4, "--warmup", 0.5, "--lr", 1e-3,
+                  "--lr-llm", 1e-4, "--data", "builtin:synthetic")
+    factors = [0.5, 1, 1, 0.5]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * f for f in factors])
+    assert [line["lr_llm"] for line in lines] == pytest.approx([1e-4 * f for f in factors])
+    state = load_file(tmp_path / "r/final/model.safetensors")
+    fresh = text.TextModel(dict(text.TINY, vocab_size=1024), 64, 96, 160)
+    text.init_weights(fresh, 0)
+    for key, value in fresh.state_dict().items():
+        trained = "latent_queries" in key or "diff_head" in key
+        assert torch.equal(state[key], value) != trained, key
+
+
+def test_draws_belong_to_the_image():
+    """One image in ten loses its condition; nothing depends on what is in the batch beside it; a
+    sample that is too long has no loss and is named."""
+    collate = train_dit.Collate(text.load_tokenizer(weights.ASSETS), 2, 3, seed=5, cond_drop=0.1)
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": text.ANSWER}]
+    records = [dict(n=n, key=f"k{n}", skipped=[], conversations=turns,
+                    image=np.zeros((8, 8, 3), np.uint8)) for n in range(2000)]
+    batch = collate(records)
+    assert abs(batch["drop"].float().mean() - 0.1) < 0.02                   # 3 deviations
+    assert abs(batch["normal"].mean()) < 0.07 and abs(batch["normal"].std() - 1) < 0.05
+    long = dict(records[9], conversations=[{"from": "human", "value": "b " * 2000}, turns[1]])
+    part = collate([records[7], long])
+    for key in ("normal", "drop", "eps"):
+        assert torch.equal(part[key][0], batch[key][7]), key
+    assert part["ids"].shape == (2, 64) and part["answer"].tolist() == [True, False]
+    assert (part["labels"][1] == text.IGNORE).all() and part["start"][1] == 64
+    (key, why), = part["skipped"]
+    assert key == "k9" and "more than 1024" in why
+    collate = train_dit.Collate(collate.tokenizer, 2, 3, 5, 0.1, length=96)         # --length
+    assert collate(records[:3])["ids"].shape == (3, 96)
+
+
+def test_bf16_and_its_fp32_islands(encoder, monkeypatch):
+    """With bf16 products: weights, gradients, norm statistics, time embedding, interpolation, loss
+    and the Euler update are fp32; every other Linear of the DiT multiplies bf16."""
+    dit = dits.DiT(96, 64, 160, 2, 5, dtype=torch.bfloat16)
+    llm = text.TextModel(dict(text.TINY, vocab_size=1024), 64, 96, 160, torch.bfloat16)
+    text.init_weights(llm, 0)
+    dits.init_weights(dit, 0)
+    seen = {"norm": set(), "time": set(), "product": set()}
+    real = F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda x, *a, **k: (seen["norm"].add(x.dtype),
+                                                           real(x, *a, **k))[1])
+    for name, m in [*dit.named_modules(), *llm.named_modules()]:
+        if isinstance(m, torch.nn.Linear):
+            kind = "time" if name.startswith("t_embedder") else "product"
+            m.register_forward_hook(lambda _, x, y, kind=kind: seen[kind].update(
+                [x[0].dtype, y.dtype]))
+    batch, z = first_batch(encoder, ["builtin:synthetic"])
+    model = train_dit.ScaleRAE(llm, dit, 1.0)
+    ce, mse, _, t, _ = model(z, z, batch)
+    (ce + mse.sum()).backward()
+    assert seen["norm"] == seen["time"] == {torch.float32} and seen["product"] == {torch.bfloat16}
+    assert {x.dtype for x in (ce, mse, t, z, llm.logits(torch.zeros(1, 128).bfloat16()))} == \
+        {torch.float32}
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(grads) > 50 and {g.dtype for g in grads} == {torch.float32}
+    x = torch.full((1, 64, 96), 1000.0)                                     # 0.25 is lost in bf16
+    assert (train_dit.flow.euler(lambda x, t: torch.ones_like(x).bfloat16(), x,
+                                 [(0.0, 0.25)]) == 1000.25).all()
+    assert train_dit.flow.interpolate(x, x + 1, torch.tensor([0.25]))[0, 0, 0] == 1000.25
+
+
+# ------------------------------------------------------------------------------------------------
+# Baselines
+# ------------------------------------------------------------------------------------------------
+
+def test_vae_latent_has_two_towers(tmp_path, encoder, vae_file):
+    """The DiT's latent is a draw from the VAE's posterior, packed and scaled; the LLM and REPA look
+    at the encoder's features. Both losses by hand: the fourth block still has the embedding."""
+    out, source = tmp_path / "r", ["builtin:synthetic"]
+    line, = train(out, "--latent", "vae", "--vae", vae_file, "--repa", 4, "--data", *source)
+    vae, dit, alpha = weights.load_vae(vae_file, CPU), dits.DiT(64, 64, 160, 6, 5), math.sqrt(32)
+    batch, u = first_batch(encoder, source, vae)
+    with torch.no_grad():
+        mean, logvar = map(vaes.pack, vae.posterior(batch["images"].float() / 255))
+        z = (mean + (logvar / 2).exp() * batch["posterior"] - vae.shift) * vae.scale
+        tenths, flow = by_time(batch, z, alpha)
+        dits.init_weights(dit, 0)
+        model = train_dit.ScaleRAE(None, dit, alpha, 4, 96)
+        dits.init_weights(model.repa, 2)
+        t = alpha / (alpha - 1 + (1 / torch.sigmoid(batch["normal"])))[:, None, None]
+        tokens = dit.x_embedder((1 - t) * z + t * batch["eps"]) + dit.pos_embed
+        cosine = F.cosine_similarity(model.repa(tokens), u, dim=-1).mean(1)
+    assert line["flow"] == flow and line["flow_by_t"] == tenths
+    assert line["repa"] == pytest.approx(1 - cosine[batch["answer"]].mean().item(), rel=1e-4)
+    whole = line["text"] + 2 * (line["flow"] + 0.5 * line["repa"])      # REPA is part of the flow
+    assert line["loss"] == pytest.approx(whole, rel=1e-5)
+
+    llm, dit, _, config = weights.load_model(out, CPU)
+    assert dit.channels == 64 and llm.model.mm_projector[0].in_features == 96
+    assert config["generation_alignment_tower"] == str(vae_file)
+    assert config["shift_alpha"] == pytest.approx(alpha)
+    assert not any("repa" in k for k in load_file(out / "final/model.safetensors"))
+
+
+def test_repa_reaches_its_block_and_no_later_one():
+    dit = dits.DiT(8, 4, 32, 3, 4)
+    for p in dit.parameters():                                          # no zeros: gradients pass
+        torch.nn.init.normal_(p, std=0.2)
+    model = train_dit.ScaleRAE(None, dit, 1.0, repa=2, channels=8)
+    dit(torch.randn(1, 4, 8), torch.rand(1), torch.randn(1, 4, 32))
+    model.repa(model.tokens).sum().backward()
+    assert [b.mlp.w3.weight.grad is not None for b in dit.dit_blocks] == [True, True, False]
+
+
+def test_webssl_narrow_wide_head_and_no_shift(tmp_path, capsys):
+    """A small DINOv2 with random weights of more channels (192) than the DiT has (160)."""
+    torch.manual_seed(0)
+    kind = dict(encoders.WEBSSL_300M, hidden_size=192, num_hidden_layers=2, num_attention_heads=4,
+                image_size=64, patch_size=8)
+    dino = encoders.build_encoder(kind)
+    for name, p in dino.named_parameters():
+        torch.nn.init.normal_(p, mean=float("norm" in name), std=0.3)
+    save_file(dino.state_dict(), tmp_path / "e.safetensors", metadata={"config": json.dumps(kind)})
+    c = decoders.decoder_config("tiny", 192, 64, 8, dino.mean, dino.std)
+    save_file(decoders.Decoder(c).state_dict(), tmp_path / "d.safetensors",
+              metadata={"config": json.dumps(c)})
+    options = ["--latent", "webssl", "--encoder", tmp_path / "e.safetensors", "--decoder",
+               tmp_path / "d.safetensors", "--shift", "none", "--head-width", 240, "--head-depth",
+               1, "--qk-norm", "--data", "builtin:synthetic"]
+    train(tmp_path / "r", *options, status=2)
+    said = capsys.readouterr().err
+    assert "width 160 is not above the latent's 192 channels" in said and "--allow-narrow" in said
+    line, = train(tmp_path / "r", *options, "--allow-narrow")
+    batch, z = first_batch(weights.load_encoder(tmp_path / "e.safetensors", CPU),
+                           ["builtin:synthetic"])
+    assert abs(z.mean(-1)).max() > 0.1                                      # its own affine norm
+    tenths, flow = by_time(batch, z, 1.0)
+    assert line["flow"] == flow and line["flow_by_t"] == tenths
+    _, dit, _, config = weights.load_model(tmp_path / "r", CPU)
+    assert config["shift_alpha"] == 1 and config["diffusion_model_hidden_size"] == [160, 240]
+    assert config["diffusion_model_depth"] == [6, 1] and config["diffusion_model_channels"] == 192
+    assert dit.s_embedder.proj.weight.shape[:2] == (240, 192) and config["diffusion_qk_norm"]
+
+
+def test_layers(tmp_path, capsys):
+    """The last two blocks' sum is another latent: it needs a decoder that was trained on it."""
+    train(tmp_path / "r", "--layers", 2, status=2)
+    assert "train_decoder.py --layers 2" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+    state, config = weights.read_weights(weights.TINY_CODEC[1])
+    save_file(state, tmp_path / "two.safetensors",
+              metadata={"config": json.dumps({**config, "layers": 2})})
+    line, = train(tmp_path / "r", "--layers", 2, "--decoder", tmp_path / "two.safetensors",
+                  "--data", "builtin:synthetic")
+    encoder = weights.load_encoder(weights.TINY_CODEC[0], CPU, layers=2)
+    batch, z = first_batch(encoder, ["builtin:synthetic"])
+    assert line["flow"] == by_time(batch, z, 1.0)[1]
+    config = weights.config_of(tmp_path / "r")
+    args = type("Args", (), dict(encoder=None, decoder=None))
+    with pytest.raises(parallel.UserError, match="--layers 1, these are of --layers 2"):
+        weights.load_codec(config, args, CPU)
+
+
+# ------------------------------------------------------------------------------------------------
+# Long runs
+# ------------------------------------------------------------------------------------------------
+
+def test_updates_that_are_not_finite(tmp_path, monkeypatch, capsys):
+    """Skipped, counted, and logged with the samples' keys; ten in a row stop the run."""
+    states, real = [], parallel.clip_grad
+
+    def clip(parameters, *rest):                        # a gradient that is not a number, at times
+        parameters = list(parameters)
+        states.append([p.detach().clone() for p in parameters])
+        if len(states) == 2 or len(states) > 3:
+            parameters[-1].grad.view(-1)[0] = math.nan
+        return real(parameters, *rest)
+    monkeypatch.setattr(parallel, "clip_grad", clip)
+    lines = train(tmp_path / "r", "--steps", 20, "--data", "builtin:hq", status=2)
+    assert [line["skipped_updates"] for line in lines] == [0, 1, 1, *range(2, 11)]
+    assert lines[1]["grad_norm"] is None and lines[2]["grad_norm"] > 0      # JSON has no nan
+    assert len(lines[1]["skipped_samples"]) == 4 and "skipped_samples" not in lines[2]
+    assert all(k.startswith("builtin:hq/") for k in lines[1]["skipped_samples"])
+    same = [all(map(torch.equal, a, b)) for a, b in zip(states, states[1:])]
+    assert same == [False, True, False] + [True] * 9                        # 13 steps were tried
+    said = capsys.readouterr().err
+    assert said.count("error: ten steps in a row") == 1 and "step 13" in said and "--lr" in said
+    assert "samples builtin:hq/" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("flags, latent, alpha, parameters", [
+    (["--size", "2.4B"], [256, 1152], math.sqrt(72), 2.4359e9),
+    (["--size", "2b", "--latent", "webssl"], [256, 1024], 8.0, None),
+    (["--size", "0.5b", "--latent", "vae", "--shift", "none"], [256, 64], 1.0, None)])
+def test_dry_run(flags, latent, alpha, parameters, capsys):
+    """Nothing but shapes: the latent, its shift, the mixture; the 2.4B's parameters and FLOPs."""
+    assert call("--dry-run", "--json", *flags, "--data", "builtin:web=3", "builtin:qa") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["latent"] == latent and told["alpha"] == pytest.approx(alpha)
+    total = told["parameters"].pop("total")
+    assert sum(told["parameters"].values()) == total
+    assert [round(s["weight"], 2) for s in told["data"]] == [0.75, 0.25]
+    if parameters:
+        assert told["parameters"]["dit"] == pytest.approx(parameters, rel=1e-4)
+        assert told["train_tflop_per_image"]["dit"] == pytest.approx(3.787, rel=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------
+# The expected curve
+# ------------------------------------------------------------------------------------------------
+
+CURVE = ROOT / "tests/expected/train_dit.json"
+CURVE_KEYS = ("loss", "text", "flow", "grad_norm", "cond_spread")
+
+
+def curve(out):
+    lines = train(out, "--batch", 8, "--steps", 8)
+    return [{k: line[k] for k in ("step", *CURVE_KEYS)} for line in lines]
+
+
+def test_expected_curve(tmp_path):
+    """The tolerance covers builds of torch, numbers of threads and processors; not an error."""
+    want = json.loads(CURVE.read_text())
+    got = curve(tmp_path / "r")
+    assert len(got) == len(want["steps"])
+    for a, b in zip(got, want["steps"]):
+        for key in CURVE_KEYS:
+            assert a[key] == pytest.approx(b[key], rel=want["tolerance"]), (key, a, b)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit(f"usage: python {sys.argv[0]} --write")
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        rows = curve(Path(folder) / "run")
+    command = "train_dit.py --device cpu --dtype float32 --batch 8 --steps 8 --log-every 1"
+    head = {"command": command, "tolerance": 1e-3}
+    CURVE.write_text(json.dumps(head, indent=1)[:-2] + ',\n "steps": [\n  '
+                     + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n")
+    print(CURVE)
