@@ -9,6 +9,7 @@ of every step.
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,18 @@ def test_one_program_a_step_and_no_look_at_a_value_between_log_lines(curve):
     assert len(set(compiles[11:21])) == 1, compiles     # a program of its own
     read = [step for step in range(1, 20) if transfers[step + 1] != transfers[step]]
     assert read == [5, 10, 15], (read, transfers)       # after these steps a line is logged
+
+
+def test_a_checkpoint_of_four_devices_resumes_on_two(curve, tmp_path):
+    whole, expected, _ = curve("train_dit", 4, "fsdp=4")
+    start = tmp_path / "resumed"
+    shutil.copytree(whole, start)
+    shutil.rmtree(start / "checkpoints" / "step-0000020")
+    shutil.rmtree(start / "final")
+    out, found, counts = curve("train_dit", 2, start=start)
+    assert len(counts) < 20                             # ten steps, not twenty
+    same(found, expected, ("loss",), 1e-5)
+    close(averages(out), averages(whole), 5e-3)
 
 
 if __name__ == "__main__":
