@@ -117,14 +117,20 @@ def test_a_small_topology_compiles():
 
 def test_collectives_are_read_by_channel_and_by_loop():
     hlo = """HloModule step
-%body (p: f32[4]) -> f32[4] {
+%windowed_dot_general_body_rs (p: f32[4]) -> f32[4] {
   %g = bf16[640,480]{1,0:T(8,128)} all-gather(%p), channel_id=1, dimensions={0}
+  %s = (bf16[640,120]{1,0}, bf16[640,120]{1,0}, u32[]) collective-permute-start(%p), channel_id=3
+  %i = u32[] get-tuple-element(%p), index=1
+  %two = u32[] constant(2)
+  %next = u32[] add(%i, %two)
+  ROOT %t = (f32[4], u32[]) tuple(%p, %next)
 }
 %condition (p: f32[4]) -> pred[] {
-  %n = s32[] constant(6)
+  %n = s32[] constant(12)
+  %i = u32[] get-tuple-element(%p), index=1
 }
 ENTRY %main (p: f32[4]) -> f32[4] {
-  %w = f32[4] while(%p), condition=%condition, body=%body
+  %w = f32[4] while(%p), condition=%condition, body=%windowed_dot_general_body_rs
   %again = bf16[640,480]{1,0} all-gather(%p), channel_id=1, dimensions={0}
   %u = f32[640,480]{1,0} dynamic-update-slice(%p, %p)
   %r = (f32[640,480]{1,0}, f32[2,64,640]{2,1,0}, f32[]) all-reduce(%u, %w, %p), channel_id=2
@@ -132,11 +138,11 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """
     found = tpu_compile.collectives(hlo)
     assert found == [
-        ("all-gather", "bf16", [640, 480], 6, True, False),
-        ("all-reduce", "f32", [640, 480], 1, False, True),
-        ("all-reduce", "f32", [2, 64, 640], 1, False, False),
-        ("all-reduce", "f32", [], 1, False, False)]
-    program = dict(chips=4, shapes=[[480, 640]], depths=[])
-    kinds = [tpu_compile.kind_of(operation, shape, updated, program)
-             for operation, _, shape, _, _, updated in found]
-    assert kinds == ["weight", "weight", "activation", "small"]
+        ("all-gather", "bf16", [640, 480], 6, True),
+        ("collective-permute", "bf16", [640, 120], 6, False),
+        ("all-reduce", "f32", [640, 480], 1, True), ("all-reduce", "f32", [2, 64, 640], 1, False),
+        ("all-reduce", "f32", [], 1, False)]
+    program = dict(chips=4, shapes=[[480, 640]], depths=[], heads=[(3, 160)])
+    kinds = [tpu_compile.kind_of(shape, gathers, program) for _, _, shape, _, gathers in found]
+    assert kinds == ["weight", "gradient", "weight", "activation", "small"]
+    assert tpu_compile.kind_of([3, 160, 640], True, program) == "weight"

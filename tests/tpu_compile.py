@@ -12,6 +12,7 @@ from parallel.TABLE and no memory, so the 9.8B model is traced in a few hundred 
 goes to libtpu, Google's compiler, in a second process by jax. Nothing is executed on a TPU.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -194,17 +195,21 @@ def trace(flags, llm, chips):
     assert -1 not in donate, "a state tensor is no argument of the program"
 
     flops, stacks = {"dit": model.dit.train_flops()}, [model.dit.dit_blocks]
+    heads = {(model.dit.heads, model.dit.width // model.dit.heads)}
     parameters = {"dit": count(model.dit)}
     if llm != "none":
         flops.update(llm=model.llm.train_flops(L), encoder=encoder.forward_flops())
         parameters.update(llm=count(model.llm), encoder=count(encoder))
         stacks += model.llm.model.layers, encoder.vision_model.encoder.layers
+        for width, c in ((model.llm.width, model.llm.config), (C, encoder.config)):
+            h = c["num_attention_heads"]
+            heads |= {(n, width // h) for n in (h, c.get("num_key_value_heads", h))}
     return dict(
         hlo=lowering.hlo(), donate=donate, size=args.size, llm=llm,
         batch=args.batch, chips=devices.count, mesh=str(devices), parameters=parameters,
         trained=trained,
         flops_per_chip={k: v * args.batch / devices.count for k, v in flops.items()},
-        depths=[len(stack) for stack in stacks],
+        depths=[len(stack) for stack in stacks], heads=heads,
         shapes=[list(p.shape) for m in (model, encoder) for p in m.parameters()],
         trace_s=time.perf_counter() - started)
 
@@ -270,25 +275,37 @@ ARRAY = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
 
 
 def collectives(hlo):
-    """Optimised HLO text -> [(operation, dtype, shape, how often it runs, in a loop, written by an
-    update in place)], one entry an array.
+    """Optimised HLO text -> [(operation, dtype, shape, how often it runs, whether it gathers)], one
+    entry an array.
 
     One transfer may appear in several computations, where the compiler runs it beside others: they
-    share a channel and count once. A loop's body counts as often as its condition's constant says.
+    share a channel and count once. It may gather by all-gather, by all-reduce of what was written
+    in place, or piece by piece in a ring beside the product that needs it (`windowed_dot_general`,
+    _ag; _rs scatters a sum so).
     """
     bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", hlo, re.M | re.S))
     runs = {}                                                   # computation -> how often it runs
+
+    def trips(condition, body):
+        """The loop's constant over the step of its counter."""
+        limit = max(int(n) for n in re.findall(r"constant\((\d+)\)", condition))
+        index = re.search(r"\), index=(\d+)", condition)
+        root = re.search(r"ROOT .* tuple\((.*?)\)", body)
+        counter = root and index and re.findall(r"%([\w.\-]+)", root[1])[int(index[1])]
+        step = re.search(rf"%{counter} = .* add\(%\S+, %([\w.\-]+)\)", body)
+        step = step and re.search(rf"%{re.escape(step[1])} = .* constant\((\d+)\)", body)
+        return -(-limit // (int(step[1]) if step else 1))
 
     def visit(name, times):
         if times <= runs.get(name, 0):
             return
         runs[name] = times
         for line in bodies[name].splitlines():
-            trips = times
-            if loop := re.search(r" while\(.*condition=%?([\w.\-]+)", line):
-                trips *= max(int(n) for n in re.findall(r"constant\((\d+)\)", bodies[loop[1]]))
-            for called in re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", line):
-                visit(called, trips)
+            loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+            if loop:
+                visit(loop[2], times * trips(bodies[loop[1]], bodies[loop[2]]))
+            for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
+                visit(called, times)
     visit(re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.M)[1], 1)
     found, seen = [], set()
     for name, body in bodies.items():
@@ -301,38 +318,40 @@ def collectives(hlo):
             if "-start(" in line:                               # (operands, results, flags)
                 arrays = [a for a in arrays if a[1]]
                 arrays = arrays[len(arrays) // 2:]
-            updates = []
-            for operand in re.findall(r"%([\w.\-]+)", m[3]):
-                made = re.search(rf"%{re.escape(operand)} = [^\n]*", body)
-                updates.append(bool(made) and "dynamic-update-slice" in made[0])
+            operands = [re.search(rf"%{re.escape(operand)} = [^\n]*", body)
+                        for operand in re.findall(r"%([\w.\-]+)", m[3])]
             for i, (dtype, dims) in enumerate(arrays):
+                made = operands[i][0] if i < len(operands) and operands[i] else ""
+                gathers = m[2] == "all-gather" or "windowed_dot_general_body_ag" in name or (
+                    m[2] == "all-reduce" and "dynamic-update-slice" in made)
                 shape = [int(n) for n in dims.split(",") if n]
-                found.append((m[2], dtype, shape, runs.get(name, 1), name in runs
-                              and runs[name] > 1, updates[i] if i < len(updates) else False))
+                found.append((m[2], dtype, shape, runs.get(name, 1), gathers))
     return found
 
 
-def kind_of(operation, shape, updated, program):
+def kind_of(shape, gathers, program):
     """weight: gathered, whole or stacked; gradient: reduced in a weight's shape; small: scalars,
     norms, biases; the rest has the shape of an activation.
 
     Dimensions are compared without ones and in any order; a split one may be a chip's part, or
-    rounded up to whole tiles of 16 rows a chip.
+    rounded up to whole tiles of 16 rows a chip; a width may be written as heads x width of a head.
     """
-    dims = sorted(n for n in shape if n > 1)
+    for pair in program["heads"]:
+        for i in range(len(shape) - 1):
+            if shape[i:i + 2] == list(pair):
+                shape = [*shape[:i], math.prod(pair), *shape[i + 2:]]
+    dims, chips = [n for n in shape if n > 1], program["chips"]
     if math.prod(dims) < 2 ** 14:
         return "small"
-    chips = program["chips"]
 
     def same(n, want):
         return n in (want, want // chips, -(-want // (16 * chips)) * 16 * chips)
     for wanted in program["shapes"]:
-        wanted = sorted(n for n in wanted if n > 1)
-        for depth in (None, *program["depths"]):
-            stacked = sorted([*wanted, depth] if depth else wanted)
-            if len(stacked) == len(dims) and all(map(same, dims, stacked)):
-                gather = operation == "all-gather" or (operation == "all-reduce" and updated)
-                return "weight" if gather else "gradient"
+        wanted = [n for n in wanted if n > 1]
+        for depth in ([], *([d] for d in program["depths"])):
+            if len(wanted + depth) == len(dims) and any(
+                    all(map(same, dims, p)) for p in itertools.permutations(wanted + depth)):
+                return "weight" if gathers else "gradient"
     return "activation"
 
 
@@ -343,13 +362,13 @@ def read(compiled, hlo, seconds, program):
            for k in ("argument", "output", "alias", "temp", "generated_code")}
     gib["total"] = sum(gib.values()) - 2 * gib["alias"]
     traffic, activations = {}, {}
-    for operation, dtype, shape, times, loop, updated in collectives(hlo):
-        kind = kind_of(operation, shape, updated, program)
+    for operation, dtype, shape, times, gathers in collectives(hlo):
+        kind = kind_of(shape, gathers, program)
         size = 1 if dtype == "pred" else int(re.sub(r"\D", "", dtype)) // 8
         n = times * size * math.prod(shape) / GIB
         traffic[kind] = traffic.get(kind, 0) + n
         if kind == "activation":
-            key = f"{operation} {dtype}{shape}{' in a loop' if loop else ''}"
+            key = f"{operation} {dtype}{shape}{' in a loop' if times > 1 else ''}"
             activations[key] = activations.get(key, 0) + n
     cost = cost if isinstance(cost, dict) else cost[0]
     return dict(gib_per_chip=gib, collective_gib_per_chip=traffic,
@@ -396,7 +415,7 @@ def main():
                             "more chips")
         raise UserError(f"the compiler refused: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    for key in ("hlo", "donate", "shapes"):
+    for key in ("hlo", "donate", "shapes", "heads"):
         del program[key]
     import run as runs
     gib, moved = found["gib_per_chip"], found["collective_gib_per_chip"]
