@@ -7,17 +7,21 @@ import io
 import itertools
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data                                                             # noqa: E402
+import run as runs                                                      # noqa: E402
+import train_dit                                                        # noqa: E402
 from data import DataError, Mixture, Scene, SkipCounter, Thing, held_out, relation  # noqa: E402
 
 ALL = ["builtin:web=4", "builtin:synthetic=3", "builtin:text", "builtin:hq", "builtin:qa"]
@@ -386,6 +390,39 @@ def test_export_is_the_same_stream(source, tmp_path):
     assert "holds tars already" in run("export", "--out", tmp_path).stderr
 
 
+def train(out, *argv, monkeypatch):
+    """train_dit.py in this process -> its exit status and the losses of its log."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(sys, "argv", [
+        "train_dit.py", "--device", "cpu", "--dtype", "float32", "--workers", "0", "--log-every",
+        "1", "--sample-every", "99", "--sample-steps", "1", "--guidance", "1", "--out", str(out),
+        *map(str, argv)])
+    handlers, status = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}, 0
+    try:
+        runs.main(train_dit.main)
+    except SystemExit as stopped:
+        status = stopped.code
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return status, [json.loads(line)["loss"] for line in lines]
+
+
+def test_export_trains_to_the_same_curve(tmp_path, monkeypatch):
+    """Losses and weights, bit for bit."""
+    shards, results = tmp_path / "shards", []
+    done = run("export", "--source", "builtin:web", "--count", 8, "--shard", 3, "--resolution", 64,
+               "--out", shards)
+    assert done.returncode == 0, done.stderr
+    for source in ("builtin:web", shards):
+        out = tmp_path / f"run{len(results)}"
+        status, losses = train(out, "--data", source, "--batch", 4, "--steps", 2,
+                               monkeypatch=monkeypatch)
+        assert status == 0 and len(losses) == 2
+        results.append((losses, (out / "final/model.safetensors").read_bytes()))
+    assert results[0] == results[1]
+
+
 # ---- what is broken ----
 
 def test_broken_records_are_skipped_and_counted(tmp_path, capsys):
@@ -418,6 +455,18 @@ def test_above_one_percent_the_run_stops():
     counter.update([("k10", "bad")], 1)                             # 11, but below 1 %
     with pytest.raises(DataError, match="31 of 2031 .* 1 %"):
         counter.update([(f"m{j}", "bad") for j in range(20)], 10)
+
+
+def test_a_run_stops_above_one_percent(tmp_path, monkeypatch, capsys):
+    """Before its first update: of 32 samples 16 are broken. The words are those of the counter."""
+    write_tar(tmp_path / "half.tar", [(f"{k:03d}.{e}", c) for k in range(64) for e, c in
+                                      (("png", png(k) if k % 2 else b"x"), ("txt", b"a cat"))])
+    status, losses = train(tmp_path / "run", "--data", tmp_path / "half.tar", "--batch", 32,
+                           "--steps", 3, monkeypatch=monkeypatch)
+    said = capsys.readouterr().err
+    assert status == 2 and not losses and "Traceback" not in said
+    assert "of 32 samples were broken, above 1 %, such as" in said and "half.tar/0" in said
+    assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
 def test_nothing_but_broken_records(tmp_path):
