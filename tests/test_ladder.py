@@ -13,8 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import dit as dits
 import encoder as encoders
 import parallel
+import run as runs
 import text_model as text
 import train_dit
 import weights
@@ -109,3 +111,21 @@ def test_too_little_memory_is_said_before_long_work(free, batch, says, typed, mo
         typed("--size", "2b", "--random-init", "--bench", 3, "--batch", batch, "--device", "cpu")
     for word in says:
         assert word in str(error.value)
+
+
+def test_planned_arguments_are_the_compiler_s():
+    """Weights, moments, average and batch of one chip within 1 % of the arguments that libtpu 0.0.21
+    counts: python tests/tpu_compile.py --size 2b --topology v5e:4x4 --batch 128 --llm none."""
+    compiled = 2.313559 * 2 ** 30
+    size, N, C, images = dits.SIZES["2b"], 256, 1152, 128 // 16
+    with torch.device("meta"):
+        dit = dits.DiT(C, N, size.width, size.depth, size.heads)
+    devices = parallel.setup("cpu", "bfloat16", "fsdp=16", plan=True)
+    trained, fixed = (parallel.on_one_device(((k, p) for k, p in dit.named_parameters()
+                                              if p.requires_grad == train), devices)
+                      for train in (True, False))
+    memory = runs.memory_gb(trained, fixed, 0, ema=True)
+    state = (memory["total"] - memory["gradients"]) * 1e9       # gradients live inside the step
+    batch = images * (2 * N * C * 4 + N * size.width * 2)       # latents and noise; conditions in bf16
+    assert state + batch == pytest.approx(compiled, rel=0.01)
+    assert batch > 0.01 * compiled                              # so that both must be right
