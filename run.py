@@ -483,7 +483,7 @@ def stored_shape(key, parts):
 def read_rows(key, parts, first, last):
     """Rows first..last of it, whoever wrote them."""
     found = []
-    for start, f in parts:
+    for start, f in sorted(parts, key=lambda part: part[0]):
         rows = f.get_slice(key)
         if not rows.get_shape():
             return f.get_tensor(key)
