@@ -1,0 +1,120 @@
+"""Several processes under torchrun, gloo on the CPU: FSDP2 for stage 2, whole copies for stage 1.
+
+    pytest tests/test_fsdp.py
+"""
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+COMMON = ["--device", "cpu", "--dtype", "float32", "--batch", "8", "--workers", "0", "--steps", "6",
+          "--log-every", "1", "--sample-every", "99", "--save-every", "3"]
+SCRIPTS = {"train_dit": ["--sample-steps", "1", "--guidance", "1"],
+           "train_decoder": ["--disc-start", "2", "--gan-start", "3"]}
+
+
+@pytest.fixture(scope="module")
+def curve(tmp_path_factory):
+    """curve(script, processes) -> run folder, log lines; equal calls share one run. start: a run
+    folder to go on from."""
+    @functools.cache
+    def run(script, processes, start=None):
+        out = start or tmp_path_factory.mktemp("runs") / "run"
+        launch = [sys.executable]
+        if processes > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run([*launch, f"{script}.py", *COMMON, *SCRIPTS[script], "--out", str(out)],
+                              cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                              capture_output=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return out, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return run
+
+
+def same(found, expected, keys, tolerance=1e-5):
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for a, b in zip(found, expected):
+        for key in keys:
+            assert (key in a) == (key in b), (a["step"], key)       # the GAN terms start later
+            assert key not in b or a[key] == pytest.approx(b[key], rel=tolerance), (a["step"], key)
+
+
+def close(out, expected, tolerance=5e-3):
+    """The exports: largest difference, relative to the largest weight of each tensor. Wider than
+    for losses: Adam divides by the gradient's size, so where that is rounding, the update is too."""
+    for name in ("model", "ema"):
+        a, b = (load_file(o / "final" / f"{name}.safetensors") for o in (out, expected))
+        assert a.keys() == b.keys()
+        worst = max((float((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-3)), k)
+                    for k in b)
+        assert worst[0] < tolerance, (name, worst)
+
+
+def check_stage_two(curve, processes):
+    out, found = curve("train_dit", processes)
+    whole, expected = curve("train_dit", 1)
+    same(found, expected, ("loss", "flow", "text", "grad_norm"))
+    assert len({line["loss"] for line in expected}) == 6
+    close(out, whole)
+
+
+def check_pieces(out, whole, processes):
+    """Each process wrote its rows and no others, of weights, averages and moments."""
+    load = lambda path: safe_open(path, "pt")
+    one = load(whole / "checkpoints/step-0000006/state.safetensors")
+    parts = [load(p) for p in sorted((out / "checkpoints/step-0000006").glob("state*"))]
+    assert len(parts) == processes
+    split = 0
+    for key in one.keys():
+        shape = one.get_slice(key).get_shape()
+        held = [f.get_slice(key).get_shape() for f in parts if key in f.keys()]
+        if key.endswith(".step"):
+            assert len(held) == 1
+            continue
+        assert sum(s[0] for s in held) == shape[0] and all(s[1:] == shape[1:] for s in held), key
+        assert max(s[0] for s in held) == -(-shape[0] // processes), key
+        split += 1
+    kinds = ("ema.", "optimizer.")
+    assert all(any(k.startswith(kind) for k in one.keys()) for kind in kinds) and split > 100
+
+
+def check_resume(curve, tmp_path, before, after):
+    whole, expected = curve("train_dit", before)
+    start = tmp_path / "resumed"
+    shutil.copytree(whole, start)
+    shutil.rmtree(start / "checkpoints" / "step-0000006")
+    shutil.rmtree(start / "final")
+    out, found = curve("train_dit", after, start)
+    assert found[:3] == expected[:3]                    # lines of the run before
+    assert found[3]["images_per_s"] != expected[3]["images_per_s"]      # and its own
+    same(found, expected, ("loss", "grad_norm"))
+    close(out, whole)
+
+
+def test_two_processes_give_the_curve_and_the_export_of_one(curve):
+    check_stage_two(curve, 2)
+
+
+def test_a_process_keeps_its_rows_of_weights_average_and_moments(curve):
+    check_pieces(curve("train_dit", 2)[0], curve("train_dit", 1)[0], 2)
+
+
+def test_a_checkpoint_of_two_processes_resumes_on_one(curve, tmp_path):
+    check_resume(curve, tmp_path, 2, 1)
+
+
+def test_stage_one_on_two_processes(curve):
+    """Reconstruction, VGG terms, the discriminator, and its adaptive weight."""
+    (out, found), (whole, expected) = curve("train_decoder", 2), curve("train_decoder", 1)
+    same(found, expected, ("l1", "lpips", "gram", "loss", "disc"))
+    same(found, expected, ("gan_lambda",), 1e-3)        # a ratio of two norms of rounded gradients
+    assert "gan_lambda" in expected[-1]
+    close(out, whole)
