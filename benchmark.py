@@ -356,9 +356,9 @@ def judge(picture, prompt):
 
 
 def read(picture, prompt):
-    """`judge` of a word: it must match well, and best among 40, those of its length first. (1.7 % of
-    wrong words pass; among 20, and with 0.5 for 0.75, 7.5 %. With rivals that differ in one letter
-    5 % of the right ones would fail.)"""
+    """`judge` of a word: it must match well, and best among 40, those of its length first. (1.7 %
+    of wrong words pass; among 20, and with 0.5 for 0.75, 7.5 %. With rivals that differ in one
+    letter 5 % of the right ones would fail.)"""
     rand = data.generator("candidates", prompt.word)
     others = sorted(set(data.WORDS + NEW_WORDS) - {prompt.word}, key=lambda _: rand())
     others.sort(key=lambda w: len(w) != len(prompt.word))
