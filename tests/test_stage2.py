@@ -216,6 +216,16 @@ def test_bf16_and_its_fp32_islands(encoder, monkeypatch):
     assert train_dit.flow.interpolate(x, x + 1, torch.tensor([0.25]))[0, 0, 0] == 1000.25
 
 
+def test_blocks_compile_whole(plain, tmp_path, monkeypatch):
+    """--compile: each block of both networks is one graph, also when it samples."""
+    blocks, real = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: (
+        blocks.append(type(self)), real(self, **options, backend="eager"))[1])
+    lines = train(tmp_path / "r", "--data", "builtin:hq", "--steps", 2, "--compile")
+    assert losses(lines) == pytest.approx(losses(plain[1]), rel=1e-6)
+    assert blocks == [text.Layer] * 3 + [dits.Block] * 6
+
+
 # ------------------------------------------------------------------------------------------------
 # Baselines
 # ------------------------------------------------------------------------------------------------
@@ -309,6 +319,30 @@ def test_layers(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
+# Finetuning: --init, --epochs, --cache-latents
+# ------------------------------------------------------------------------------------------------
+
+def test_finetuning(plain, tmp_path):
+    """--init: the EMA of a run; with no learning rate to speak of the result is the same. --epochs:
+    passes over finite data, rounded up; with the paper's rates, from cached latents."""
+    out, lines = plain
+    train(tmp_path / "a", "--init", out, "--lr", 1e-12, "--lr-llm", 1e-12)
+    got, want = (load_file(path) for path in (tmp_path / "a/final/model.safetensors",
+                                              out / "final/ema.safetensors"))
+    assert got.keys() == want.keys()
+    assert all(torch.allclose(got[k], want[k], atol=1e-9) for k in want)
+    recipe = ["--init", out, "--epochs", 0.01, "--lr", 5.66e-4, "--lr-llm", 5.66e-5, "--warmup",
+              0.03]
+    tuned = train(tmp_path / "b", *recipe, "--data", "builtin:hq", "--cache-latents",
+                  tmp_path / "latents")
+    assert len(tuned) == math.ceil(0.01 * 600 / 4) == 2
+    assert [line["lr"] for line in tuned] == pytest.approx([5.66e-4, 5.66e-4])
+    assert [line["lr_llm"] for line in tuned] == pytest.approx([5.66e-5, 5.66e-5])
+    assert tuned[0]["loss"] < lines[0]["loss"] - 1                  # of the same four pictures
+    train(tmp_path / "c", *recipe, "--data", "builtin:web", status=2)       # endless
+
+
+# ------------------------------------------------------------------------------------------------
 # Long runs
 # ------------------------------------------------------------------------------------------------
 
@@ -333,6 +367,32 @@ def test_updates_that_are_not_finite(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count("error: ten steps in a row") == 1 and "step 13" in said and "--lr" in said
     assert "samples builtin:hq/" in said and "Traceback" not in said
+
+
+def test_wandb_is_asked_for_and_optional(tmp_path, monkeypatch, capsys):
+    """A stand-in package notes what it is told; without one, a clear line."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)
+    train(tmp_path / "a", "--wandb", "rae", status=2)
+    assert "--wandb rae: the wandb package is not installed; pip" in capsys.readouterr().err
+    monkeypatch.undo()
+    (tmp_path / "wandb.py").write_text("""
+told = []
+
+class Run:
+    def log(self, values, step):
+        told.append((step, values["loss"]))
+
+def init(**options):
+    told.append(options)
+    return Run()
+""")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = train(tmp_path / "b", "--wandb", "rae", "--steps", 2)
+    told = sys.modules.pop("wandb").told
+    assert told[0]["project"] == "rae" and told[0]["config"]["steps"] == 2
+    assert told[1:] == [(line["step"], line["loss"]) for line in lines]
 
 
 @pytest.mark.parametrize("flags, latent, alpha, parameters", [
