@@ -322,6 +322,8 @@ def collectives(hlo):
                         for operand in re.findall(r"%([\w.\-]+)", m[3])]
             for i, (dtype, dims) in enumerate(arrays):
                 made = operands[i][0] if i < len(operands) and operands[i] else ""
+                if fused := re.search(r"calls=%([\w.\-]+)", made):
+                    made = re.search(r"ROOT [^\n]*", bodies[fused[1]])[0]
                 gathers = m[2] == "all-gather" or "windowed_dot_general_body_ag" in name or (
                     m[2] == "all-reduce" and "dynamic-update-slice" in made)
                 shape = [int(n) for n in dims.split(",") if n]
