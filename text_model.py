@@ -118,6 +118,14 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def pick(x, index):
+    """Rows index [B,M] of x [B,K,H] -> [B,M,H], zero where there is no such row. A product with ones
+    and zeros, which is exact: the backward pass of `gather` is a scatter, and a scatter over a split
+    batch makes the TPU's compiler sum the whole batch on every chip (LOG.md)."""
+    rows = torch.arange(x.shape[1], device=x.device)
+    return (index[..., None] == rows).to(x.dtype) @ x
+
+
 class TextModel(nn.Module):
     """Qwen2 and what Scale-RAE adds to it (paper section 3.1; reference ScaleRAEQwenForCausalLM).
 
@@ -158,8 +166,7 @@ class TextModel(nn.Module):
             rows = torch.where(answer[:, None, None], rows, self.model.mm_projector(z.to(self.dtype)))
         index = torch.arange(ids.shape[1], device=ids.device) - start[:, None]      # [B,L]
         inside = (index >= 0) & (index < self.tokens)
-        index = index.clamp(0, self.tokens - 1)[..., None].expand(-1, -1, self.width)
-        return torch.where(inside[..., None], rows.gather(1, index), x)
+        return torch.where(inside[..., None], pick(rows, index), x)
 
     def forward(self, x, cache=None):
         """Embeddings [B,L,H] -> hidden states after the last norm [B,L,H]; causal, positions from 0.
@@ -201,8 +208,7 @@ class TextModel(nn.Module):
     def condition(self, h, start):
         """Hidden states [B,L,H] at the N query positions, projected: cond [B,N,Z]."""
         index = start[:, None] + torch.arange(self.tokens, device=h.device)         # [B,N]
-        index = index.clamp(max=h.shape[1] - 1)[..., None].expand(-1, -1, self.width)
-        return self.diff_head_projector(h.gather(1, index))
+        return self.diff_head_projector(pick(h, index.clamp(max=h.shape[1] - 1)))
 
     def text_loss(self, h, labels):
         """Cross-entropy of the labelled next tokens, summed (the caller divides by their number in
