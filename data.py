@@ -1099,7 +1099,8 @@ def write_latents(pictures, size: int, place: str, encode, batch: int, workers: 
     os.makedirs(temporary)
     groups = [range(k, min(k + batch, size)) for k in range(0, size, batch)]
     for group, rows in zip(groups, DataLoader(pictures, batch_sampler=groups, collate_fn=list,
-                                              num_workers=workers, worker_init_fn=start_worker)):
+                                              num_workers=workers, worker_init_fn=start_worker,
+                                              multiprocessing_context=FORK if workers else None)):
         broken.update({j: r for j, r in zip(group, rows) if isinstance(r, str)})
         blank = np.zeros((pictures.mixture.resolution,) * 2 + (3,), np.uint8)
         rows = [blank if isinstance(r, str) else r for r in rows]
@@ -1118,6 +1119,11 @@ def write_latents(pictures, size: int, place: str, encode, batch: int, workers: 
         json.dump({"crcs": crcs, "broken": broken}, f)
     shutil.rmtree(place, ignore_errors=True)
     os.rename(temporary, place)
+
+
+# Forked workers start at once and notice when kill -9 takes the trainer. From Python 3.14 on Linux'
+# default is a server that forks them, and then they would not.
+FORK = "fork" if sys.platform == "linux" else None
 
 
 def start_worker(_):
@@ -1140,6 +1146,7 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
     batches = (range(n, n + share) for n in itertools.count(start + rank * share, batch))
     started = iter(DataLoader(mixture, batch_sampler=batches, collate_fn=collate,
                               num_workers=workers, worker_init_fn=start_worker,
+                              multiprocessing_context=FORK if workers else None,
                               prefetch_factor=4 if workers else None))
 
     def one_line():                                       # a worker's error comes with its traceback

@@ -207,6 +207,10 @@ def test_killed_again_and_again(name, commands, whole, tmp_path):
     inside("os.mkdir final")
     assert ends(commands[name], out) == 0, said(out)
     same(out, original)
+    with pytest.raises(ProcessLookupError):             # workers whose trainer was killed alone
+        for _ in range(600):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
 
 
 @pytest.mark.slow
