@@ -69,7 +69,8 @@ def arguments():
     a("--epochs", type=positive, help="passes over finite --data, instead of --steps (finetuning)")
     a("--export", action="store_true",
       help="write final/ from the latest checkpoint of an unfinished run, and stop")
-    a("--overfit", action="store_true", help="train on the first batch only: a check")
+    a("--overfit", action="store_true", help="train on the first batch only, a check: with --batch 4 "
+      "--steps 60 --lr 3e-3 --lr-llm 3e-3 the tiny preset's loss falls from 11 to below 0.1")
     a("--cache-latents", nargs="?", const="runs/latents", metavar="DIR", help="encode finite --data "
       "once, onto disk (for small sets: 1.2 MB an image of 256 x 1152)")
     a = p.add_argument_group("model").add_argument

@@ -412,6 +412,12 @@ def test_dry_run(flags, latent, alpha, parameters, capsys):
         assert told["train_tflop_per_image"]["dit"] == pytest.approx(3.787, rel=1e-2)
 
 
+def test_overfit(tmp_path):
+    """What --help states."""
+    lines = train(tmp_path / "r", "--overfit", "--steps", 60, "--lr", 3e-3, "--lr-llm", 3e-3)
+    assert lines[0]["loss"] > 10 and lines[-1]["loss"] < 0.1
+
+
 # ------------------------------------------------------------------------------------------------
 # The expected curve
 # ------------------------------------------------------------------------------------------------
