@@ -60,7 +60,7 @@ def share(text):
 
 
 def arguments():
-    """Flags, checked against each other; what is not given follows from --size. Raises UserError."""
+    """Flags, checked against each other; the rest follows from --size. Raises UserError."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 epilog="All defaults follow from --size.")
     positive, none_or_more = runs.positive(float), runs.positive(float, zero=True)
@@ -69,10 +69,10 @@ def arguments():
     a("--epochs", type=positive, help="passes over finite --data, instead of --steps (finetuning)")
     a("--export", action="store_true",
       help="write final/ from the latest checkpoint of an unfinished run, and stop")
-    a("--overfit", action="store_true", help="train on the first batch only, a check: with --batch 4 "
-      "--steps 60 --lr 3e-3 --lr-llm 3e-3 the tiny preset's loss falls from 11 to below 0.1")
-    a("--cache-latents", nargs="?", const="runs/latents", metavar="DIR", help="encode finite --data "
-      "once, onto disk (for small sets: 1.2 MB an image of 256 x 1152)")
+    a("--overfit", action="store_true", help="train on the first batch only, a check: with "
+      "--batch 4 --steps 60 --lr 3e-3 --lr-llm 3e-3 tiny's loss falls from 11 to below 0.1")
+    a("--cache-latents", nargs="?", const="runs/latents", metavar="DIR", help="encode finite "
+      "--data once, onto disk (for small sets: 1.2 MB an image of 256 x 1152)")
     a = p.add_argument_group("model").add_argument
     a("--size", default="tiny", metavar="|".join(dits.SIZES),
       help="of the DiT; the paper's spellings (2.4B, 9.8B, ...) work too")
@@ -327,8 +327,8 @@ def check_memory(memory, args, devices):
                  and memory(b)["total"] <= have), None)
     parts = ", ".join(f"{k} {v:.1f}" for k, v in need.items() if k != "total")
     raise UserError(
-        f"--size {args.size} with {args.micro_batch // n} images at a time needs {need['total']:.1f} "
-        f"GB a device ({parts}); {have:.1f} GB are free. "
+        f"--size {args.size} with {args.micro_batch // n} images at a time needs "
+        f"{need['total']:.1f} GB a device ({parts}); {have:.1f} GB are free. "
         + (f"--micro-batch {fits} fits" if fits else
            f"Without images it needs {memory(0)['total']:.1f} GB: take a smaller --size, --freeze "
            "llm, --ema 0, or more devices (torchrun)"))
@@ -376,8 +376,8 @@ def main():
     alpha = (flow.shift_alpha(N, C, args.shift_base) if args.shift == "auto" else
              1.0 if args.shift == "none" else float(args.shift))
     if size.width <= C and not args.allow_narrow:
-        raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the latent's "
-                        f"{C} channels. Noise fills all C dimensions of a token, so a narrower DiT "
+        raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the "
+                        f"latent's {C} channels. Noise fills all C dimensions of a token, so a narrower DiT "
                         "cannot even copy it (paper appendix B). Take a larger --size, or override "
                         "with --allow-narrow")
 
@@ -453,7 +453,8 @@ def main():
     if scratch:
         llm = text.TextModel(llm_config, N, encoder.channels, size.width, devices.dtype)
     else:
-        llm = weights.load_llm(files["llm"], tokenizer, N, encoder.channels, size.width, devices.dtype)
+        llm = weights.load_llm(files["llm"], tokenizer, N, encoder.channels, size.width,
+                               devices.dtype)
     model = networks(llm)
     dit, blocks = model.dit, [*llm.model.layers, *model.dit.dit_blocks]
     (text.init_weights if scratch else text.init_extras)(llm, args.seed)        # or Qwen2 has some
@@ -494,7 +495,8 @@ def main():
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     of_llm = {k for k in named if k.startswith("llm.") and "diff_head" not in k}
     optimizer = parallel.adamw(
-        [dict(params=[p for k, p in named.items() if k not in of_llm], lr=args.lr, betas=args.betas),
+        [dict(params=[p for k, p in named.items() if k not in of_llm], lr=args.lr,
+              betas=args.betas),
          dict(params=[p for k, p in named.items() if k in of_llm], lr=args.lr_llm,
               betas=args.betas_llm)], devices, eps=1e-8, weight_decay=0.0)
     ema = runs.averages(named, devices) if args.ema else {}
@@ -582,11 +584,13 @@ def main():
             if tiny and done < args.steps:
                 values = check_colours(32)
         if run.due(done, args.log_every):
-            values = {**meter.read(sum(flops.values()), devices), "grad_norm": norm.item(), **values}
+            values = {**meter.read(sum(flops.values()), devices), "grad_norm": norm.item(),
+                      **values}
             values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
             run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor, **values)
         if run.due(done, args.sample_every):
-            run.plot(["loss", "flow", "text", "repa", "cond_spread", "background_right", "colour_right"])
+            run.plot(["loss", "flow", "text", "repa", "cond_spread", "background_right",
+                      "colour_right"])
         if run.due(done, args.save_every):
             run.save(done, saved)
         if run.stop and done < args.steps:
