@@ -378,8 +378,8 @@ def main():
     if size.width <= C and not args.allow_narrow:
         raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the "
                         f"latent's {C} channels. Noise fills all C dimensions of a token, so a "
-                        "narrower DiT cannot even copy it (paper appendix B). Take a larger --size, or override "
-                        "with --allow-narrow")
+                        "narrower DiT cannot even copy it (paper appendix B). Take a larger "
+                        "--size, or override with --allow-narrow")
 
     def networks(llm):
         """The LLM and a new DiT, as the arguments want them."""
