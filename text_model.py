@@ -119,9 +119,9 @@ class Layer(nn.Module):
 
 
 def pick(x, index):
-    """Rows index [B,M] of x [B,K,H] -> [B,M,H], zero where there is no such row. A product with ones
-    and zeros, which is exact: the backward pass of `gather` is a scatter, and a scatter over a split
-    batch makes the TPU's compiler sum the whole batch on every chip (LOG.md)."""
+    """Rows index [B,M] of x [B,K,H] -> [B,M,H], zero where there is no such row. A product with
+    ones and zeros, which is exact: the backward pass of `gather` is a scatter, for which the TPU's
+    compiler sums the whole batch on every chip (LOG.md)."""
     rows = torch.arange(x.shape[1], device=x.device)
     return (index[..., None] == rows).to(x.dtype) @ x
 

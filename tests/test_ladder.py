@@ -114,8 +114,8 @@ def test_too_little_memory_is_said_before_long_work(free, batch, says, typed, mo
 
 
 def test_planned_arguments_are_the_compiler_s():
-    """Weights, moments, average and batch of one chip within 1 % of the arguments that libtpu 0.0.21
-    counts: python tests/tpu_compile.py --size 2b --topology v5e:4x4 --batch 128 --llm none."""
+    """Weights, moments, average and batch of one chip within 1 % of the arguments that libtpu
+    0.0.21 counts: python tests/tpu_compile.py --size 2b --topology v5e:4x4 --batch 128 --llm none."""
     compiled = 2.313559 * 2 ** 30
     size, N, C, images = dits.SIZES["2b"], 256, 1152, 128 // 16
     with torch.device("meta"):
@@ -126,7 +126,7 @@ def test_planned_arguments_are_the_compiler_s():
                       for train in (True, False))
     memory = runs.memory_gb(trained, fixed, 0, ema=True)
     state = (memory["total"] - memory["gradients"]) * 1e9       # gradients live inside the step
-    batch = images * (2 * N * C * 4 + N * size.width * 2)       # latents and noise; conditions in bf16
+    batch = images * (2 * N * C * 4 + N * size.width * 2)       # latents, noise; conditions in bf16
     assert state + batch == pytest.approx(compiled, rel=0.01)
     assert batch > 0.01 * compiled                              # so that both must be right
 
@@ -135,7 +135,8 @@ def test_the_dry_run_s_arguments_are_the_compiler_s(typed):
     """The same of the whole step, LLM and encoder in it:
     python tests/tpu_compile.py --size 9b --topology v5p:4x4x4 --batch 512."""
     compiled = 4.155131 * 2 ** 30
-    plan = json.loads(typed("--size", "9b", "--dry-run", "--json", "--mesh", "fsdp=64", "--batch", 512))
+    plan = json.loads(typed("--size", "9b", "--dry-run", "--json", "--mesh", "fsdp=64",
+                            "--batch", 512))
     state = sum(plan["memory_gb_per_device"][k] for k in ("weights", "moments", "ema")) * 1e9
     batch = 512 // 64 * (3 * 224 ** 2 + 256 * 1152 * 4 + 512 * 16)      # images, noise, ids, labels
     assert state + batch == pytest.approx(compiled, rel=0.01)
