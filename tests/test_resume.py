@@ -271,7 +271,7 @@ def listing(folder):
             if p.name not in ("lock", "run")}
 
 
-def test_second_process_refuses(commands, tmp_path):
+def test_second_process_refuses(commands, tmp_path, restore_signals):
     out = tmp_path / "run"
     first = runs.Run(arguments(out), CPU)
     before = listing(out)
