@@ -4,9 +4,9 @@
     python tests/bench_data.py --data shards/       # yours
 
 A core's figure is by the clocks of this process and of its workers, so that other work on the
-machine does not count; the wall's is printed beside it. Target: 300 a core. Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its
-size where the crop asks for no more (draft mode); a random crop, from a short side of 336, asks
-for more.
+machine does not count; the wall's is printed beside it. Target: 300 a core. Pillow decodes a JPEG
+at 1/2, 1/4 or 1/8 of its size where the crop asks for no more (draft mode); a random crop, from a
+short side of 336, asks for more.
 """
 import argparse
 import io
