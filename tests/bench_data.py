@@ -1,4 +1,4 @@
-"""Decoded 224 px images a second from WebDataset tars of 512 px JPEGs, through data.py's own reader.
+"""Decoded 224 px images a second from tars of 512 px JPEGs, through data.py's own reader.
 
     python tests/bench_data.py                      # writes 4 tars of 250 pictures, then reads them
     python tests/bench_data.py --data shards/       # yours
@@ -26,7 +26,7 @@ import data                                                             # noqa: 
 
 
 def write(folder, tars, each, side, quality):
-    """Tars of scenes with noise in them, so that a JPEG is as large as a photo's; returns KB each."""
+    """Tars of scenes with noise in them, so that a JPEG is as large as a photo's -> KB each."""
     size, noise = 0, np.random.RandomState(0).normal(0, 10, (side, side, 3))
     for shard in range(tars):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
@@ -34,7 +34,8 @@ def write(folder, tars, each, side, quality):
                 record, jpeg = data.builtin_record("builtin:web", 0, n, side), io.BytesIO()
                 pixels = (record["image"] + np.roll(noise, 7 * n, 0)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(jpeg, "JPEG", quality=quality)
-                for name, content in (("jpg", jpeg.getvalue()), ("txt", record["caption"].encode())):
+                text = record["caption"].encode()
+                for name, content in (("jpg", jpeg.getvalue()), ("txt", text)):
                     member = tarfile.TarInfo(f"{n:09d}.{name}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -68,7 +69,7 @@ def main():
         for crop in data.CROPS:
             for workers in args.workers:
                 mixture = data.Mixture([args.data or folder], args.resolution, crop=crop)
-                batches = data.loader(mixture, lambda records: np.stack([r["image"] for r in records]),
+                batches = data.loader(mixture, lambda rows: np.stack([r["image"] for r in rows]),
                                       32, workers=workers)
                 for _ in range(5 * workers + 1):    # started, and their queues are full
                     next(batches)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"                      # a missing file is not looked for for minutes
+os.environ["HF_HUB_OFFLINE"] = "1"                      # a missing file is not waited for
 import perceptual                                                       # noqa: E402
 import run as runs                                                      # noqa: E402
 

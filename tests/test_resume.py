@@ -186,8 +186,9 @@ SCRIPTS = ["dit", "decoder", *(pytest.param(n, marks=pytest.mark.slow) for n in 
 def part(operations, first, last=None):
     """The operations from that which begins with `first` up to that which begins with `last`."""
     find = lambda s: next(k for k, line in enumerate(operations) if line.startswith(s))
+    words = "os.rmdir", "os.remove", "checkpoints", "final"
     return [line for line in operations[find(first):last and find(last)]
-            if line.startswith(("os.rmdir", "os.remove")) or "checkpoints" in line or "final" in line]
+            if any(w in line for w in words)]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
