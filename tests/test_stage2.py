@@ -432,7 +432,7 @@ def curve(out):
 
 
 def test_expected_curve(tmp_path):
-    """The tolerance covers builds of torch, numbers of threads and processors; not an error."""
+    """torch 2.9 and 2.13, 1 and 2 threads: the same digits; xla 4e-6. The tolerance is for the rest."""
     want = json.loads(CURVE.read_text())
     got = curve(tmp_path / "r")
     assert len(got) == len(want["steps"])
@@ -448,7 +448,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         rows = curve(Path(folder) / "run")
     command = "train_dit.py --device cpu --dtype float32 --batch 8 --steps 8 --log-every 1"
-    head = {"command": command, "tolerance": 1e-3}
+    head = {"command": command, "tolerance": 1e-4}
     CURVE.write_text(json.dumps(head, indent=1)[:-2] + ',\n "steps": [\n  '
                      + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n")
     print(CURVE)
