@@ -127,5 +127,15 @@ def test_a_checkpoint_of_four_devices_resumes_on_two(curve, tmp_path):
     close(averages(out), averages(whole), 5e-3)
 
 
+@pytest.mark.parametrize("devices", [4])
+def test_stage_one_on_four_devices(curve, devices):
+    """Reconstruction, VGG terms, and the discriminator from steps 2 and 5 on."""
+    _, expected, _ = curve("train_decoder", 0)
+    out, found, counts = curve("train_decoder", devices)
+    same(found, expected, ("l1", "lpips", "gram", "loss", "disc"), 1e-3)
+    compiles = [c for c, _ in counts[:21]]              # another program with D, and one with GAN
+    assert len(set(compiles[7:11])) == 1 and len(set(compiles[11:21])) == 1, compiles
+
+
 if __name__ == "__main__":
     observed(*sys.argv[1:])
