@@ -1,6 +1,6 @@
 """Stopped anywhere and started again by the same command, a run ends with the same bytes.
 
-    pytest tests/test_resume.py                     # -m "not slow" leaves the exhaustive parts out
+    pytest -m "" tests/test_resume.py               # with the exhaustive parts
     RESUME_SEED=7 pytest -s tests/test_resume.py    # other moments; they are printed
 """
 import argparse
