@@ -8,6 +8,7 @@ the start the DiT's velocity is 0 and its blocks are the identity.
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -340,6 +341,50 @@ def test_finetuning(plain, tmp_path):
     assert [line["lr_llm"] for line in tuned] == pytest.approx([5.66e-5, 5.66e-5])
     assert tuned[0]["loss"] < lines[0]["loss"] - 1                  # of the same four pictures
     train(tmp_path / "c", *recipe, "--data", "builtin:web", status=2)       # endless
+
+
+def test_cached_latents_give_the_same_losses(tmp_path, vae_file, capsys):
+    """A folder with a broken picture, latents of a VAE: what is skipped and drawn is the same too.
+    Damage is made good, or refused where it cannot be seen at once; another VAE, another entry."""
+    folder, cache = tmp_path / "pictures", tmp_path / "cache"
+    folder.mkdir()
+    for i in range(8):
+        record = data.builtin_record("builtin:synthetic", 0, i, 80)
+        data.Image.fromarray(record["image"]).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(record["caption"])
+    (folder / "3.png").write_bytes(b"not a picture")
+    options = ["--data", folder, "--latent", "vae", "--vae", vae_file, "--steps", 2]
+
+    def errors():
+        said = capsys.readouterr().err
+        return re.findall(r"skipped (\S+):", said), said
+
+    want = losses(train(tmp_path / "a", *options))
+    broken = errors()[0]
+    assert len(broken) == 1 and "3.png" in broken[0]
+    options += ["--cache-latents", cache]
+    assert losses(train(tmp_path / "b", *options)) == pytest.approx(want, rel=1e-5)
+    again, said = errors()
+    assert again == broken and "encoding 8 pictures once" in said
+    entry, = cache.iterdir()
+    made = (entry / "latents.npy").stat().st_mtime_ns
+    assert losses(train(tmp_path / "c", *options, "--workers", 1)) == pytest.approx(want, rel=1e-5)
+    assert (entry / "latents.npy").stat().st_mtime_ns == made               # read, by a worker
+    os.truncate(entry / "latents.npy", 10_000)
+    train(tmp_path / "d", *options, "--steps", 1)
+    assert "making it again" in errors()[1] and (entry / "latents.npy").stat().st_size > 10_000
+    array = np.load(entry / "latents.npy", mmap_mode="r+")
+    array[:, 0, 0] += 1
+    array.flush()
+    train(tmp_path / "e", *options, status=2)
+    said = errors()[1]
+    assert said.count("error: --cache-latents: record ") == 1 and "delete that folder" in said
+    state, config = weights.read_weights(vae_file)
+    key = next(k for k in state if k.startswith("encoder.") and k.endswith("bias"))
+    save_file({**state, key: state[key] + 1}, tmp_path / "other.safetensors",
+              metadata={"config": json.dumps(config)})
+    train(tmp_path / "f", *options, "--steps", 1, "--vae", tmp_path / "other.safetensors")
+    assert len(list(cache.iterdir())) == 2
 
 
 # ------------------------------------------------------------------------------------------------
