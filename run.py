@@ -288,6 +288,7 @@ class Run:
             self._trim_log()
             self.file = open(self.dir / "log.jsonl", "a")
             if self.latest:
+                self._sweep()                           # of what a cut deletion left
                 print(f"resumed {self.dir} at step {self.start}")
 
     def _read(self, named):

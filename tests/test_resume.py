@@ -56,7 +56,9 @@ def child(command, out, at, how):
         nonlocal come
         path = str(args[0]) if args else ""
         # what shutil.rmtree deletes is named relative to its folder
-        if name in OPERATIONS and (path.startswith(f"{out}/") or name in ("os.rmdir", "os.remove")):
+        ours = path.startswith(f"{out}/") or (
+            name in ("os.rmdir", "os.remove") and not path.startswith("/"))
+        if name in OPERATIONS and ours:
             line = f"{name} {path.removeprefix(f'{out}/')}"
             listing.write(line + "\n")
             if how == "full" and come and name == "os.rmdir":           # the failed save is gone
