@@ -118,3 +118,10 @@ def test_stage_one_on_two_processes(curve):
     same(found, expected, ("gan_lambda",), 1e-3)        # a ratio of two norms of rounded gradients
     assert "gan_lambda" in expected[-1]
     close(out, whole)
+
+
+@pytest.mark.slow
+def test_four_processes(curve, tmp_path):
+    check_stage_two(curve, 4)
+    check_pieces(curve("train_dit", 4)[0], curve("train_dit", 1)[0], 4)
+    check_resume(curve, tmp_path, 4, 2)

@@ -91,7 +91,7 @@ def close(a, b, tolerance):
     assert worst[0] < tolerance, worst
 
 
-@pytest.mark.parametrize("devices, mesh", [(4, "fsdp=4")])
+@pytest.mark.parametrize("devices, mesh", [(4, "fsdp=4"), (8, "fsdp=4,tensor=2"), (1, ""), (8, "fsdp=8")])
 def test_every_mesh_gives_the_curve_of_one_cpu(curve, devices, mesh):
     """20 steps, each in one of the four averages that are compared."""
     _, expected, _ = curve("train_dit", 0)
