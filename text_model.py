@@ -229,16 +229,16 @@ class TextModel(nn.Module):
         return sum(checkpoint(group, h[:, i:i + 64], targets[:, i:i + 64], use_reentrant=False)
                    for i in range(0, h.shape[1], 64))
 
-    def train_flops(self, length):
-        """Training FLOPs of one sequence of `length` tokens (6 per weight and token, attention
-        counted in full: the causal half is not skipped in the count, as is usual)."""
+    def train_flops(self, length, frozen=False):
+        """Training FLOPs of one sequence of `length` tokens: 6 per weight and token, 4 where the
+        weights are frozen, for the gradient still passes to the queries. Attention is counted in
+        full: the causal half is not skipped in the count, as is usual."""
         c, H = self.config, self.width
         hd = H // c["num_attention_heads"]
-        layer = (2 * H * H + 2 * H * hd * c["num_key_value_heads"]
-                 + 3 * H * c["intermediate_size"] + 2 * length * H)
-        macs = c["num_hidden_layers"] * layer + c["vocab_size"] * H
-        return 6 * macs * length
-
+        layer = 2 * H * H + 2 * H * hd * c["num_key_value_heads"] + 3 * H * c["intermediate_size"]
+        weights = c["num_hidden_layers"] * layer + c["vocab_size"] * H
+        products = c["num_hidden_layers"] * 2 * length * H              # q k^T and its product with v
+        return ((4 if frozen else 6) * weights + 6 * products) * length
 
     def activation_bytes(self, length):
         """What the backward pass keeps of one sequence, eager: 16 H + 4 MLP values a token and layer

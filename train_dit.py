@@ -417,7 +417,7 @@ def main():
     parts = {"dit": dit, "llm": llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
              "repa": getattr(model, "repa", None)}
     count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
-    flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length)}
+    flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length, args.freeze == "llm")}
     if not args.cache_latents:
         flops["encoder"] = encoder.forward_flops()
     if vae and not args.cache_latents:
