@@ -147,9 +147,9 @@ def bench(name, rounds, device):
           flush=True)
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--sizes", nargs="+", choices=list(ROWS), default=["tiny", "640x4"])
+def arguments(p, rows):
+    """The flags of both benches added to p -> parsed, threads set; bench_sampler.py's too."""
+    p.add_argument("--sizes", nargs="+", choices=list(rows), default=["tiny", "640x4"])
     p.add_argument("--rounds", type=int, default=7, help="timings a form; the median counts")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     p.add_argument("--device", type=torch.device, default=torch.device("cpu"))
@@ -157,6 +157,11 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
+    return args
+
+
+def main():
+    args = arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]), ROWS)
     for name in args.sizes:
         bench(name, args.rounds, args.device)
 

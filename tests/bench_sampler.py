@@ -23,8 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flow  # noqa: E402
+from bench_dit import arguments  # noqa: E402
 from dit import SIZES, DiT  # noqa: E402
-from sample import candidates_together, generate  # noqa: E402
+from flow import candidates_together, generate  # noqa: E402
 
 # width x depth: heads, N tokens, C channels
 ROWS = {"tiny": (SIZES["tiny"].heads, 64, 96), "640x4": (10, 256, 96), "1280x4": (32, 256, 1152)}
@@ -107,16 +108,9 @@ def bench(name, args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--sizes", nargs="+", choices=list(ROWS), default=["tiny", "640x4"])
     p.add_argument("--candidates", type=int, default=8)
     p.add_argument("--steps", type=int, default=10)
-    p.add_argument("--rounds", type=int, default=7, help="timings a form; the median counts")
-    p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    p.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    args = p.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
+    args = arguments(p, ROWS)
     for name in args.sizes:
         bench(name, args)
 

@@ -23,9 +23,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data                                                             # noqa: E402
-import discriminator as gans                                            # noqa: E402
 import parallel                                                         # noqa: E402
-import perceptual                                                       # noqa: E402
 import run as runs                                                      # noqa: E402
 
 SEED = int(os.environ.get("RESUME_SEED", 0))
@@ -134,7 +132,7 @@ def same(out, whole, but=()):
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory):
+def commands(nets, tmp_path_factory):
     """name -> the command of a short run with all that could be forgotten in a checkpoint."""
     folder = tmp_path_factory.mktemp("inputs")
     shards = folder / "shards"
@@ -143,14 +141,7 @@ def commands(tmp_path_factory):
         m.setattr(sys, "argv", ["data.py", "export", "--source", "builtin:web", "--count", "40",
                                 "--resolution", "64", "--shard", "20", "--out", str(shards)])
         data.main()
-    vgg, disc = perceptual.Perceptual(perceptual.TINY_WIDTH), gans.Discriminator(gans.TINY)
-    perceptual.init_weights(vgg, 0)
-    gans.init_weights(disc, 0)
-    save_file(vgg.state_dict(), folder / "vgg.safetensors")
-    save_file(disc.dino.state_dict(), folder / "dino.safetensors",
-              {"config": json.dumps(gans.TINY)})
     mixture = ["--data", "builtin:synthetic=2", f"{shards}=2", "builtin:hq"]
-    nets = ["--vgg", folder / "vgg.safetensors", "--dino", folder / "dino.safetensors"]
     terms = ["--lpips", "1", "--gram", "100", "--gan", "0.5", "--disc-start", "1", "--gan-start",
              "2"]
     return {

@@ -55,19 +55,6 @@ def state(out, step):
     return load_file(out / f"checkpoints/step-{step:07d}/state.safetensors")
 
 
-@pytest.fixture(scope="module")
-def nets(tmp_path_factory):
-    """--vgg and --dino: small random networks, as files."""
-    folder = tmp_path_factory.mktemp("nets")
-    vgg, disc = perceptual.Perceptual(perceptual.TINY_WIDTH), gans.Discriminator(gans.TINY)
-    perceptual.init_weights(vgg, 0)
-    gans.init_weights(disc, 0)
-    save_file(vgg.state_dict(), folder / "vgg.safetensors")
-    save_file(disc.dino.state_dict(), folder / "dino.safetensors",
-              {"config": json.dumps(gans.TINY)})
-    return ["--vgg", folder / "vgg.safetensors", "--dino", folder / "dino.safetensors"]
-
-
 ON = ["--lpips", "1", "--gram", "100", "--gan", "0.5"]
 
 
