@@ -35,6 +35,7 @@ import benchmark
 import best_of
 import data
 import encoder as encoders
+import flow
 import parallel
 import run as runs
 import sample
@@ -261,10 +262,10 @@ def draw(args, prompts, device, llm, dit, tokenizer, decoder, alpha, guidance):
                       disable=not sys.stderr.isatty()):
         some = prompts[start:start + several]
         cond = sample.direct_condition(llm, tokenizer, some, device)                    # [b,N,Z]
-        noise = torch.stack([sample.noise_for(p, args.seed + i, dit.tokens, dit.channels)
+        noise = torch.stack([flow.noise_for(p, args.seed + i, dit.tokens, dit.channels)
                              for p in some for i in range(args.n)]).to(device)          # [bn,N,C]
-        z = sample.generate(dit, cond.repeat_interleave(args.n, 0), noise, alpha, args.steps,
-                            guidance)
+        z = flow.generate(dit, cond.repeat_interleave(args.n, 0), noise, alpha, args.steps,
+                          guidance)
         yield from decoder(z).float().cpu().clamp(0, 1).split(args.n)
 
 

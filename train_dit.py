@@ -32,7 +32,7 @@ import text_model as text
 import vae as vaes
 import weights
 from parallel import UserError
-from sample import direct_condition, generate
+from sample import direct_condition
 
 # ------------------------------------------------------------------------------------------------
 # Arguments
@@ -537,8 +537,8 @@ def main():
                                  for g in generators(seed, range(len(prompts)))])
             cond = direct_condition(llm, tokenizer, prompts, devices.device)
             parallel.step_done(devices)
-            z = generate(dit, cond, noise.to(devices.device), alpha, args.sample_steps,
-                         args.guidance, progress=parallel.stepwise(devices))
+            z = flow.generate(dit, cond, noise.to(devices.device), alpha, args.sample_steps,
+                              args.guidance, progress=parallel.stepwise(devices))
         runs.swap(named, ema)
         return decode(z)
 

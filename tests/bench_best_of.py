@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import benchmark
 import best_of
 import evaluate
+import flow
 import run as runs
 import sample
 import weights
@@ -37,9 +38,9 @@ def draw(args, prompts):
     latents, passed = [], []
     for p in tqdm(prompts, desc="drawing"):
         cond = sample.direct_condition(llm, tokenizer, [p.text], devices.device)
-        noise = torch.stack([sample.noise_for(p.text, i, dit.tokens, dit.channels)
+        noise = torch.stack([flow.noise_for(p.text, i, dit.tokens, dit.channels)
                              for i in range(SIZES[-1])]).to(devices.device)
-        z = sample.generate(dit, cond, noise, alpha, args.steps, guidance)  # [16,N,C]
+        z = flow.generate(dit, cond, noise, alpha, args.steps, guidance)  # [16,N,C]
         latents.append(z.cpu())
         passed.append([benchmark.judge(x, p)[0] for x in decoder(z).float()])
     return torch.stack(latents), torch.tensor(passed)

@@ -546,7 +546,7 @@ def test_compat_sampler_from_a_released_folder(tmp_path):
     # the same weights through the same function give the golden file's sample
     cond, noise = (golden_tensors("dit", "in.")[k] for k in ("cond", "noise"))
     want = golden_tensors("dit", "out.")["sample_cfg1"]
-    got = sample.generate(dit, cond, noise, alpha, 50, 1.0, "compat")
+    got = flow.generate(dit, cond, noise, alpha, 50, 1.0, "compat")
     assert (got - want).abs().max() <= 2e-5 * max(1.0, want.abs().max().item())
 
     prompt = "a red circle on a white background"
@@ -560,7 +560,7 @@ def test_compat_sampler_from_a_released_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.png").is_file()
     cond = sample.direct_condition(llm, tokenizer, [prompt], CPU.device)
-    noise = sample.noise_for(prompt, 3, 16, 24)[None]
+    noise = flow.noise_for(prompt, 3, 16, 24)[None]
     z = flow.euler(lambda x, t: dit(x, t, cond), noise, flow.compat_schedule(50, alpha))
     saved = weights.read_latent(tmp_path / "z.safetensors", 16, 24)
     assert torch.allclose(saved, z, atol=1e-5)

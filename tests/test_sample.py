@@ -77,15 +77,15 @@ def test_savings_equal_the_plain_form(options, shared, together):
     for scale, schedule, interval in ((1.0, "clean", (0, 1)), (3.0, "clean", (0, 1)),
                                       (3.0, "compat", (0, 1)), (4.0, "clean", (0.3, 0.8))):
         want = plain(model, cond, noise, 4.0, 6, scale, schedule, interval)
-        got = sample.generate(model, cond, noise, 4.0, 6, scale, schedule, None, interval, together)
+        got = flow.generate(model, cond, noise, 4.0, 6, scale, schedule, None, interval, together)
         assert (got - want).abs().max() <= 1e-5 * max(1, want.abs().max()), (scale, schedule)
     assert (want - noise).abs().max() > 0.1             # the model moves things at all
 
 
 def test_guidance_acts_only_in_its_interval():
     model, (cond, noise) = small_dit(), draws(1, True)
-    draw = (lambda scale, interval: sample.generate(model, cond, noise, 4.0, 6, scale,
-                                                    interval=interval))
+    draw = (lambda scale, interval: flow.generate(model, cond, noise, 4.0, 6, scale,
+                                                  interval=interval))
     off, on, part = draw(1.0, (0, 1)), draw(3.0, (0, 1)), draw(3.0, (0.3, 0.8))
     assert torch.equal(draw(3.0, (0.0, 0.01)), off)     # no step is there
     assert min((on - off).abs().max(), (part - on).abs().max(), (part - off).abs().max()) > 1e-3
@@ -94,9 +94,9 @@ def test_guidance_acts_only_in_its_interval():
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_one_at_a_time_gives_the_same_bytes_in_any_company(scale):
     model, (cond, noise) = small_dit(), draws(5, True)
-    whole = sample.generate(model, cond, noise, 4.0, 4, scale, together=1)
+    whole = flow.generate(model, cond, noise, 4.0, 4, scale, together=1)
     for i in range(5):
-        alone = sample.generate(model, cond, noise[i:i + 1], 4.0, 4, scale)
+        alone = flow.generate(model, cond, noise[i:i + 1], 4.0, 4, scale)
         assert torch.equal(alone[0], whole[i])
 
 
@@ -107,7 +107,7 @@ def test_modulations_are_made_once():
     calls = []
     model.dit_blocks[0].adaLN_modulation[1].register_forward_hook(
         lambda module, inputs, output: calls.append(tuple(output.shape)))
-    sample.generate(model, cond, noise, 4.0, 5, 3.0, together=1)
+    flow.generate(model, cond, noise, 4.0, 5, 3.0, together=1)
     assert calls == [(5, 1, 6 * 64)] + 5 * [(1, 16, 6 * 64)]
 
 
