@@ -385,3 +385,51 @@ def compare(background, found, prompt):
     if prompt.background and prompt.background != background:
         return False, f"background {data.background_words(background)}"
     return True, ""
+
+
+# ------------------------------------------------------------------------------------------------
+# While a model trains: fixed prompts to look at, and a count of colours, the first that comes right
+# ------------------------------------------------------------------------------------------------
+
+FIXED = [
+    "a red circle on a white background", "a blue square on a pink background",
+    "a yellow star on a black background", "a green heart on a beige background",
+    "a purple triangle on a light green background", "an orange ring on a light blue background",
+    "a white cross on a brown background", "a black diamond on a grey background",
+    "a red circle left of a blue star on a white background",
+    "a yellow heart above a purple square on a black background",
+    "three green squares on a white background", "two orange stars on a light blue background",
+    "an apple on a white background", "a cat on a light green background",
+    "two dogs on a beige background", "the word \"MOON\" in red on white"]
+
+
+def single_shapes(seed, count):
+    """`count` scenes of one shape that this seed's training does not see."""
+    scenes = (data.scene("builtin:synthetic", seed, i) for i in itertools.count())
+    return list(itertools.islice((s for s in scenes if len(s.things) == 1), count))
+
+
+def colours_right(images, scenes):
+    """Built-in scenes of one shape: share of right backgrounds and of right object colours.
+
+    By a plain count: a pixel belongs to the nearest of the palette's colours; the background is
+    the commonest on the border, the object the commonest other colour inside it. images [B,3,S,S].
+    """
+    palette = {**data.BACKGROUNDS, **data.COLOURS}
+    names = list(palette)
+    rgb = torch.tensor([palette[n] for n in names]).float() / 255           # [K,3]
+    pixels = images.float().cpu().clamp(0, 1).permute(0, 2, 3, 1)           # [B,S,S,3]
+    nearest = (pixels[..., None, :] - rgb).square().sum(-1).argmin(-1)      # [B,S,S]
+    backgrounds, objects = 0, 0
+    same = [(torch.cdist(c[None], rgb)[0] < 0.16).nonzero().flatten().tolist() for c in rgb]
+    for grid, scene in zip(nearest, scenes):
+        border = torch.cat([grid[:4].flatten(), grid[-4:].flatten(),
+                            grid[:, :4].flatten(), grid[:, -4:].flatten()])
+        back = border.bincount(minlength=len(names)).argmax().item()
+        want = names.index(scene.background[1])
+        backgrounds += back in same[want]
+        inside = grid[8:-8, 8:-8].flatten().bincount(minlength=len(names))
+        for j in same[back]:
+            inside[j] = 0
+        objects += inside.argmax().item() in same[names.index(scene.things[0].colour)]
+    return backgrounds / len(scenes), objects / len(scenes)

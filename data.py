@@ -11,7 +11,7 @@ rank takes its slice of n, a worker any of them. This is why a run does not chan
 
 The built-in world stands in for the paper's data (arXiv 2601.16208): `builtin:web` for web images,
 `builtin:synthetic` for FLUX-generated ones, `builtin:text` for RenderedText, `builtin:hq` for
-BLIP3o-60k, `builtin:qa` for Cambrian-7M; `builtin:align` asks what the verifiers of
+BLIP3o-60k, `builtin:qa` for Cambrian-7M; `builtin:align` asks, about shapes alone, what the verifiers of
 best_of.py ask. A scene is a structure that renders at any resolution.
 """
 import argparse
@@ -305,8 +305,9 @@ def scene(source: str, seed: int, i: int) -> Scene:
             s = compose(rand, False, False, ("plain",))
         elif source == "builtin:hq":
             s = compose(rand, rand() < 0.7, True, ("plain", "plain", "gradient"))
-        else:
-            s = compose(rand, rand() < 0.5, False, ("plain", "plain", "two-tone", "gradient"))
+        else:                           # align: the things that a tiny model learns to tell apart
+            s = compose(rand, source == "builtin:qa" and rand() < 0.5, False,
+                        ("plain", "plain", "two-tone", "gradient"))
         if s:
             return s
 
@@ -555,7 +556,7 @@ def question(scene: Scene, rand, other, verify=False) -> tuple:
     kind, colour, count = pick(rand, items)
     total = sum(g[2] for g in items if g[0] == kind)
     sentence = lambda s: s[0].upper() + s[1:] + "."
-    form = pick(rand, ("describe", "align", "align") if verify else
+    form = pick(rand, ("describe", "align") if verify else
                 ("what", "count", "colour", "where" if where else "what", "exists", "align"))
     if form == "describe":
         return form, "Describe this image.", caption(scene)

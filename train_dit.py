@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import benchmark
 import data
 import dit as dits
 import encoder as encoders
@@ -212,20 +213,22 @@ class ScaleRAE(nn.Module):
     def keep(self, block, inputs, tokens):
         self.tokens = tokens                                                # [B,N,D]
 
-    def forward(self, z, u, batch):
+    def forward(self, z, u, batch, draws=True):
         """Latents z [B,N,C], what the LLM sees of the images u [B,N,C'] (the same, but for a VAE)
         and a batch of `Collate` -> cross-entropy summed over the labelled tokens; flow loss and 1 -
         cosine of REPA of each image [B], zero for those that are not answers; times t [B]; the
         spread of the condition.
 
-        Images in questions pass through the DiT too and count zero: one graph for every batch.
-        The spread is the standard deviation of the condition across the batch over its rms; near 0
+        Images in questions pass through the DiT too and count zero: one graph for every batch. Only
+        where the whole batch asks (draws=False), is the DiT left out. The spread is the standard deviation of the condition across the batch over its rms; near 0
         the text is not heard.
         """
         h = self.llm(self.llm.embed(batch["ids"], batch["start"], batch["answer"], u))  # [B,L,H]
         ce = self.llm.text_loss(h, batch["labels"])
         cond = self.llm.condition(h, batch["start"])                        # [B,N,Z]
         t = flow.sample_time(batch["normal"], self.alpha)                   # [B]
+        if not draws:
+            return ce, torch.zeros_like(t), None, t, ce.new_zeros(())
         x_t = flow.interpolate(z, batch["eps"], t)                          # [B,N,C]
         v = self.dit(x_t, t, cond, batch["drop"])
         mask = batch["answer"].float()
@@ -240,17 +243,18 @@ class ScaleRAE(nn.Module):
         return ce, mse, apart, t, spread
 
 
-def train_step(model, look, optimizer, named, ema, batches, tokens, answers, weight, args, devices):
+def train_step(model, look, optimizer, named, ema, batches, tokens, answers, draws, weight, args,
+               devices):
     """One update from micro-batches that are on the devices; no host waits for a device in it.
 
-    look: batch -> z, u; tokens, answers: what the losses of the whole batch are divided by; weight:
-    of this step in the average. -> the step's values {name: tensor}; losses by time [10,2]; the
+    look: batch -> z, u; tokens, answers: what the losses of the whole batch are divided by; draws:
+    is there any image to draw in it; weight: of this step in the average. -> the step's values {name: tensor}; losses by time [10,2]; the
     gradient's norm.
     """
     values, by_time = {}, 0
     for batch in batches:
         z, u = look(batch)                                                  # [B,N,C], [B,N,C']
-        ce, each, apart, t, spread = model(z, u, batch)
+        ce, each, apart, t, spread = model(z, u, batch, draws)
         ce, mse = ce / tokens, each.sum() / answers
         parts, loss = dict(text=ce, flow=mse), ce + args.diffusion_weight * mse
         if apart is not None:
@@ -271,48 +275,6 @@ def buckets(t, each, answer):
     """Losses [B] by time: [10,2], the sum and the number of answer images in each tenth of t."""
     inside = F.one_hot((t * 10).long().clamp(max=9), 10).float()            # [B,10]
     return inside.T @ torch.stack([each, answer.float()], 1)
-
-
-# ------------------------------------------------------------------------------------------------
-# Samples of fixed prompts, and how far their colours are right
-# ------------------------------------------------------------------------------------------------
-
-PROMPTS = [
-    "a red circle on a white background", "a blue square on a pink background",
-    "a yellow star on a black background", "a green heart on a beige background",
-    "a purple triangle on a light green background", "an orange ring on a light blue background",
-    "a white cross on a brown background", "a black diamond on a grey background",
-    "a red circle left of a blue star on a white background",
-    "a yellow heart above a purple square on a black background",
-    "three green squares on a white background", "two orange stars on a light blue background",
-    "an apple on a white background", "a cat on a light green background",
-    "two dogs on a beige background", "the word \"MOON\" in red on white"]
-
-
-def colour_check(images, scenes):
-    """Built-in scenes of one shape: share of right backgrounds and of right object colours.
-
-    By a plain count: a pixel belongs to the nearest of the palette's colours; the background is
-    the commonest on the border, the object the commonest other colour inside it. images [B,3,S,S].
-    """
-    palette = {**data.BACKGROUNDS, **data.COLOURS}
-    names = list(palette)
-    rgb = torch.tensor([palette[n] for n in names]).float() / 255           # [K,3]
-    pixels = images.float().cpu().clamp(0, 1).permute(0, 2, 3, 1)           # [B,S,S,3]
-    nearest = (pixels[..., None, :] - rgb).square().sum(-1).argmin(-1)      # [B,S,S]
-    backgrounds, objects = 0, 0
-    same = [(torch.cdist(c[None], rgb)[0] < 0.16).nonzero().flatten().tolist() for c in rgb]
-    for grid, scene in zip(nearest, scenes):
-        border = torch.cat([grid[:4].flatten(), grid[-4:].flatten(),
-                            grid[:, :4].flatten(), grid[:, -4:].flatten()])
-        back = border.bincount(minlength=len(names)).argmax().item()
-        want = names.index(scene.background[1])
-        backgrounds += back in same[want]
-        inside = grid[8:-8, 8:-8].flatten().bincount(minlength=len(names))
-        for j in same[back]:
-            inside[j] = 0
-        objects += inside.argmax().item() in same[names.index(scene.things[0].colour)]
-    return backgrounds / len(scenes), objects / len(scenes)
 
 
 def check_memory(memory, args, devices):
@@ -544,9 +506,8 @@ def main():
 
     def check_colours(count):
         """Backgrounds and colours on `count` single shapes that training has not seen."""
-        scenes = (data.scene("builtin:synthetic", args.seed + 77, i) for i in itertools.count())
-        scenes = list(itertools.islice((s for s in scenes if len(s.things) == 1), count))
-        back, colour = colour_check(draw([data.caption(s) for s in scenes], 1), scenes)
+        scenes = benchmark.single_shapes(args.seed + 77, count)
+        back, colour = benchmark.colours_right(draw([data.caption(s) for s in scenes], 1), scenes)
         return dict(background_right=back, colour_right=colour)
 
     # --------------------------------------------------------------------------------------------
@@ -564,13 +525,14 @@ def main():
         answers = sum(b["answer"].sum().item() for b in micros)
         tokens, answers, stop = parallel.total([tokens, answers, run.asked], devices)
         run.stop = stop > 0                                     # all processes at the same step
+        draws = answers > 0
         divisors = (parallel.scalar(max(n, 1) / devices.replicas, devices.device)
                     for n in (tokens, answers))                 # means over the whole batch
         for batch in micros:
             skips.update(batch["skipped"], args.micro_batch)
         values, by_time, norm = train_step(
             model, look, optimizer, named, ema, (parallel.place(b, devices) for b in micros),
-            *divisors, parallel.scalar(runs.ema_weight(args.ema, step), devices.device), args,
+            *divisors, draws, parallel.scalar(runs.ema_weight(args.ema, step), devices.device), args,
             devices)
         parallel.step_done(devices)
         meter.add(args.batch, wait, by_time=by_time, **values)
@@ -578,14 +540,14 @@ def main():
 
         done, values = step + 1, {}
         if decode and run.due(done, args.sample_every):
-            pictures = draw(PROMPTS, 0)
+            pictures = draw(benchmark.FIXED, 0)
             if run.main:
                 runs.save_grid(pictures, run.dir / "samples" / f"step-{done:07d}.png", columns=8)
             if tiny and done < args.steps:
                 values = check_colours(32)
         if run.due(done, args.log_every):
-            values = {**meter.read(sum(flops.values()), devices), "grad_norm": norm.item(),
-                      **values}
+            work = sum(v for k, v in flops.items() if draws or k not in ("dit", "repa"))
+            values = {**meter.read(work, devices), "grad_norm": norm.item(), **values}
             values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
             run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor, **values)
         if run.due(done, args.sample_every):

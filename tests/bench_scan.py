@@ -1,4 +1,4 @@
-"""Trace and compile time of a training step of 32 narrow blocks: the compiled loop (parallel.scan)
+"""Trace and compile time of a training step of 32 narrow blocks: the compiled loop (scan.py)
 against the blocks one after another. Not a test. In an environment with requirements-tpu.txt:
 
     PJRT_DEVICE=CPU CPU_NUM_DEVICES=2 python tests/bench_scan.py

@@ -19,6 +19,7 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import best_of                                                          # noqa: E402
 import data                                                             # noqa: E402
 import run as runs                                                      # noqa: E402
 import train_dit                                                        # noqa: E402
@@ -221,6 +222,22 @@ def test_answers_are_right():
     for kind in ("exists", "align"):
         assert 0.8 < types[kind, "Yes."] / types[kind, "No."] < 1.25
     assert len(types) == 8
+
+
+def test_verifiers_questions_are_those_of_best_of():
+    """builtin:align trains what best_of.py asks, word for word; it shows shapes only."""
+    asked, mixture = collections.Counter(), Mixture(["builtin:align"], 8, seed=1)
+    for n in range(400):
+        r = mixture[n]
+        q, a = (t["value"] for t in r["conversations"])
+        words = q.removeprefix("<image>\n").split(": ")[-1].removesuffix("?")
+        assert all(t.colour for t in r["scene"].things)
+        if r["question"] == "describe":
+            assert q == f"<image>\n{best_of.DESCRIBE}" and a == data.caption(r["scene"])
+        else:
+            assert q == f"<image>\n{best_of.QUESTION.format(words)}"
+        asked[r["question"]] += 1
+    assert set(asked) == {"describe", "align"} and 0.4 < asked["align"] / 400 < 0.6
 
 
 def test_half_of_the_wrong_prompts_change_one_attribute():

@@ -164,6 +164,31 @@ def test_schedule_and_freeze(tmp_path):
         assert torch.equal(state[key], value) != trained, key
 
 
+def test_questions_alone_leave_the_dit_out(tmp_path, encoder):
+    """A batch without an image to draw: the DiT does not run, is not updated, and the LLM learns
+    the same from it."""
+    start, end = tmp_path / "start", tmp_path / "end"
+    train(start, "--data", "builtin:align", "--lr", 1e-12, "--lr-llm", 1e-12)
+    line, = train(end, "--data", "builtin:align")
+    before, after = (load_file(out / "final/model.safetensors") for out in (start, end))
+    moved = {k for k in before if not torch.allclose(before[k], after[k], atol=1e-9)}
+    assert moved and not any("diff_head" in k or "latent_queries" in k for k in moved)
+    assert line["flow"] == 0 and line["loss"] == line["text"] > 0
+
+    llm, dit, _, config = weights.load_model(start, CPU)
+    model = train_dit.ScaleRAE(llm, dit, config["shift_alpha"]).requires_grad_(True)
+    batch, u = first_batch(encoder, ["builtin:align"])
+    found = []
+    for draws in (True, False):
+        model.zero_grad(set_to_none=True)
+        ce, mse, *_ = model(u, u, batch, draws)
+        (ce + mse.sum()).backward()
+        assert (mse == 0).all() and (dit.x_embedder.proj.weight.grad is None) == (not draws)
+        found.append({k: p.grad for k, p in llm.named_parameters() if p.grad is not None
+                      and "diff_head" not in k and "latent_queries" not in k})
+    assert found[1] and all(torch.equal(found[0][k], g) for k, g in found[1].items())
+
+
 def test_draws_belong_to_the_image():
     """One image in ten loses its condition; nothing depends on what is in the batch beside it; a
     sample that is too long has no loss and is named."""

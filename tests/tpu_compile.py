@@ -182,7 +182,8 @@ def trace(flags, llm, chips):
         return z, z
 
     values, by_time, norm = train_dit.train_step(
-        model, look, optimizer, named, ema, batches, number(), number(), number(), args, devices)
+        model, look, optimizer, named, ema, batches, number(), number(), True, number(), args,
+        devices)
 
     state = [*named.values(), *ema.values(),
              *(t for p in named.values() for t in optimizer.state[p].values())]
