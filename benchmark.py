@@ -404,7 +404,7 @@ FIXED = [
 
 
 def single_shapes(seed, count):
-    """`count` scenes of one shape that this seed's training does not see."""
+    """`count` scenes of one shape; for unseen ones give a seed that no training has."""
     scenes = (data.scene("builtin:synthetic", seed, i) for i in itertools.count())
     return list(itertools.islice((s for s in scenes if len(s.things) == 1), count))
 

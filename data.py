@@ -305,7 +305,7 @@ def scene(source: str, seed: int, i: int) -> Scene:
             s = compose(rand, False, False, ("plain",))
         elif source == "builtin:hq":
             s = compose(rand, rand() < 0.7, True, ("plain", "plain", "gradient"))
-        else:                           # align: the things that a tiny model learns to tell apart
+        else:                           # qa; align without sprites, which want far longer training
             s = compose(rand, source == "builtin:qa" and rand() < 0.5, False,
                         ("plain", "plain", "two-tone", "gradient"))
         if s:
@@ -910,7 +910,7 @@ class Mixture:
     A record is a dict: n; key; source; task ("t2i" or "qa"); image uint8 [R, R, 3]; caption or
     None; conversations [{"from": "human"|"gpt", "value": ...}] with `<image>` in the turn that has
     it; scene (a Scene, None for files); skipped [(key, reason)], the broken records in whose place
-    this one stands; for builtin:qa also question, its type. `text=False` takes images that have no
+    this one stands; for questions also question, its type. `text=False` takes images that have no
     caption. Raises DataError, before long work, for what cannot be used.
     """
 

@@ -1,4 +1,4 @@
-"""The device layer: the only file that knows which of three back ends runs.
+"""The device layer: three back ends, and the only file (with scan.py) that calls them.
 
     cpu    one process, or several under torchrun (gloo), as for cuda
     cuda   one process a GPU under torchrun; FSDP2 shards every block and the root

@@ -9,6 +9,7 @@ functions of (seed, step): no global generator is used, so there is no state of 
 resumed run repeats the uninterrupted one bit for bit.
 """
 import argparse
+import collections
 import contextlib
 import errno
 import fcntl
@@ -34,7 +35,8 @@ from data import DataError
 from parallel import UserError
 from weights import check_keys
 
-# Arguments that may differ between a run and its resumption: they do not change what is computed.
+# Arguments that may differ between a run and its resumption: they do not change what is computed,
+# or (device, compile, mesh, scan) only its rounding.
 FREE = {"out", "fresh", "workers", "device", "compile", "log_every", "sample_every", "save_every",
         "keep", "wandb", "dry_run", "bench", "json", "mesh", "sample_steps", "guidance", "decoder",
         "export", "scan"}
@@ -97,7 +99,7 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500):
     g.add_argument("--init", type=Path, help="start from these weights: a run folder or a file")
     g = parser.add_argument_group("data")
     g.add_argument("--data", nargs="+", default=data, metavar="SOURCE[=WEIGHT]",
-                   help="builtin:web|synthetic|text|hq|qa, a folder, a .jsonl, or tar shards")
+                   help="builtin:web|synthetic|text|hq|qa|align, a folder, a .jsonl, or tar shards")
     g.add_argument("--workers", type=positive(zero=True), default=1, help="loading processes")
     g = parser.add_argument_group("device")
     g.add_argument("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
@@ -119,7 +121,7 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500):
     g.add_argument("--dry-run", action="store_true", help="print the derived table and exit")
     g.add_argument("--json", action="store_true", help="with --dry-run: one JSON object")
     g.add_argument("--bench", type=positive(), nargs="?", const=20, metavar="N",
-                   help="time N steps on synthetic batches and exit")
+                   help="time N steps, write nothing, and exit")
 
 
 def check_batch(args, devices):
@@ -311,8 +313,9 @@ class Run:
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"checkpoint {self.latest} is damaged ({error}); {mend}")
 
-    def due(self, step, every):
-        return step % every == 0 or step == self.args.steps or self.stop
+    def due(self, step, every, stopping=True):
+        """stopping: also where the run is told to stop."""
+        return step % every == 0 or step == self.args.steps or stopping and self.stop
 
     def save(self, step, named):
         """Write checkpoints/step-N atomically, then drop all but the last --keep. Every process
@@ -455,7 +458,7 @@ class Bench:
         self.bar = tqdm(range(steps), disable=not self.main, dynamic_ncols=True)
         return self.bar
 
-    def due(self, step, every):
+    def due(self, step, every, stopping=True):
         return every == self.args.log_every == 1        # every step is logged, none sampled or saved
 
     def log(self, step, **values):
@@ -605,7 +608,7 @@ class Meter:
     def add(self, images, wait, share=1.0, **values):
         """One micro-batch: its images, seconds waited for data, its share of a step, and its part
         of each value (the parts of a step add up)."""
-        self.values.append({k: v.detach() for k, v in values.items()})
+        self.values.append((share, {k: v.detach() for k, v in values.items()}))
         self.steps += share
         self.images += images
         self.wait += wait
@@ -613,11 +616,13 @@ class Meter:
     def read(self, flops, devices):
         """-> dict of averages (floats, or tensors as they were added) with images_per_s, tflops,
         mfu, memory_gb, data_wait_s; and restarts. flops: training FLOPs an image."""
-        sums = {}
-        for values in self.values:
+        sums, steps = {}, collections.Counter()         # a value may not be of every step
+        for share, values in self.values:
             for k, v in values.items():
                 sums[k] = sums.get(k, 0) + v.cpu()
-        numbers = [n for v in sums.values() for n in (v / self.steps).flatten().tolist()]
+                steps[k] += share
+        numbers = [n for k, v in sums.items()
+                   for n in (v / (steps[k] or self.steps)).flatten().tolist()]
         numbers = iter(parallel.mean(numbers, devices))
         values = {k: torch.tensor([next(numbers) for _ in range(v.numel())]).view(v.shape)
                   if v.dim() else next(numbers) for k, v in sums.items()}

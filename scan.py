@@ -2,8 +2,9 @@
 
     x = block(x, *shared)   for every block
 
-Only parallel.use_scan calls this. torch_xla's own scan_layers would also keep one copy of `shared` a
-block and, with its default partition, everything that autograd saves.
+The loop keeps the input of each block and computes the rest again in the loop back, that is --remat
+block. torch_xla's own scan_layers would also keep one copy of `shared` a block and, with its default
+partition, everything that autograd saves. Only parallel.use_scan calls this.
 """
 import torch
 import torch_xla.distributed.spmd as xs
@@ -13,11 +14,8 @@ from parallel import spec
 
 
 def scan(devices, blocks, x, *shared):
-    """x = block(x, *shared) for every block; shared: tensors that all blocks read, or modules.
-
-    The loop keeps the input of each block and computes the rest again in the backward loop, that is
-    --remat block.
-    """
+    """Blocks of one shape and x [B,N,D] -> [B,N,D]; shared: what all blocks take besides x, tensors
+    or anything else. A parameter of the blocks is stacked to [depth,...]."""
     each = [hasattr(s, "__next__") for s in shared]         # an iterator: one for each block, as the
     if any(each):                                           # modulations in sampling; no loop then
         for block in blocks:
@@ -83,8 +81,8 @@ class _Scan(torch.autograd.Function):
             return [grads[0], *sums, *tensors], found
 
         zeros = [torch.zeros_like(tensors[i]) for i in leads]
-        carry, grads = loop(step, [grad, *zeros, *tensors],
-                                       [ctx.saved_tensors[-1], *stacks], reverse=True)
+        carry, grads = loop(step, [grad, *zeros, *tensors], [ctx.saved_tensors[-1], *stacks],
+                            reverse=True)
         sums, grads = iter(carry[1:]), iter(grads)
         return (None, None, None, None, carry[0] if ctx.needs_input_grad[4] else None,
                 *(next(sums) if w else None for w in wanted[:ctx.n]),

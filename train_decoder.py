@@ -454,7 +454,7 @@ def main():
 
         done = step + 1
         values = {"lr_disc": lr_disc} if judging else {}
-        if run.due(done, args.sample_every):
+        if run.due(done, args.sample_every, stopping=False):
             values["psnr"] = sample(done)
         if run.due(done, args.log_every):
             spent = sum(v for k, v in flops.items() if judging or k != "discriminator")

@@ -53,18 +53,11 @@ DEFAULTS = {
 }
 
 
-def share(text):
-    """An argparse type: a number from 0 to below 1."""
-    if not 0 <= (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected a share, from 0 to below 1, not {text}")
-    return value
-
-
 def arguments():
     """Flags, checked against each other; the rest follows from --size. Raises UserError."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 epilog="All defaults follow from --size.")
-    positive, none_or_more = runs.positive(float), runs.positive(float, zero=True)
+    positive, none_or_more, share = runs.positive(float), runs.positive(float, zero=True), runs.share
     runs.add_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None)
     a = p.add_argument
     a("--epochs", type=positive, help="passes over finite --data, instead of --steps (finetuning)")
@@ -215,20 +208,21 @@ class ScaleRAE(nn.Module):
 
     def forward(self, z, u, batch, draws=True):
         """Latents z [B,N,C], what the LLM sees of the images u [B,N,C'] (the same, but for a VAE)
-        and a batch of `Collate` -> cross-entropy summed over the labelled tokens; flow loss and 1 -
-        cosine of REPA of each image [B], zero for those that are not answers; times t [B]; the
-        spread of the condition.
+        and a batch of `Collate` -> cross-entropy summed over the labelled tokens; flow loss and (or
+        None) 1 - cosine of REPA of each image [B], zero for those that are not answers; times t
+        [B]; the spread of the condition.
 
-        Images in questions pass through the DiT too and count zero: one graph for every batch. Only
-        where the whole batch asks (draws=False), is the DiT left out. The spread is the standard deviation of the condition across the batch over its rms; near 0
-        the text is not heard.
+        Images in questions pass through the DiT too and count zero: one graph for every batch.
+        draws=False: the whole batch asks, so the DiT is left out and there is no spread. The spread
+        is the standard deviation of the condition across the batch over its rms; near 0 the text is
+        not heard.
         """
         h = self.llm(self.llm.embed(batch["ids"], batch["start"], batch["answer"], u))  # [B,L,H]
         ce = self.llm.text_loss(h, batch["labels"])
-        cond = self.llm.condition(h, batch["start"])                        # [B,N,Z]
         t = flow.sample_time(batch["normal"], self.alpha)                   # [B]
         if not draws:
-            return ce, torch.zeros_like(t), None, t, ce.new_zeros(())
+            return ce, torch.zeros_like(t), None, t, None
+        cond = self.llm.condition(h, batch["start"])                        # [B,N,Z]
         x_t = flow.interpolate(z, batch["eps"], t)                          # [B,N,C]
         v = self.dit(x_t, t, cond, batch["drop"])
         mask = batch["answer"].float()
@@ -248,22 +242,28 @@ def train_step(model, look, optimizer, named, ema, batches, tokens, answers, dra
     """One update from micro-batches that are on the devices; no host waits for a device in it.
 
     look: batch -> z, u; tokens, answers: what the losses of the whole batch are divided by; draws:
-    is there any image to draw in it; weight: of this step in the average. -> the step's values {name: tensor}; losses by time [10,2]; the
-    gradient's norm.
+    does it hold an image to draw (else what draws is not touched); weight: of this step in the
+    average. -> the step's values {name: tensor}; losses by time [10,2]; the gradient's norm.
     """
     values, by_time = {}, 0
     for batch in batches:
         z, u = look(batch)                                                  # [B,N,C], [B,N,C']
         ce, each, apart, t, spread = model(z, u, batch, draws)
-        ce, mse = ce / tokens, each.sum() / answers
-        parts, loss = dict(text=ce, flow=mse), ce + args.diffusion_weight * mse
+        parts = dict(text=ce / tokens)
+        loss = parts["text"]
+        if draws:
+            parts["flow"] = each.sum() / answers
+            parts["cond_spread"] = spread * args.micro_batch / args.batch
+            loss = loss + args.diffusion_weight * parts["flow"]
         if apart is not None:
             parts["repa"] = apart.sum() / answers
             loss = loss + args.diffusion_weight * args.repa_weight * parts["repa"]
         loss.backward()
-        parts.update(loss=loss, cond_spread=spread * args.micro_batch / args.batch)
+        parts["loss"] = loss
         values = {k: values.get(k, 0) + v.detach() for k, v in parts.items()}
         by_time = by_time + buckets(t, each.detach(), batch["answer"])
+    if not draws:                           # zeros, with which AdamW would still follow its momentum
+        named["llm.model.latent_queries"].grad = None
     norm = parallel.clip_grad(named.values(), args.clip, devices)
     parallel.guarded_step(optimizer, norm, devices)
     optimizer.zero_grad(set_to_none=True)
@@ -389,7 +389,8 @@ def main():
     trained, frozen = (parallel.on_one_device(((k, p) for k, p in model.named_parameters()
                                                if p.requires_grad == train), devices)
                        for train in (True, False))
-    frozen += parallel.on_one_device(encoder.named_parameters(), devices)
+    frozen += (parallel.on_one_device(encoder.named_parameters(), devices)
+               if "xla" in (devices.kind, args.device) else count["encoder (frozen)"])
     frozen += count.get("vae (frozen)", 0)
     activations = (dit.activation_bytes() + llm.activation_bytes(length)) / devices.axes["fsdp"]
     memory = lambda images: runs.memory_gb(trained, frozen, activations * images, args.ema)
@@ -475,6 +476,8 @@ def main():
         raise UserError(f"--export: {run.dir} has no checkpoint")
     run.load(saved)
     if args.cache_latents:
+        if devices.kind == "xla" and devices.world > 1:     # one host alone cannot run a program
+            raise UserError("--cache-latents: not on several XLA hosts; fill the folder on one")
         what = [(args.latent, args.layers, str(devices.dtype))]
         what += [weights.checksum(m) for m in (encoder, vae) if m]
         data.cache_latents(
@@ -483,11 +486,12 @@ def main():
             ).cpu().numpy(), args.micro_batch, args.workers, devices.main,
             lambda: parallel.barrier(devices))
     accumulate = args.batch // args.micro_batch
-    batches = iter(data.loader(mixture, collate, args.micro_batch, run.start * args.batch,
-                               args.workers, devices.rank, devices.world))
+    batches = iter(data.loader(mixture, collate, args.micro_batch,
+                               0 if args.overfit else run.start * args.batch, args.workers,
+                               devices.rank, devices.world))
     if args.overfit:
         batches = itertools.cycle([next(batches) for _ in range(accumulate)])
-    skips, meter = data.SkipCounter(), runs.Meter()
+    skips, meter, work = data.SkipCounter(), runs.Meter(), 0
     warmup = math.ceil(args.warmup * args.steps)
 
     @torch.no_grad()
@@ -536,18 +540,20 @@ def main():
             devices)
         parallel.step_done(devices)
         meter.add(args.batch, wait, by_time=by_time, **values)
+        work += args.batch * sum(v for k, v in flops.items() if draws or k not in ("dit", "repa"))
         runs.check_finite(run, step, norm, [k for b in micros for k in b["keys"]])
 
         done, values = step + 1, {}
-        if decode and run.due(done, args.sample_every):
+        if decode and run.due(done, args.sample_every, stopping=False):
             pictures = draw(benchmark.FIXED, 0)
             if run.main:
                 runs.save_grid(pictures, run.dir / "samples" / f"step-{done:07d}.png", columns=8)
             if tiny and done < args.steps:
                 values = check_colours(32)
         if run.due(done, args.log_every):
-            work = sum(v for k, v in flops.items() if draws or k not in ("dit", "repa"))
-            values = {**meter.read(work, devices), "grad_norm": norm.item(), **values}
+            values = {**meter.read(work / meter.images, devices), "grad_norm": norm.item(),
+                      **values}
+            work = 0
             values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
             run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor, **values)
         if run.due(done, args.sample_every):
@@ -571,9 +577,11 @@ def main():
         tokenizer.save(str(run.dir / "final" / "tokenizer.json"))
         print(f"{run.dir}/final written; samples: {run.dir}/samples")
     if tiny:
-        score = check_colours(128)
-        print(f"128 unseen single shapes, guidance {args.guidance}: background right "
-              f"{score['background_right']:.1%}, object colour right {score['colour_right']:.1%}")
+        score = check_colours(128)                      # by all processes
+        if run.main:
+            print(f"128 unseen single shapes, guidance {args.guidance}: background right "
+                  f"{score['background_right']:.1%}, object colour right "
+                  f"{score['colour_right']:.1%}")
     parallel.finish(devices)
 
 

@@ -72,6 +72,7 @@ def test_dry_run_of_every_size(size, llm, typed):
     """Without weights: the parts sum, the mesh divides what is stored."""
     plans = {n: json.loads(typed("--size", size, "--llm", llm, "--dry-run", "--json", "--mesh",
                                  f"fsdp={n}", "--batch", 64)) for n in (1, 64)}
+    encoder = plans[1]["parameters"]["encoder (frozen)"] * 4e-9     # GB; FSDP2 leaves it whole
     for plan in plans.values():
         parts = plan["parameters"]
         assert sum(v for k, v in parts.items() if k != "total") == parts["total"]
@@ -83,7 +84,8 @@ def test_dry_run_of_every_size(size, llm, typed):
     one, many = (plans[n]["memory_gb_per_device"] for n in (1, 64))
     assert one["ema"] == one["gradients"] == one["moments"] / 2
     for kind in ("weights", "moments", "activations"):      # norms, biases, positions stay whole
-        assert 0 <= many[kind] - one[kind] / 64 < 0.05
+        whole = encoder * 63 / 64 if kind == "weights" else 0
+        assert 0 <= many[kind] - one[kind] / 64 - whole < 0.05
 
 
 # ---- what is typed without weights, network or memory ----
@@ -137,7 +139,7 @@ def test_the_dry_run_s_arguments_are_the_compiler_s(typed):
     """The same of the whole step, LLM and encoder in it:
     python tests/tpu_compile.py --size 9b --topology v5p:4x4x4 --batch 512."""
     compiled = 4.155131 * 2 ** 30
-    plan = json.loads(typed("--size", "9b", "--dry-run", "--json", "--mesh", "fsdp=64",
+    plan = json.loads(typed("--size", "9b", "--dry-run", "--json", "--mesh", "fsdp=64", "--device", "xla",
                             "--batch", 512))
     state = sum(plan["memory_gb_per_device"][k] for k in ("weights", "moments", "ema")) * 1e9
     batch = 512 // 64 * (3 * 224 ** 2 + 256 * 1152 * 4 + 512 * 16)      # images, noise, ids, labels
