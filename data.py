@@ -11,8 +11,8 @@ rank takes its slice of n, a worker any of them. This is why a run does not chan
 
 The built-in world stands in for the paper's data (arXiv 2601.16208): `builtin:web` for web images,
 `builtin:synthetic` for FLUX-generated ones, `builtin:text` for RenderedText, `builtin:hq` for
-BLIP3o-60k, `builtin:qa` for Cambrian-7M; `builtin:align` asks, about shapes alone, what the verifiers of
-best_of.py ask. A scene is a structure that renders at any resolution.
+BLIP3o-60k, `builtin:qa` for Cambrian-7M; `builtin:align` asks, about shapes alone, what the
+verifiers of best_of.py ask. A scene is a structure that renders at any resolution.
 """
 import argparse
 import collections

@@ -602,36 +602,35 @@ class Meter:
     device until it is read: a sum there would be part of the next step's program."""
 
     def __init__(self):
-        self.values, self.steps, self.images, self.wait = [], 0.0, 0, 0.0
+        self.values, self.images, self.flops, self.wait = [], 0, 0.0, 0.0
         self.since = time.perf_counter()
 
-    def add(self, images, wait, share=1.0, **values):
-        """One micro-batch: its images, seconds waited for data, its share of a step, and its part
-        of each value (the parts of a step add up)."""
+    def add(self, images, wait, flops, share=1.0, **values):
+        """One micro-batch: its images, seconds waited for data, training FLOPs an image, its share
+        of a step, and its part of each value (the parts of a step add up)."""
         self.values.append((share, {k: v.detach() for k, v in values.items()}))
-        self.steps += share
         self.images += images
+        self.flops += images * flops
         self.wait += wait
 
-    def read(self, flops, devices):
-        """-> dict of averages (floats, or tensors as they were added) with images_per_s, tflops,
-        mfu, memory_gb, data_wait_s; and restarts. flops: training FLOPs an image."""
-        sums, steps = {}, collections.Counter()         # a value may not be of every step
+    def read(self, devices):
+        """-> dict of averages (floats, or tensors as they were added), each over the steps that have
+        it, with images_per_s, tflops, mfu, memory_gb, data_wait_s; and restarts."""
+        sums, steps = {}, collections.Counter()
         for share, values in self.values:
             for k, v in values.items():
                 sums[k] = sums.get(k, 0) + v.cpu()
                 steps[k] += share
-        numbers = [n for k, v in sums.items()
-                   for n in (v / (steps[k] or self.steps)).flatten().tolist()]
+        numbers = [n for k, v in sums.items() for n in (v / steps[k]).flatten().tolist()]
         numbers = iter(parallel.mean(numbers, devices))
         values = {k: torch.tensor([next(numbers) for _ in range(v.numel())]).view(v.shape)
                   if v.dim() else next(numbers) for k, v in sums.items()}
-        seconds = time.perf_counter() - self.since
-        tflops = self.images * flops / seconds / 1e12
+        seconds, steps = time.perf_counter() - self.since, max(steps.values())
+        tflops = self.flops / seconds / 1e12
         peak = parallel.peak_tflops(devices)
         values.update(images_per_s=self.images / seconds, tflops=tflops,
                       mfu=tflops / (peak * devices.count) if peak else None,
-                      memory_gb=parallel.memory_gb(devices), data_wait_s=self.wait / self.steps,
-                      step_s=seconds / self.steps)
+                      memory_gb=parallel.memory_gb(devices), data_wait_s=self.wait / steps,
+                      step_s=seconds / steps)
         self.__init__()
         return values

@@ -1,10 +1,10 @@
-"""A stack of identical blocks as one loop, for torch_xla: traced and compiled once whatever its depth.
+"""A stack of identical blocks as one loop, for torch_xla: its body is compiled once at any depth.
 
     x = block(x, *shared)   for every block
 
-The loop keeps the input of each block and computes the rest again in the loop back, that is --remat
-block. torch_xla's own scan_layers would also keep one copy of `shared` a block and, with its default
-partition, everything that autograd saves. Only parallel.use_scan calls this.
+The loop keeps the input of each block and computes the rest again in the loop back, that is
+--remat block. torch_xla's own scan_layers would also keep one copy of `shared` a block and, with
+its default partition, everything that autograd saves. Only parallel.use_scan calls this.
 """
 import torch
 import torch_xla.distributed.spmd as xs
@@ -16,14 +16,14 @@ from parallel import spec
 def scan(devices, blocks, x, *shared):
     """Blocks of one shape and x [B,N,D] -> [B,N,D]; shared: what all blocks take besides x, tensors
     or anything else. A parameter of the blocks is stacked to [depth,...]."""
-    each = [hasattr(s, "__next__") for s in shared]         # an iterator: one for each block, as the
-    if any(each):                                           # modulations in sampling; no loop then
+    each = [hasattr(s, "__next__") for s in shared]     # an iterator: one for each block, as the
+    if any(each):                                       # modulations in sampling; no loop then
         for block in blocks:
             x = block(x, *[next(s) if e else s for s, e in zip(shared, each)])
         return x
     names = [name for name, _ in blocks[0].named_parameters()]
     tensors = [s for s in shared if torch.is_tensor(s)]
-    stacks = [torch.stack([b.get_parameter(name) for b in blocks]) for name in names]
+    stacks = [torch.stack([b.get_parameter(name) for b in blocks]) for name in names]   # [depth,...]
     axes = [spec(name, p.shape) for name, p in blocks[0].named_parameters()]
 
     def split(tensor, axes):
@@ -55,7 +55,7 @@ class _Scan(torch.autograd.Function):
             x, tensors = carry[0], carry[1:]
             return [call(x, tensors, weights), *tensors], [x] if keep else []
 
-        carry, inputs = loop(step, [x, *tensors], stacks)
+        carry, inputs = loop(step, [x, *tensors], stacks)           # [B,N,D], ...; [depth,B,N,D]
         ctx.call, ctx.split, ctx.axes, ctx.n = call, split, axes, n
         ctx.save_for_backward(*tensors, *stacks, *inputs)
         return carry[0]

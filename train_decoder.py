@@ -379,6 +379,7 @@ def main():
             group["lr"] = parallel.scalar(lr, devices.device)
         judging = disc is not None and step >= args.disc_start
         adversarial = disc is not None and step >= args.gan_start
+        work = sum(v for k, v in flops.items() if judging or k != "discriminator")
         kept, part = [], 1 / accumulate
         run.stop = parallel.total([run.asked], devices)[0] > 0     # all processes at the same step
         for _ in range(accumulate):
@@ -422,7 +423,7 @@ def main():
             torch.autograd.backward(*zip(*ends))
             if judging:
                 kept.append((x, z, n))
-            meter.add(args.micro_batch, wait, part, loss=loss * part,
+            meter.add(args.micro_batch, wait, work, part, loss=loss * part,
                       **{k: v * part for k, v in log.items()})
         norm = parallel.clip_grad(named.values(), math.inf, devices)        # the recipe has no clip
         parallel.guarded_step(optimizer, norm, devices)
@@ -443,7 +444,7 @@ def main():
                 real, fake = disc(torch.cat(pair)).chunk(2)                 # logits, each [B,L*N]
                 d = d_loss(real, fake)
                 (d * part).backward()
-                meter.add(0, 0.0, 0.0, disc=d * part, logits_real=real.mean() * part,
+                meter.add(0, 0.0, 0, part, disc=d * part, logits_real=real.mean() * part,
                           logits_fake=fake.mean() * part)
             disc.eval()
             d_norm = parallel.clip_grad(judged.values(), math.inf, devices)
@@ -457,8 +458,7 @@ def main():
         if run.due(done, args.sample_every, stopping=False):
             values["psnr"] = sample(done)
         if run.due(done, args.log_every):
-            spent = sum(v for k, v in flops.items() if judging or k != "discriminator")
-            run.log(done, lr=lr, **meter.read(spent, devices), **values)
+            run.log(done, lr=lr, **meter.read(devices), **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "l1", "lpips", "gram", "gan", "disc", "psnr"])
         if run.due(done, args.save_every):

@@ -57,7 +57,8 @@ def arguments():
     """Flags, checked against each other; the rest follows from --size. Raises UserError."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 epilog="All defaults follow from --size.")
-    positive, none_or_more, share = runs.positive(float), runs.positive(float, zero=True), runs.share
+    positive, none_or_more = runs.positive(float), runs.positive(float, zero=True)
+    share = runs.share
     runs.add_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None)
     a = p.add_argument
     a("--epochs", type=positive, help="passes over finite --data, instead of --steps (finetuning)")
@@ -262,7 +263,7 @@ def train_step(model, look, optimizer, named, ema, batches, tokens, answers, dra
         parts["loss"] = loss
         values = {k: values.get(k, 0) + v.detach() for k, v in parts.items()}
         by_time = by_time + buckets(t, each.detach(), batch["answer"])
-    if not draws:                           # zeros, with which AdamW would still follow its momentum
+    if not draws:                       # zeros, with which AdamW would still follow its momentum
         named["llm.model.latent_queries"].grad = None
     norm = parallel.clip_grad(named.values(), args.clip, devices)
     parallel.guarded_step(optimizer, norm, devices)
@@ -491,7 +492,7 @@ def main():
                                devices.rank, devices.world))
     if args.overfit:
         batches = itertools.cycle([next(batches) for _ in range(accumulate)])
-    skips, meter, work = data.SkipCounter(), runs.Meter(), 0
+    skips, meter = data.SkipCounter(), runs.Meter()
     warmup = math.ceil(args.warmup * args.steps)
 
     @torch.no_grad()
@@ -536,11 +537,11 @@ def main():
             skips.update(batch["skipped"], args.micro_batch)
         values, by_time, norm = train_step(
             model, look, optimizer, named, ema, (parallel.place(b, devices) for b in micros),
-            *divisors, draws, parallel.scalar(runs.ema_weight(args.ema, step), devices.device), args,
-            devices)
+            *divisors, draws, parallel.scalar(runs.ema_weight(args.ema, step), devices.device),
+            args, devices)
         parallel.step_done(devices)
-        meter.add(args.batch, wait, by_time=by_time, **values)
-        work += args.batch * sum(v for k, v in flops.items() if draws or k not in ("dit", "repa"))
+        work = sum(v for k, v in flops.items() if draws or k not in ("dit", "repa"))
+        meter.add(args.batch, wait, work, by_time=by_time, **values)
         runs.check_finite(run, step, norm, [k for b in micros for k in b["keys"]])
 
         done, values = step + 1, {}
@@ -551,9 +552,7 @@ def main():
             if tiny and done < args.steps:
                 values = check_colours(32)
         if run.due(done, args.log_every):
-            values = {**meter.read(work / meter.images, devices), "grad_norm": norm.item(),
-                      **values}
-            work = 0
+            values = {**meter.read(devices), "grad_norm": norm.item(), **values}
             values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
             run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor, **values)
         if run.due(done, args.sample_every):

@@ -347,8 +347,8 @@ def main():
             loss = contrast + args.dense * mse
             (loss / accumulate).backward()
             part = 1 / accumulate
-            meter.add(args.micro_batch, wait, part, loss=loss * part, contrast=contrast * part,
-                      dense=mse * part)
+            meter.add(args.micro_batch, wait, flops, part, loss=loss * part,
+                      contrast=contrast * part, dense=mse * part)
         norm = parallel.clip_grad(named.values(), 1.0, devices)
         parallel.guarded_step(optimizer, norm, devices)
         runs.check_finite(run, step, norm)
@@ -357,7 +357,7 @@ def main():
 
         done = step + 1
         if run.due(done, args.log_every):
-            values = meter.read(flops, devices)
+            values = meter.read(devices)
             if run.due(done, args.sample_every):
                 values.update(evaluate(model, unseen))
             run.log(done, lr=optimizer.param_groups[0]["lr"], **values)

@@ -45,7 +45,7 @@ def seconds(depth, width, loop, gradients, devices):
         parallel.step_done(devices)
         losses.append(loss.item())
         clock.append((traced - start, time.process_time() - traced))
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)           # --gradients: they were the step's result
     return clock[0][0], clock[0][1] - clock[2][1], sum(clock[2]), losses
 
 

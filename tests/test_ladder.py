@@ -139,8 +139,8 @@ def test_the_dry_run_s_arguments_are_the_compiler_s(typed):
     """The same of the whole step, LLM and encoder in it:
     python tests/tpu_compile.py --size 9b --topology v5p:4x4x4 --batch 512."""
     compiled = 4.155131 * 2 ** 30
-    plan = json.loads(typed("--size", "9b", "--dry-run", "--json", "--mesh", "fsdp=64", "--device", "xla",
-                            "--batch", 512))
+    plan = json.loads(typed("--size", "9b", "--dry-run", "--json", "--mesh", "fsdp=64",
+                            "--device", "xla", "--batch", 512))
     state = sum(plan["memory_gb_per_device"][k] for k in ("weights", "moments", "ema")) * 1e9
     batch = 512 // 64 * (3 * 224 ** 2 + 256 * 1152 * 4 + 512 * 16)      # images, noise, ids, labels
     assert state + batch == pytest.approx(compiled, rel=0.01)
