@@ -190,6 +190,15 @@ def on_one_device(named, devices):
                for name, p in named)
 
 
+def gathered(model, blocks):
+    """How many elements FSDP2 holds whole beside a device's share: what is in no block, with its
+    gradients, all step; of the blocks one with its gradients and the next."""
+    held = lambda m: sum(p.numel() * (1 + p.requires_grad) for p in m.parameters())
+    largest = max(blocks, key=held)
+    return (held(model) - sum(map(held, blocks)) + held(largest)
+            + sum(p.numel() for p in largest.parameters()))
+
+
 def place(batch, devices):
     """A dict of host tensors -> on the devices. xla: each process holds its part of the batch, and
     the result is the whole, split along the batch axis."""

@@ -151,11 +151,12 @@ def table(title, rows):
         print(f"  {name:<22} {show(value)}")
 
 
-def memory_gb(trained, frozen, activations, ema):
-    """Planned memory of one device by part, in GB: parameters that it stores, and bytes of
-    activations of the images that are on it at a time. fp32 weights, gradients, two moments, EMA."""
+def memory_gb(trained, frozen, activations, ema, gathered=0):
+    """Planned memory of one device by part, in GB: parameters that it stores, bytes of activations
+    of the images that are on it at a time, and elements of `parallel.gathered`. fp32 weights,
+    gradients, two moments, EMA."""
     parts = {"weights": 4 * (trained + frozen), "gradients": 4 * trained, "moments": 8 * trained,
-             "ema": 4 * trained if ema else 0, "activations": activations}
+             "ema": 4 * trained if ema else 0, "gathered": 4 * gathered, "activations": activations}
     return {k: v / 1e9 for k, v in {**parts, "total": sum(parts.values())}.items()}
 
 

@@ -305,6 +305,9 @@ def main():
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices)
+    if args.cache_latents and devices.kind == "xla" and devices.world > 1:
+        raise UserError("--cache-latents: not on several XLA hosts, where one alone cannot run the "
+                        "encoder; fill the folder on one host")
 
     # --------------------------------------------------------------------------------------------
     # Models: the frozen encoder (and decoder, to look at samples), the LLM, the DiT
@@ -390,11 +393,15 @@ def main():
     trained, frozen = (parallel.on_one_device(((k, p) for k, p in model.named_parameters()
                                                if p.requires_grad == train), devices)
                        for train in (True, False))
-    frozen += (parallel.on_one_device(encoder.named_parameters(), devices)
-               if "xla" in (devices.kind, args.device) else count["encoder (frozen)"])
+    xla = "xla" in (devices.kind, args.device)
+    frozen += (parallel.on_one_device(encoder.named_parameters(), devices) if xla else
+               count["encoder (frozen)"])
     frozen += count.get("vae (frozen)", 0)
+    gathered = (0 if xla or devices.axes["fsdp"] == 1 else
+                parallel.gathered(model, [*llm.model.layers, *dit.dit_blocks]))
     activations = (dit.activation_bytes() + llm.activation_bytes(length)) / devices.axes["fsdp"]
-    memory = lambda images: runs.memory_gb(trained, frozen, activations * images, args.ema)
+    memory = lambda images: runs.memory_gb(trained, frozen, activations * images, args.ema,
+                                           gathered)
     summary = dict(
         parameters={**count, "total": sum(count.values())},
         latent=[N, C], alpha=alpha, images_per_step=args.batch,
@@ -477,8 +484,6 @@ def main():
         raise UserError(f"--export: {run.dir} has no checkpoint")
     run.load(saved)
     if args.cache_latents:
-        if devices.kind == "xla" and devices.world > 1:     # one host alone cannot run a program
-            raise UserError("--cache-latents: not on several XLA hosts; fill the folder on one")
         what = [(args.latent, args.layers, str(devices.dtype))]
         what += [weights.checksum(m) for m in (encoder, vae) if m]
         data.cache_latents(

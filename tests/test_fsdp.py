@@ -24,14 +24,15 @@ SCRIPTS = {"train_dit": ["--sample-steps", "1", "--guidance", "1"],
 @pytest.fixture(scope="module")
 def curve(tmp_path_factory):
     """curve(script, processes) -> run folder, log lines; equal calls share one run. start: a run
-    folder to go on from."""
+    folder to go on from; more: flags."""
     @functools.cache
-    def run(script, processes, start=None):
+    def run(script, processes, start=None, more=()):
         out = start or tmp_path_factory.mktemp("runs") / "run"
         launch = [sys.executable]
         if processes > 1:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run([*launch, f"{script}.py", *COMMON, *SCRIPTS[script], "--out", str(out)],
+        done = subprocess.run([*launch, f"{script}.py", *COMMON, *SCRIPTS[script], *more,
+                               "--out", str(out)],
                               cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
                               capture_output=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -109,6 +110,15 @@ def test_a_process_keeps_its_rows_of_weights_average_and_moments(curve):
 
 def test_a_checkpoint_of_two_processes_resumes_on_one(curve, tmp_path):
     check_resume(curve, tmp_path, 2, 1)
+
+
+def test_steps_of_questions_alone_leave_the_dit_out_on_every_process(curve):
+    """Batches of both kinds: 12 of 13 samples ask, and in some batches all do."""
+    more = "--data", "builtin:qa=12", "builtin:synthetic=1"
+    (out, found), (whole, expected) = (curve("train_dit", n, None, more) for n in (2, 1))
+    assert 0 < sum("flow" in line for line in expected) < 6
+    same(found, expected, ("loss", "flow", "text", "grad_norm", "cond_spread"))
+    close(out, whole)
 
 
 def test_stage_one_on_two_processes(curve):

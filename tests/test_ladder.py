@@ -86,6 +86,15 @@ def test_dry_run_of_every_size(size, llm, typed):
     for kind in ("weights", "moments", "activations"):      # norms, biases, positions stay whole
         whole = encoder * 63 / 64 if kind == "weights" else 0
         assert 0 <= many[kind] - one[kind] / 64 - whole < 0.05
+    assert one["gathered"] == 0 < many["gathered"]
+
+
+def test_what_fsdp2_holds_whole():
+    """By hand: the root is 30 trained and 5 frozen elements, the larger block 12 and 4."""
+    linear = lambda *shape, train=True: torch.nn.Linear(*shape, bias=False).requires_grad_(train)
+    block = torch.nn.Sequential(linear(3, 4), linear(4, 1, train=False))
+    model = torch.nn.Sequential(linear(5, 6), linear(5, 1, train=False), linear(2, 2), block)
+    assert parallel.gathered(model, [model[2], block]) == (30 * 2 + 5) + (12 * 2 + 4) + (12 + 4)
 
 
 # ---- what is typed without weights, network or memory ----

@@ -52,12 +52,12 @@ def observed(script, *argv):
 @pytest.fixture(scope="module")
 def curve(tmp_path_factory):
     """curve(script, devices, mesh) -> run folder, log lines, counts (None on plain CPU: devices 0).
-    Equal calls share one run. start: a run folder to go on from."""
+    Equal calls share one run. start: a run folder to go on from; more: flags."""
     @functools.cache
-    def run(script, devices, mesh="", start=None):
+    def run(script, devices, mesh="", start=None, more=()):
         out = start or tmp_path_factory.mktemp("runs") / "run"
         argv = [*COMMON, *SCRIPTS[script], "--device", "xla" if devices else "cpu", "--out", str(out),
-                *(["--mesh", mesh] if mesh else [])]
+                *(["--mesh", mesh] if mesh else []), *more]
         env = {k: v for k, v in os.environ.items() if k != "PJRT_DEVICE"}
         env.update(OMP_NUM_THREADS="1", XLA_FLAGS=FLAGS)
         if devices:
@@ -125,6 +125,19 @@ def test_a_checkpoint_of_four_devices_resumes_on_two(curve, tmp_path):
     assert len(counts) < 20                             # ten steps, not twenty
     same(found, expected, ("loss",), 1e-5)
     close(averages(out), averages(whole), 5e-3)
+
+
+def test_steps_of_questions_alone_are_a_second_program(curve):
+    """12 of 13 samples ask, and in some batches all do: then the DiT is left out."""
+    more = ("--log-every", "1", "--data", "builtin:qa=12", "builtin:synthetic=1")
+    _, expected, _ = curve("train_dit", 0, "", None, more)
+    _, found, counts = curve("train_dit", 4, "fsdp=4", None, more)
+    asks = ["flow" not in line for line in expected]
+    assert 1 < sum(asks) < 19 and asks == ["flow" not in line for line in found]
+    same(found, expected, ("loss", "text"), 1e-5)
+    compiles = [c for c, _ in counts[:11]]                  # up to the first save
+    new = [step for step in range(10) if compiles[step + 1] != compiles[step]]
+    assert new == sorted(asks.index(kind) for kind in (True, False)), (new, asks, compiles)
 
 
 @pytest.mark.parametrize("devices", [4])

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -368,6 +369,13 @@ def test_finetuning(plain, tmp_path):
     train(tmp_path / "c", *recipe, "--data", "builtin:web", status=2)       # endless
 
 
+def test_no_cached_latents_on_several_xla_hosts(monkeypatch, capsys):
+    hosts = parallel.Devices("xla", torch.device("cpu"), 0, 2, torch.float32, {"fsdp": 4, "tensor": 1})
+    monkeypatch.setattr(parallel, "setup", lambda *args: hosts)
+    assert call("--cache-latents") == 2
+    assert "--cache-latents: not on several XLA hosts" in capsys.readouterr().err
+
+
 def test_cached_latents_give_the_same_losses(tmp_path, vae_file, capsys):
     """A folder with a broken picture, latents of a VAE: what is skipped and drawn is the same too.
     Damage is made good, or refused where it cannot be seen at once; another VAE, another entry."""
@@ -486,6 +494,16 @@ def test_overfit(tmp_path):
     """What --help states."""
     lines = train(tmp_path / "r", "--overfit", "--steps", 60, "--lr", 3e-3, "--lr-llm", 3e-3)
     assert lines[0]["loss"] > 10 and lines[-1]["loss"] < 0.1
+
+
+def test_a_resumed_overfit_takes_the_same_batch(tmp_path):
+    options = "--overfit", "--save-every", 2
+    whole = train(tmp_path / "a", *options, "--steps", 4)
+    (tmp_path / "b").mkdir()
+    shutil.copytree(tmp_path / "a/checkpoints/step-0000002", tmp_path / "b/checkpoints/step-0000002")
+    resumed = train(tmp_path / "b", *options, "--steps", 4)
+    assert [line["step"] for line in resumed] == [3, 4]
+    assert losses(resumed) == losses(whole)[2:]
 
 
 # ------------------------------------------------------------------------------------------------
