@@ -513,13 +513,14 @@ def caption(scene: Scene, rand=None, web: bool = False) -> str:
                        f"{text[0].upper()}{text[1:]} on a {on}."))
 
 
-def wrong_description(scene: Scene, rand, other):
-    """A caption that the scene does not match, differing in one attribute (half of the time) or in
-    everything; it states nothing held out. `other()` gives further scenes."""
+def wrong_description(scene: Scene, rand, other=None):
+    """A caption that the scene does not match, differing in one attribute (without `other`, which
+    gives further scenes, always; else half of the time) or in everything; it states nothing held
+    out."""
     items, where, background = groups(scene), relation_of(scene), scene.background
     shapes = scene.things[0].colour is not None
     taken = {g[0] for g in items}
-    if rand() < 0.5:
+    if other and rand() < 0.5:
         while True:
             s = other()
             if s.background != background and not taken & {t.kind for t in s.things}:
@@ -551,7 +552,8 @@ def wrong_description(scene: Scene, rand, other):
 
 def question(scene: Scene, rand, other, verify=False) -> tuple:
     """(type of the question, question, answer) about a scene with things. verify: only the two
-    that best_of.py asks, with its words."""
+    that best_of.py asks, with its words; of one prompt's candidates the bad ones are wrong in one
+    attribute, so all wrong prompts are here."""
     items, where = groups(scene), relation_of(scene)
     kind, colour, count = pick(rand, items)
     total = sum(g[2] for g in items if g[0] == kind)
@@ -581,7 +583,7 @@ def question(scene: Scene, rand, other, verify=False) -> tuple:
             kind = pick(rand, SHAPES if colour else KINDS)
         return form, f"Is there {noun(kind)} in the picture?", "Yes." if yes else "No."
     yes = rand() < 0.5
-    text = caption(scene) if yes else wrong_description(scene, rand, other)
+    text = caption(scene) if yes else wrong_description(scene, rand, None if verify else other)
     return form, f"Does this image align with the prompt: {text}?", "Yes." if yes else "No."
 
 

@@ -2,14 +2,20 @@
 
     python tests/bench_best_of.py --keep best.safetensors            # draws, judges, ranks
     python tests/bench_best_of.py --keep best.safetensors --ranker runs/dit-tiny    # ranks again
+    python tests/bench_best_of.py --keep best.safetensors --candidates clean        # others
 
 16 candidates of each benchmark prompt of shapes (one, then two) are drawn and judged once. For k =
 1, 2, 4, 8, 16 the candidates are cut into groups of k; a verifier picks one of each group, blindly;
 printed is the share of picks that the judge passes, beside the mean of all (a random pick) and the
 groups with any that passes (the judge's own pick: the ceiling). AUC: how often a verifier puts a
 passing candidate of a prompt before a failing one; 0.5 is chance.
+
+Why a verifier fails: `--candidates reencoded` shows it the drawn pictures again, decoded and
+encoded (are drawn latents what misleads it?), `clean` rendered scenes, of which half have one thing
+of another kind, the commonest failure (does it know the kinds at all?).
 """
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -22,6 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import benchmark
 import best_of
+import data
 import evaluate
 import flow
 import run as runs
@@ -46,6 +53,24 @@ def draw(args, prompts):
     return torch.stack(latents), torch.tensor(passed)
 
 
+def clean(prompts, encoder):
+    """Rendered candidates, every second one wrong -> latents [P,16,N,C], passed [P,16] bool."""
+    latents, rand = [], data.generator("clean candidates")
+    for p in prompts:
+        shown = []
+        for _ in range(SIZES[-1] // 2):
+            true = [data.Thing(t.kind, t.colour, *at) for t, at in
+                    zip(p.scene.things, data.place(rand, len(p.scene.things), False))]
+            k, taken = int(rand() * len(true)), {t.kind for t in true}
+            kind = data.pick(rand, [s for s in data.SHAPES if s not in taken])
+            wrong = [*true[:k], dataclasses.replace(true[k], kind=kind), *true[k + 1:]]
+            shown += [dataclasses.replace(p, scene=dataclasses.replace(p.scene, things=tuple(t)))
+                      for t in (true, wrong)]
+        latents.append(encoder(evaluate.scene_pictures(shown, encoder.image_size)))
+    good = torch.arange(SIZES[-1]) % 2 == 0
+    return torch.stack(latents), good.expand(len(prompts), -1)
+
+
 def auc(good, order):
     """Pairs of a passing and a failing candidate that `order` (best first) puts right: a share."""
     place = np.argsort(order)
@@ -59,6 +84,7 @@ def main():
     p.add_argument("--run", default=weights.ASSETS)
     p.add_argument("--ranker", help="a run whose LLM ranks (default: --run's)")
     p.add_argument("--keep", type=Path, required=True, help="latents and verdicts, drawn if absent")
+    p.add_argument("--candidates", choices=["drawn", "reencoded", "clean"], default="drawn")
     p.add_argument("--count", type=runs.positive(), default=12, help="prompts of a category")
     p.add_argument("--steps", type=runs.positive(), default=25)
     p.add_argument("--guidance", type=float)
@@ -73,14 +99,19 @@ def main():
         latents, passed = draw(args, prompts)
         save_file({"latents": latents, "passed": passed}, args.keep)
     kept = load_file(args.keep)
-    latents, passed = kept["latents"], kept["passed"].numpy()               # [P,16]
+    latents, passed = kept["latents"], kept["passed"]               # [P,16,N,C], [P,16]
     args.run = args.ranker or args.run
-    devices, llm, _, tokenizer, *_ = evaluate.load_run(args, decoder=False)
+    devices, llm, _, tokenizer, _, encoder, decoder = evaluate.load_run(args, encoder=True)
+    if args.candidates == "reencoded":
+        latents = [encoder(decoder(z.to(devices.device)).float().clamp(0, 1)) for z in latents]
+    elif args.candidates == "clean":
+        latents, passed = clean(prompts, encoder)
+    passed = passed.numpy()
     rows = [best_of.scores(llm, tokenizer, z.to(devices.device), q.text)
             for z, q in zip(latents, tqdm(prompts, desc="ranking"))]
 
     results, mixed = {}, [k for k, good in enumerate(passed) if 0 < good.sum() < len(good)]
-    print(f"{len(prompts)} prompts, {passed.mean():.3f} of the candidates pass, {len(mixed)} "
+    print(f"{len(prompts)} prompts, {passed.mean():.3f} of the {args.candidates} candidates pass, {len(mixed)} "
           f"prompts have both kinds; ranked by {args.run}\n\n{'pick':<10}"
           + "".join(f"{f'best of {k}':>12}" for k in SIZES) + f"{'95 % at 16':>18}{'AUC':>8}")
     for name in ("random", *best_of.KEYS, "judge"):
@@ -101,7 +132,8 @@ def main():
                          "auc": evaluate.interval([pairs])}
         print(f"{name:<10}" + "".join(f"{s[0]:>12.3f}" for s in shares)
               + f"{f'{shares[-1][1]:.3f} to {shares[-1][2]:.3f}':>18}{np.mean(pairs):>8.3f}")
-    print(json.dumps({"task": "best of N", "run": str(args.run), "prompts": len(prompts),
+    print(json.dumps({"task": "best of N", "run": str(args.run),
+                      "candidates": args.candidates, "prompts": len(prompts),
                       "mixed": len(mixed), **results}))
 
 
