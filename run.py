@@ -17,6 +17,7 @@ import functools
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -49,12 +50,21 @@ def main(function):
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            end_workers()
             raise
         print(f"error: {error}; the last checkpoint is whole: free some space, and the same "
               "command goes on from it", file=sys.stderr)
         sys.exit(1)
+
+
+def end_workers():
+    """Kill the loader's workers, for a crash: its traceback keeps the loader alive, and Python waits at
+    its end for children, which it asks by SIGTERM; these ignore that (`data.start_worker`)."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch makes another error of their end
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 # ------------------------------------------------------------------------------------------------

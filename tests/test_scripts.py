@@ -97,6 +97,21 @@ def test_shipped_weights_draw_the_same_picture_twice(tmp_path):
     assert Image.open(tmp_path / "b-1.png").tobytes() != a.tobytes()
 
 
+def test_a_crash_ends_the_process(tmp_path):
+    """Its traceback holds the loader, whose workers ignore SIGTERM: Python would wait for them."""
+    code = f"""import sys
+sys.argv = ["train_dit.py", "--batch", "4", "--workers", "1", "--out", {str(tmp_path / "run")!r}]
+import run, train_dit
+def train_step(*_):
+    raise RuntimeError("out of memory")
+train_dit.train_step = train_step
+run.main(train_dit.main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True,
+                          text=True, timeout=200)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: out of memory\n")
+
+
 def test_dry_run_and_bench(tmp_path):
     done = run("train_dit.py", "--dry-run", "--json")
     summary = json.loads(done.stdout)
