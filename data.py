@@ -856,6 +856,8 @@ def file_record(source, j: int, resolution: int, crop: str, text: bool, rand) ->
         raise ValueError("no caption, prompt or conversations")
     else:
         drawn, talk = True, drawing(words, rand) if words else []
+    if (images := sum(t["value"].count("<image>") for t in talk)) > 1:
+        raise ValueError(f"{images} images in one sample; at most 1")
     out = {"key": source.key(j), "task": "t2i" if drawn else "qa", "caption": words, "scene": None,
            "image": load_image(data, resolution, crop, rand) if resolution else None,
            "conversations": talk}

@@ -241,9 +241,8 @@ def piece(tensor):
         rows = -(-len(tensor) // tensor.device_mesh.size())
         first = min(len(tensor), rows * tensor.device_mesh.get_local_rank())
         return tensor.to_local().detach().cpu(), first
-    if dist.is_initialized() and dist.get_rank():
-        return None, 0
-    return tensor.detach().cpu(), 0
+    value = tensor.detach().cpu()       # by every process: on xla it is a program of all hosts
+    return (None if dist.is_initialized() and dist.get_rank() else value), 0
 
 
 @torch.no_grad()

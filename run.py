@@ -47,23 +47,23 @@ def main(function):
     """Run a script's main: bad input is one line on stderr and exit status 2, a full disk 1."""
     try:
         function()
-    except (UserError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
-            end_workers()
-            raise
-        print(f"error: {error}; the last checkpoint is whole: free some space, and the same "
-              "command goes on from it", file=sys.stderr)
-        sys.exit(1)
+    except BaseException as error:
+        end_workers()
+        if isinstance(error, (UserError, DataError)):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: {error}; the last checkpoint is whole: free some space, and the same "
+                  "command goes on from it", file=sys.stderr)
+            sys.exit(1)
+        raise
 
 
 def end_workers():
-    """Kill the loader's workers, for a crash: its traceback keeps the loader alive, and Python waits at
-    its end for children, which it asks by SIGTERM; these ignore that (`data.start_worker`)."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch makes another error of their end
+    """Kill the loader's workers after an error: its traceback keeps the loader alive, and Python waits
+    at its end for children, which it asks by SIGTERM; these ignore that (`data.start_worker`)."""
     for worker in multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch makes another error of their end
         worker.kill()
 
 
@@ -197,8 +197,9 @@ class Run:
         if args.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; "
                             "pip install wandb, or leave the flag out: log.jsonl has it all")
-        if getattr(args, "export", False) and not self._whole():
-            raise UserError(f"--export: {self.dir} has no checkpoint")
+        if getattr(args, "export", False) and (args.fresh or not self._whole()):
+            raise UserError("--export writes what is there, --fresh moves it aside: give one of them"
+                            if args.fresh else f"--export: {self.dir} has no checkpoint")
         if args.fresh and self.main and self.dir.is_dir() and any(self.dir.iterdir()):
             self._lock()                                # an old run, not one that is running
             k = 1
@@ -207,11 +208,11 @@ class Run:
             self.dir.rename(aside)
             print(f"moved the old run to {aside}")
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
             if self.main:
+                self.dir.mkdir(parents=True, exist_ok=True)
                 self._lock()
-            for name in ("checkpoints", "samples"):
-                (self.dir / name).mkdir(exist_ok=True)
+                for name in ("checkpoints", "samples"):
+                    (self.dir / name).mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.dir}: cannot make the run folder: {error.strerror}")
         parallel.barrier(devices)                       # the old folder is aside, the new one there
@@ -382,7 +383,11 @@ class Run:
         if self.main:
             (self.dir / "final").mkdir(exist_ok=True)
             path = self.dir / "final" / f"{name}.safetensors"
-            save_file(whole, path.with_suffix(".tmp"), metadata={"config": json.dumps(config)})
+            try:
+                save_file(whole, path.with_suffix(".tmp"), metadata={"config": json.dumps(config)})
+            except SafetensorError as error:            # a full disk: it has no errno
+                raise UserError(f"cannot write {path}: {error}; the last checkpoint is whole: free "
+                                "some space, and the same command goes on from it") from None
             path.with_suffix(".tmp").rename(path)
             write_text(self.dir / "final" / "config.json", json.dumps(config, indent=1))
 
@@ -461,6 +466,7 @@ class Bench:
 
     def __init__(self, args, devices):
         self.args, self.devices, self.main, self.seen, self.norms = args, devices, devices.main, [], []
+        args.sample_every = args.save_every = 0
 
     def load(self, named):
         pass

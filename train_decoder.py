@@ -364,9 +364,9 @@ def main():
         runs.swap(named, ema)
         x_hat = reconstruct(held)
         runs.swap(named, ema)
+        pairs = parallel.full(torch.stack([held[:16], x_hat[:16]], 1).flatten(0, 1))
         if run.main:
-            runs.save_grid(torch.stack([held[:16], x_hat[:16]], 1).flatten(0, 1),
-                           run.dir / "samples" / f"step-{step:07d}.png", columns=8)
+            runs.save_grid(pairs, run.dir / "samples" / f"step-{step:07d}.png", columns=8)
         return psnr(x_hat, held).mean().item()
 
     # --------------------------------------------------------------------------------------------
@@ -386,7 +386,7 @@ def main():
             t0 = time.perf_counter()
             batch = next(batches)
             wait = time.perf_counter() - t0
-            skips.update(batch["skipped"], args.micro_batch)
+            skips.update(batch["skipped"], args.micro_batch // devices.world)
             n, x = batch["n"], parallel.place(batch, devices)["images"].float() / 255   # [B,3,S,S]
             log = {}
             if vae:

@@ -512,7 +512,7 @@ def main():
             z = flow.generate(dit, cond, noise.to(devices.device), alpha, args.sample_steps,
                               args.guidance, progress=parallel.stepwise(devices))
         runs.swap(named, ema)
-        return decode(z)
+        return parallel.full(decode(z))                 # by every process, as on xla it must be
 
     def check_colours(count):
         """Backgrounds and colours on `count` single shapes that training has not seen."""
@@ -539,7 +539,7 @@ def main():
         divisors = (parallel.scalar(max(n, 1) / devices.replicas, devices.device)
                     for n in (tokens, answers))                 # means over the whole batch
         for batch in micros:
-            skips.update(batch["skipped"], args.micro_batch)
+            skips.update(batch["skipped"], args.micro_batch // devices.world)
         values, by_time, norm = train_step(
             model, look, optimizer, named, ema, (parallel.place(b, devices) for b in micros),
             *divisors, draws, parallel.scalar(runs.ema_weight(args.ema, step), devices.device),

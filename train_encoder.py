@@ -337,7 +337,7 @@ def main():
             t0 = time.perf_counter()
             batch = next(batches)
             wait = time.perf_counter() - t0
-            skips.update(batch["skipped"], args.micro_batch)
+            skips.update(batch["skipped"], args.micro_batch // devices.world)
             batch = parallel.place(batch, devices)
             images = batch["images"].float() / 255                          # [B,3,S,S]
             draw = torch.Generator().manual_seed(args.seed * 10 ** 9 + step * accumulate + micro)

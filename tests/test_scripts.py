@@ -97,19 +97,27 @@ def test_shipped_weights_draw_the_same_picture_twice(tmp_path):
     assert Image.open(tmp_path / "b-1.png").tobytes() != a.tobytes()
 
 
-def test_a_crash_ends_the_process(tmp_path):
-    """Its traceback holds the loader, whose workers ignore SIGTERM: Python would wait for them."""
+@pytest.mark.parametrize("where, error, status", [
+    ("train_dit.train_step", "RuntimeError", 1), ("train_dit.train_step", "KeyboardInterrupt", -2),
+    ("data.Mixture.__getitem__", "data.DataError", 2)])
+def test_an_error_ends_the_process(where, error, status, tmp_path):
+    """The traceback holds the loader, whose workers ignore SIGTERM: Python would wait for them. The
+    third is an error in a worker."""
     code = f"""import sys
 sys.argv = ["train_dit.py", "--batch", "4", "--workers", "1", "--out", {str(tmp_path / "run")!r}]
-import run, train_dit
-def train_step(*_):
-    raise RuntimeError("out of memory")
-train_dit.train_step = train_step
+sys.argv += ["--bench", "2"] if {error!r} == "KeyboardInterrupt" else []
+import data, run, train_dit
+before = {where}
+def fails(self, i, *rest):
+    if isinstance(i, int) and i < 16:           # what the plan looks at
+        return before(self, i)
+    raise {error}("out of memory")
+{where} = fails
 run.main(train_dit.main)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True,
                           text=True, timeout=200)
-    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: out of memory\n")
+    assert done.returncode == status and "out of memory" in done.stderr.splitlines()[-1]
 
 
 def test_dry_run_and_bench(tmp_path):
@@ -118,7 +126,7 @@ def test_dry_run_and_bench(tmp_path):
     assert summary["latent"] == [64, 96] and summary["alpha"] == pytest.approx(6.9282, abs=1e-3)
     assert sum(v for k, v in summary["parameters"].items() if k != "total") == \
         summary["parameters"]["total"]
-    done = run("train_dit.py", "--bench", "4", "--batch", "4", cwd=tmp_path)
+    done = run("train_dit.py", "--bench", "4", "--batch", "4", "--save-every", "1", cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1])["images_per_s"] > 0
     assert not (tmp_path / "runs").exists()
 
