@@ -259,6 +259,17 @@ def test_full_disk(commands, whole, tmp_path):
         assert (out / file).read_bytes() == (original / file).read_bytes()
 
 
+def test_full_disk_at_the_end(commands, whole, tmp_path):
+    """One line, and the same command writes final/ later."""
+    original, _, _ = whole("dit")
+    out = tmp_path / "run"
+    assert ends(commands["dit"], out, "os.mkdir final", "full") == 2, said(out)
+    assert f"error: cannot write {out}/final/model.safetensors" in said(out)
+    assert "Traceback" not in said(out)
+    assert ends(commands["dit"], out) == 0, said(out)
+    same(out, original)
+
+
 def listing(folder):
     """path -> (time of the last change, bytes) of all that is in a folder."""
     return {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in folder.rglob("*")
