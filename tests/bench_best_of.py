@@ -56,6 +56,7 @@ def draw(args, prompts):
 def clean(prompts, encoder):
     """Rendered candidates, every second one wrong -> latents [P,16,N,C], passed [P,16] bool."""
     latents, rand = [], data.generator("clean candidates")
+    device = next(encoder.parameters()).device
     for p in prompts:
         shown = []
         for _ in range(SIZES[-1] // 2):
@@ -66,7 +67,8 @@ def clean(prompts, encoder):
             wrong = [*true[:k], dataclasses.replace(true[k], kind=kind), *true[k + 1:]]
             shown += [dataclasses.replace(p, scene=dataclasses.replace(p.scene, things=tuple(t)))
                       for t in (true, wrong)]
-        latents.append(encoder(evaluate.scene_pictures(shown, encoder.image_size)))
+        x = evaluate.scene_pictures(shown, encoder.image_size).to(device)       # [16,3,S,S]
+        latents.append(encoder(x))
     good = torch.arange(SIZES[-1]) % 2 == 0
     return torch.stack(latents), good.expand(len(prompts), -1)
 
@@ -101,7 +103,9 @@ def main():
     kept = load_file(args.keep)
     latents, passed = kept["latents"], kept["passed"]               # [P,16,N,C], [P,16]
     args.run = args.ranker or args.run
-    devices, llm, _, tokenizer, _, encoder, decoder = evaluate.load_run(args, encoder=True)
+    pixels = args.candidates != "drawn"
+    devices, llm, _, tokenizer, _, encoder, decoder = evaluate.load_run(
+        args, encoder=pixels, decoder=pixels)
     if args.candidates == "reencoded":
         latents = [encoder(decoder(z.to(devices.device)).float().clamp(0, 1)) for z in latents]
     elif args.candidates == "clean":
