@@ -10,6 +10,7 @@ start (`setup`), place (`shard`, `mark`, `place`), step (`adamw`, `clip_grad`, `
 `fill`).
 """
 import contextlib
+import datetime
 import functools
 import math
 import os
@@ -362,8 +363,18 @@ def mean(values, devices):
 
 
 def barrier(devices):
-    """Wait until every process is here."""
-    total([0.0], devices)
+    """Wait until every process is here, as long as it takes: one may be encoding a data set alone."""
+    if devices.replicas == 1:
+        total([0.0], devices)
+    else:
+        dist.all_reduce(torch.zeros(1), group=patient())
+
+
+@functools.cache
+def patient():
+    """All processes, in a group that does not give up after gloo's half hour. For waiting alone, so
+    that a collective of the training that hangs still ends."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
 
 def memory_gb(devices):

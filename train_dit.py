@@ -120,6 +120,8 @@ def arguments():
     for key, value in DEFAULTS["tiny" if args.size == "tiny" else "paper"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.export and args.bench:
+        raise UserError("--export writes what is there, --bench nothing: give one of them")
     if bool(args.head_width) != bool(args.head_depth):
         raise UserError("--head-width and --head-depth go together (the paper's are 2688 and 2)")
     if args.repa > (depth := dits.SIZES[args.size].depth):
@@ -480,8 +482,6 @@ def main():
     if args.bench:
         args.steps, args.log_every = args.bench, 1
     run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
-    if args.export and not run.start:
-        raise UserError(f"--export: {run.dir} has no checkpoint")
     run.load(saved)
     if args.cache_latents:
         what = [(args.latent, args.layers, str(devices.dtype))]

@@ -183,6 +183,7 @@ BAD = [
     (f"{DIT}", ["IN/run/checkpoints/step-0000002", "does not fit", "delete it"]),
     (f"{DIT} --export --out IN/good", ["--export", "IN/good", "no checkpoint"]),
     (f"{DIT} --export --fresh --out IN/good", ["--export", "--fresh"]),
+    (f"{DIT} --export --bench 2 --out IN/good", ["--export", "--bench"]),
     (f"{DIT} --keep 100000000", ["lower --keep", "100000000", "GB are free", "--out IN/run"]),
 ]
 

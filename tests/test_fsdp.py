@@ -135,3 +135,22 @@ def test_four_processes(curve, tmp_path):
     check_stage_two(curve, 4)
     check_pieces(curve("train_dit", 4)[0], curve("train_dit", 1)[0], 4)
     check_resume(curve, tmp_path, 4, 2)
+
+
+def test_a_barrier_waits_longer_than_a_collective(tmp_path):
+    """One process may encode a data set alone (--cache-latents), for hours; gloo gives up after half
+    an hour, here after three seconds."""
+    (tmp_path / "waits.py").write_text(
+        "import datetime, time, torch.distributed as dist, parallel\n"
+        "start = dist.init_process_group\n"
+        "dist.init_process_group = lambda b: start(b, timeout=datetime.timedelta(seconds=3))\n"
+        "devices = parallel.setup('cpu', 'float32')\n"
+        "time.sleep(8 * devices.main)\n"
+        "parallel.barrier(devices)\n"
+        "print('here', parallel.total([1.0], devices))\n"
+        "parallel.finish(devices)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node=2", str(tmp_path / "waits.py")], text=True, timeout=120,
+                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("here [2.0]") == 2
