@@ -132,14 +132,29 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    MULTIPLE = {"cuda": 128}            # of the hidden width, by device; XLA's compiler pads by itself
+
     def __init__(self, D):
         super().__init__()
-        hidden = int(2 / 3 * int(4 * D))                    # the authors': not rounded to a multiple
-        self.w12, self.w3 = Linear(D, 2 * hidden), Linear(hidden, D)
+        self.hidden = int(2 / 3 * int(4 * D))               # h, the authors': not rounded to a multiple
+        self.w12, self.w3 = Linear(D, 2 * self.hidden), Linear(self.hidden, D)
 
-    def forward(self, x):
-        a, b = self.w12(x).chunk(2, -1)
+    def forward(self, x):                                                   # [B,N,D]
+        if more := -self.hidden % self.MULTIPLE.get(x.device.type, 1):
+            return self.padded(x, more)
+        a, b = self.w12(x).chunk(2, -1)                                     # [B,N,h]
         return self.w3(F.silu(a) * b)
+
+    def padded(self, x, more):
+        """The same with `more` hidden channels of zeros. At D = 2048 h is 5461: odd, so that no row of
+        a bf16 matrix is aligned as tensor cores want it. The zeros are put to the weights as these
+        are cast; what they add is silu(0) * 0 = 0, and parameters, gradients and files keep h."""
+        w12, b12 = self.w12.weight.to(x.dtype), self.w12.bias.to(x.dtype)
+        w12 = F.pad(w12.unflatten(0, (2, -1)), (0, 0, 0, more)).flatten(0, 1)       # [2(h+more),D]
+        b12 = F.pad(b12.unflatten(0, (2, -1)), (0, more)).flatten()
+        a, b = F.linear(x, w12, b12).chunk(2, -1)                           # [B,N,h+more]
+        w3 = F.pad(self.w3.weight.to(x.dtype), (0, more))                   # [D,h+more]
+        return F.linear(F.silu(a) * b, w3, self.w3.bias.to(x.dtype))
 
 
 def adaLN(Z, out):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dit as dits
@@ -125,10 +126,30 @@ def test_remat_gives_the_same_gradients(options):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+@pytest.mark.parametrize("options", [{}, dict(head_width=96, head_depth=1)])
+def test_padded_ffn_is_exact(options, monkeypatch):
+    """What CUDA does with the FFN's odd width: outputs and gradients as without, on wider products."""
+    model = small_dit(**options)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    x, t, cond = torch.randn(2, 16, 24), torch.rand(2), torch.randn(2, 16, 64)
+    outputs, work = [], []
+    for multiple in (1, 128):
+        monkeypatch.setattr(dits.SwiGLU, "MULTIPLE", {"cpu": multiple})
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            v = model(x, t, cond)
+        v.square().mean().backward()
+        outputs.append([v, *(p.grad for p in model.parameters() if p.grad is not None)])
+        work.append(counter.get_total_flops())
+    assert work[1] > 1.05 * work[0]
+    for a, b in zip(*outputs):
+        assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, dict(head_width=96, head_depth=2)])
 def test_flops_against_torch(options):
     """The formula in dit.py within 1 % of torch's counter on a real forward and backward."""
-    from torch.utils.flop_counter import FlopCounterMode
     model = dits.DiT(24, 64, 64, 3, 4, **options)
     counter = FlopCounterMode(display=False)
     x = torch.randn(2, 64, 24, requires_grad=True)
