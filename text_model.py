@@ -210,15 +210,16 @@ class TextModel(nn.Module):
         index = start[:, None] + torch.arange(self.tokens, device=h.device)         # [B,N]
         return self.diff_head_projector(pick(h, index.clamp(max=h.shape[1] - 1)))
 
-    def text_loss(self, h, labels):
+    def text_loss(self, h, where, targets):
         """Cross-entropy of the labelled next tokens, summed (the caller divides by their number in
-        the whole batch); h [B,L,H], labels [B,L].
+        the whole batch); h [B,L,H]; where, targets [B,K] of `labelled`. Only these positions go
+        through the head: most of L are queries and the user's words, which have no label.
 
-        A large batch goes through the head 64 positions at a time, recomputed in the backward pass:
-        at V = 151,667 all its logits would take more memory than the model. Cut along L, because B
-        is split over the devices.
+        A large batch goes 64 of them at a time, recomputed in the backward pass: at V = 151,667 all
+        its logits would take more memory than the model. Cut along K, because B is split over the
+        devices.
         """
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)                        # [B,L]
+        h = pick(h, where)                                                          # [B,K,H]
 
         def group(h, targets):
             return F.cross_entropy(self.logits(h).flatten(0, 1), targets.flatten(),
@@ -229,16 +230,17 @@ class TextModel(nn.Module):
         return sum(checkpoint(group, h[:, i:i + 64], targets[:, i:i + 64], use_reentrant=False)
                    for i in range(0, h.shape[1], 64))
 
-    def train_flops(self, length, frozen=False):
-        """Training FLOPs of one sequence of `length` tokens: 6 per weight and token, 4 where the
-        weights are frozen, for the gradient still passes to the queries. Attention is counted in
-        full: the causal half is not skipped in the count, as is usual."""
+    def train_flops(self, length, labelled, frozen=False):
+        """Training FLOPs of one sequence of `length` tokens, `labelled` of which go through the head:
+        6 per weight and token, 4 where the weights are frozen, for the gradient still passes to the
+        queries. Attention is counted in full: the causal half is not skipped in the count, as is
+        usual."""
         c, H = self.config, self.width
         hd = H // c["num_attention_heads"]
         layer = 2 * H * H + 2 * H * hd * c["num_key_value_heads"] + 3 * H * c["intermediate_size"]
-        weights = c["num_hidden_layers"] * layer + c["vocab_size"] * H
-        products = c["num_hidden_layers"] * 2 * length * H              # q k^T and its product with v
-        return ((4 if frozen else 6) * weights + 6 * products) * length
+        layers, head = length * c["num_hidden_layers"] * layer, labelled * c["vocab_size"] * H
+        products = length * c["num_hidden_layers"] * 2 * length * H     # q k^T and its product with v
+        return (4 if frozen else 6) * (layers + head) + 6 * products
 
     def activation_bytes(self, length):
         """What the backward pass keeps of one sequence, eager: 16 H + 4 MLP values a token and layer
@@ -420,3 +422,17 @@ def pad_batch(samples, pad_id, multiple=64):
         ids[row, :len(i)], labels[row, :len(l)] = torch.tensor(i), torch.tensor(l)
     start = torch.tensor([L if s[2] is None else s[2] for s in samples])
     return ids, labels, start, torch.tensor([s[3] for s in samples])
+
+
+def labelled(labels, K=None):
+    """labels [B,L] -> where, targets [B,K]: the positions whose next token is labelled, and that
+    token; the rest of K is other positions, with IGNORE. K: a fixed number, for equal shapes; else
+    the most in a row, rounded up to 16. Raises ValueError when a row has more than K."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)                            # [B,L]
+    known = targets != IGNORE
+    most = int(known.sum(1).max())
+    if K and most > K:
+        raise ValueError(f"{most} labelled tokens in a sample, more than {K}")
+    K = K or -(-max(most, 1) // 16) * 16
+    where = known.int().argsort(dim=1, descending=True, stable=True)[:, :K]         # they first
+    return where, targets.gather(1, where)

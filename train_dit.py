@@ -151,14 +151,16 @@ def generators(seed, numbers):
 class Collate:
     """Records -> one batch; runs in the loader's worker.
 
-    images uint8 [B,3,S,S] (or, cached, latent [B,N,F]); ids, labels [B,L]; start, answer [B]; and
-    drawn per image: normal [B] (of the time), eps [B,N,C], drop [B], for a VAE posterior [B,N,C].
+    images uint8 [B,3,S,S] (or, cached, latent [B,N,F]); ids [B,L]; where, targets [B,K], the tokens
+    that the text's loss is about; start, answer [B]; and drawn per image: normal [B] (of the time),
+    eps [B,N,C], drop [B], for a VAE posterior [B,N,C].
     """
 
     def __init__(self, tokenizer, tokens, channels, seed, cond_drop, length=None, posterior=False):
         self.tokenizer, self.tokens, self.channels = tokenizer, tokens, channels
         self.seed, self.cond_drop, self.posterior = seed, cond_drop, posterior
         self.limit, self.multiple = length or 1024, length or 64    # length: the same for all
+        self.labelled = length and max(length - tokens, 1)          # an image's positions have none
 
     def __call__(self, records):
         rows, skipped = [], [s for r in records for s in r["skipped"]]
@@ -170,6 +172,7 @@ class Collate:
             rows.append(row)
         pad = self.tokenizer.token_to_id("<|endoftext|>")
         ids, labels, start, answer = text.pad_batch(rows, pad, self.multiple)
+        where, targets = text.labelled(labels, self.labelled)
         draws = generators(self.seed, [r["n"] for r in records])
         shape = (self.tokens, self.channels)
         if "latent" in records[0]:
@@ -178,7 +181,8 @@ class Collate:
             seen = {"images": torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1)
                                            for r in records])}
         batch = {
-            **seen, "ids": ids, "labels": labels, "start": start, "answer": answer,
+            **seen, "ids": ids, "where": where, "targets": targets, "start": start,
+            "answer": answer,
             "normal": torch.stack([torch.randn((), generator=g) for g in draws]),
             "drop": torch.stack([torch.rand((), generator=g) < self.cond_drop for g in draws]),
             "eps": torch.stack([torch.randn(shape, generator=g) for g in draws]),
@@ -221,7 +225,7 @@ class ScaleRAE(nn.Module):
         not heard.
         """
         h = self.llm(self.llm.embed(batch["ids"], batch["start"], batch["answer"], u))  # [B,L,H]
-        ce = self.llm.text_loss(h, batch["labels"])
+        ce = self.llm.text_loss(h, batch["where"], batch["targets"])
         t = flow.sample_time(batch["normal"], self.alpha)                   # [B]
         if not draws:
             return ce, torch.zeros_like(t), None, t, None
@@ -374,8 +378,8 @@ def main():
         args.length = 128 if tiny else 512
     collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length, vae is not None)
     first = collate([mixture[i] for i in range(16)])
-    length = first["ids"].shape[1]                      # a typical L
-    if (first["labels"] == text.IGNORE).all():
+    length, labelled = first["ids"].shape[1], first["where"].shape[1]       # a typical L and K
+    if (first["targets"] == text.IGNORE).all():
         raise UserError(f"--length {args.length}: none of the first 16 samples fits, such as "
                         f"{': '.join(first['skipped'][-1])}")
 
@@ -385,7 +389,7 @@ def main():
     parts = {"dit": dit, "llm": llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
              "repa": getattr(model, "repa", None)}
     count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
-    flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length, args.freeze == "llm")}
+    flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length, labelled, args.freeze == "llm")}
     if not args.cache_latents:
         flops["encoder"] = encoder.forward_flops()
     if vae and not args.cache_latents:
@@ -531,7 +535,7 @@ def main():
         t0 = time.perf_counter()
         micros = [next(batches) for _ in range(accumulate)]
         wait = time.perf_counter() - t0
-        tokens = sum((b["labels"][:, 1:] != text.IGNORE).sum().item() for b in micros)
+        tokens = sum((b["targets"] != text.IGNORE).sum().item() for b in micros)
         answers = sum(b["answer"].sum().item() for b in micros)
         tokens, answers, stop = parallel.total([tokens, answers, run.asked], devices)
         run.stop = stop > 0                                     # all processes at the same step

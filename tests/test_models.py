@@ -212,15 +212,23 @@ def test_where_images_and_queries_go():
 def test_text_loss_is_cross_entropy_of_the_next_token():
     llm = small_llm()
     h, labels = torch.randn(2, 70, 32), torch.randint(0, 50, (2, 70))
-    labels[0, 3] = labels[1, 1:4] = text.IGNORE
+    labels[0, 3] = labels[1, 1:40] = text.IGNORE
     p = llm.logits(h).log_softmax(-1)
     by_hand = -sum(p[b, i, labels[b, i + 1]] for b in range(2) for i in range(69)
                    if labels[b, i + 1] != text.IGNORE)
-    assert torch.allclose(llm.text_loss(h, labels), by_hand, atol=1e-4)
-    config = dict(llm.config, vocab_size=2 ** 22)           # 64 positions at a time
-    llm.config = config
+    short, fixed = text.labelled(labels), text.labelled(labels, 69)
+    assert short[0].shape == (2, 70) and fixed[0].shape == (2, 69)  # most in a row: 68, and 80 > 70
+    assert (short[1] != text.IGNORE).sum(1).tolist() == [68, 30]
+    for where, targets in (short, fixed):
+        assert torch.allclose(llm.text_loss(h, where, targets), by_hand, atol=1e-4)
+    llm.config = dict(llm.config, vocab_size=2 ** 22)       # 64 positions at a time
     llm.head_weight = lambda: llm.model.embed_tokens.weight
-    assert torch.allclose(llm.text_loss(h, labels), by_hand, rtol=1e-5)
+    assert torch.allclose(llm.text_loss(h, *short), by_hand, rtol=1e-5)
+    where, targets = text.labelled(labels[1:])
+    assert where.shape == (1, 32) and where[0, :30].tolist() == list(range(39, 69))
+    assert targets[0, :30].equal(labels[1, 40:]) and (targets[0, 30:] == text.IGNORE).all()
+    with pytest.raises(ValueError, match="68 labelled tokens in a sample, more than 67"):
+        text.labelled(labels, 67)
 
 
 def test_expand_and_labels():

@@ -121,8 +121,11 @@ def test_one_step_by_hand(tmp_path, encoder):
     assert 0 < batch["answer"].sum() < 8
     with torch.no_grad():
         h = llm(llm.embed(batch["ids"], batch["start"], batch["answer"], z))
-        ce = F.cross_entropy(llm.logits(h)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(),
-                             ignore_index=-100).item()
+        known = batch["targets"] != text.IGNORE                             # [B,K]
+        rows = torch.arange(8)[:, None].expand_as(known)[known]
+        ce = F.cross_entropy(llm.logits(h)[rows, batch["where"][known]],
+                             batch["targets"][known]).item()
+    assert batch["targets"][known].equal(batch["ids"][rows, batch["where"][known] + 1])
     tenths, flow = by_time(batch, z, math.sqrt(64 * 96 / 128))
     assert line["flow_by_t"] == tenths and line["flow"] == flow
     assert line["text"] == pytest.approx(ce, rel=1e-5)
@@ -205,7 +208,7 @@ def test_draws_belong_to_the_image():
     for key in ("normal", "drop", "eps"):
         assert torch.equal(part[key][0], batch[key][7]), key
     assert part["ids"].shape == (2, 64) and part["answer"].tolist() == [True, False]
-    assert (part["labels"][1] == text.IGNORE).all() and part["start"][1] == 64
+    assert (part["targets"][1] == text.IGNORE).all() and part["start"][1] == 64
     (key, why), = part["skipped"]
     assert key == "k9" and "more than 1024" in why
     collate = train_dit.Collate(collate.tokenizer, 2, 3, 5, 0.1, length=96)         # --length

@@ -77,7 +77,7 @@ def given_conditions():
         def forward(self, h):
             return h
 
-        def text_loss(self, h, labels):
+        def text_loss(self, h, where, targets):
             return (h[:, 0, 0] * 0).float().sum()
 
         def condition(self, h, start):
@@ -166,9 +166,10 @@ def trace(flags, llm, chips):
     rows = lambda dtype, *shape: held((B, *shape), dtype, ("fsdp",) + (None,) * len(shape))
     batches = []
     for _ in range(args.batch // B):
-        batch = dict(ids=rows(torch.int64, L), labels=rows(torch.int64, L),
-                     start=rows(torch.int64), answer=rows(torch.bool), normal=rows(torch.float32),
-                     drop=rows(torch.bool), eps=rows(torch.float32, N, C))
+        batch = dict(ids=rows(torch.int64, L), where=rows(torch.int64, L - N),
+                     targets=rows(torch.int64, L - N), start=rows(torch.int64),
+                     answer=rows(torch.bool), normal=rows(torch.float32), drop=rows(torch.bool),
+                     eps=rows(torch.float32, N, C))
         if llm == "none":
             batch.update(z=rows(torch.float32, N, C),
                          ids=rows(devices.dtype, N, model.dit.cond_width))
@@ -199,7 +200,7 @@ def trace(flags, llm, chips):
     heads = {(model.dit.heads, model.dit.width // model.dit.heads)}
     parameters = {"dit": count(model.dit)}
     if llm != "none":
-        flops.update(llm=model.llm.train_flops(L), encoder=encoder.forward_flops())
+        flops.update(llm=model.llm.train_flops(L, L - N), encoder=encoder.forward_flops())
         parameters.update(llm=count(model.llm), encoder=count(encoder))
         stacks += model.llm.model.layers, encoder.vision_model.encoder.layers
         for width, c in ((model.llm.width, model.llm.config), (C, encoder.config)):
