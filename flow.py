@@ -100,7 +100,7 @@ def generate(dit, cond, noise, alpha, steps, guidance=1.0, schedule="clean", pro
     table = [None] * len(pairs)
     if guidance != 1:
         table = list(zip(*(m.split(1) for m in dit.modulations(times, dit.null_condition(1)))))
-        table = [m if interval[0] <= t <= interval[1] else None for m, t in zip(table, times)]
+        table = [m if interval[0] <= t <= interval[1] else None for m, (t, _) in zip(table, pairs)]
     table = iter(table)
 
     def velocity(x, t):

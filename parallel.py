@@ -204,8 +204,9 @@ def place(batch, devices):
     """A dict of host tensors -> on the devices. xla: each process holds its part of the batch, and
     the result is the whole, split along the batch axis."""
     if devices.kind != "xla":
-        return {k: v.to(devices.device, non_blocking=True) if torch.is_tensor(v) else v
-                for k, v in batch.items()}
+        cuda = devices.kind == "cuda"               # from pageable memory the host would wait
+        return {k: (v.pin_memory() if cuda else v).to(devices.device, non_blocking=True)
+                if torch.is_tensor(v) else v for k, v in batch.items()}
     import torch_xla.core.xla_model as xm
     import torch_xla.distributed.spmd as xs
     out = {}
