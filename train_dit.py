@@ -403,10 +403,14 @@ def main():
     frozen += (parallel.on_one_device(encoder.named_parameters(), devices) if xla else
                count["encoder (frozen)"])
     frozen += count.get("vae (frozen)", 0)
-    gathered = (0 if xla or devices.axes["fsdp"] == 1 else
-                parallel.gathered(model, [*llm.model.layers, *dit.dit_blocks]))
+    blocks = [*llm.model.layers, *dit.dit_blocks]
+    gathered = 0 if xla or devices.axes["fsdp"] == 1 else parallel.gathered(model, blocks)
     activations = (dit.activation_bytes() + llm.activation_bytes(length)) / devices.axes["fsdp"]
-    memory = lambda images: runs.memory_gb(trained, frozen, activations * images, args.ema,
+    copies = 0          # not compiled, the backward pass keeps the weights that were cast to bf16
+    if (args.compile is False or devices.kind == "cpu" and not args.compile) and (
+            devices.dtype == torch.bfloat16 and args.remat == "none"):
+        copies = 2 * sum(p.numel() for block in blocks for p in block.parameters())
+    memory = lambda images: runs.memory_gb(trained, frozen, activations * images + copies, args.ema,
                                            gathered)
     summary = dict(
         parameters={**count, "total": sum(count.values())},
