@@ -173,6 +173,8 @@ class Block(nn.Module):
     def forward(self, x, c, rope, m=None):          # x [B,N,D], c = SiLU(condition) [B,N or 1,Z]
         if m is None:                               # else given: see DiT.modulations
             m = self.adaLN_modulation[1](c)                                 # [B,N,6D]
+        if x is None:                               # that alone: FSDP2 has the weights only in here
+            return m
         shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -288,8 +290,10 @@ class DiT(nn.Module):
         layer: yields [B,N or 1,6D], at the end 2D. x_t has no part in it, so the samples of one
         prompt share it, and for the null condition a table over all times t is small."""
         c = self.modulation_input(t, cond)
-        for layer in [*self.dit_blocks[:self.depth], *[self.final_layer] * (not self.head_depth)]:
-            yield layer.adaLN_modulation[1](c)
+        for block in self.dit_blocks[:self.depth]:
+            yield block(None, c, None)
+        if not self.head_depth:
+            yield self.final_layer.adaLN_modulation[1](c)
 
     def forward(self, x_t, t=None, cond=None, drop=None, m=None):
         """x_t [B,N,C], t [B], cond [B,N,Z] (or [B,1,Z], as for the null condition) -> v [B,N,C].

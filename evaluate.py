@@ -191,7 +191,7 @@ def decoder(args):
     """Reconstruct unseen pictures (ADM's centre crop) and print the errors."""
     if args.count < 2:
         raise UserError(f"--count {args.count}: a covariance needs 2 pictures or more")
-    devices = parallel.setup(args.device, args.dtype)
+    devices = sample.devices_of(args)
     mixtures = {}
     for spec in args.data:                              # bad data is said before weights are read
         name = data.parse_spec(spec)[0]
@@ -228,7 +228,7 @@ def decoder(args):
         show("all", {k: torch.cat(v) for k, v in everything.items()})
     last = results.pop("all", None) or next(iter(results.values()))
     print(json.dumps({"task": "decoder", "run": str(args.run), "lpips_net": note, "seed": args.seed,
-                      **last, "sources": results}))
+                      "dtype": str(devices.dtype), **last, "sources": results}))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def draw(args, prompts, device, llm, dit, tokenizer, decoder, alpha, guidance):
         noise = torch.stack([flow.noise_for(p, args.seed + i, dit.tokens, dit.channels)
                              for p in some for i in range(args.n)]).to(device)          # [bn,N,C]
         z = flow.generate(dit, cond.repeat_interleave(args.n, 0), noise, alpha, args.steps,
-                          guidance)
+                          guidance, args.schedule)
         yield from decoder(z).float().cpu().clamp(0, 1).split(args.n)
 
 
@@ -331,16 +331,24 @@ def t2i(args):
         if args.sheet:
             raise UserError(f"--sheet {args.sheet} is for the built-in benchmark, whose judge says "
                             "what failed; leave it out with --prompts")
-        names = ("prompts", "layout", "out", "run", "n", "steps", "guidance", "seed", "encoder",
-                 "decoder", "device", "dtype")
-        return sample.main([word for k in names if getattr(args, k) is not None
-                            for word in (f"--{k}", str(getattr(args, k)))])
+        if args.device == "xla":
+            raise UserError("--device xla: not with --prompts, which sample.py draws; --device cpu")
+        names = ("prompts", "layout", "out", "run", "n", "steps", "schedule", "guidance", "seed",
+                 "encoder", "decoder", "device", "dtype")
+        sample.main([word for k in names if getattr(args, k) is not None
+                     for word in (f"--{k}", str(getattr(args, k)))])
+        return print(json.dumps({"task": "t2i", **{k: str(getattr(args, k)) for k in (
+            "run", "prompts", "layout", "out")}}))
+    args.steps = args.steps or 25
+    if args.schedule == "compat" and args.steps < 3:
+        raise UserError(f"--steps {args.steps}: --schedule compat needs at least 3")
     if args.sheet:
         sample.check_out(args.sheet, "--sheet", ".png")
     prompts = benchmark.prompts(args.per_category)
     devices, llm, dit, tokenizer, config, encoder, decoder = load_run(args)
     alpha, guidance = sample.alpha_and_guidance(args, dit, config)
-    print(f"{len(prompts)} prompts x {args.n} pictures by {args.run}, {args.steps} steps, guidance "
+    print(f"{len(prompts)} prompts x {args.n} pictures by {args.run}, {args.steps} steps "
+          f"({args.schedule}), guidance "
           f"{guidance:g}, on {devices}\n", flush=True)
     x_hat = reconstruct(encoder, decoder, scene_pictures(prompts, encoder.image_size))
     ceiling = [benchmark.judge(x, p)[0] for x, p in zip(x_hat, prompts)]
@@ -363,7 +371,8 @@ def t2i(args):
     print("\nceiling: the same scenes, rendered and reconstructed by the decoder")
     if args.sheet:
         failure_sheet(failures, args.sheet)
-    print(json.dumps({"task": "t2i", "run": str(args.run), "steps": args.steps, "seed": args.seed,
+    print(json.dumps({"task": "t2i", "run": str(args.run), "steps": args.steps,
+                      "schedule": args.schedule, "seed": args.seed,
                       "guidance": guidance, "n": args.n, "dtype": str(devices.dtype),
                       **results.pop("overall"), "categories": results}))
 
@@ -491,7 +500,8 @@ def main():
     q = tasks.add_parser("t2i", help=t2i.__doc__)
     q.set_defaults(function=t2i)
     q.add_argument("--n", type=runs.positive(), default=4, help="pictures a prompt")
-    q.add_argument("--steps", type=runs.positive(), default=25)
+    q.add_argument("--steps", type=runs.positive(), help="default 25; of --prompts 50")
+    q.add_argument("--schedule", choices=["clean", "compat"], default="clean")
     q.add_argument("--guidance", type=runs.positive(float, zero=True), help="default: as sample.py")
     q.add_argument("--per-category", type=runs.positive(), default=40, help="prompts a category")
     q.add_argument("--batch", type=runs.positive(), default=32, help="pictures at a time")
@@ -521,7 +531,6 @@ def main():
             q.add_argument("--encoder", help="default: the one that belongs to the run")
             q.add_argument("--decoder", help="default: the one that belongs to the encoder")
     args = p.parse_args()
-    args.schedule = "clean"                             # of sample.py's; here there is no other
     args.function(args)
 
 

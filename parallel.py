@@ -123,6 +123,7 @@ def setup(kind="auto", dtype=None, mesh=None, plan=False):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest")   # fp32 means fp32; bf16 is the fast path
+        torch.backends.cudnn.allow_tf32 = False         # of convolutions too
     grid = None
     if world > 1:                       # gloo too: host numbers are exchanged without the device
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
@@ -169,9 +170,12 @@ def shard(model, devices, blocks=()):
         for name, p in model.named_parameters():
             mark(name, p, devices)
     elif devices.world > 1 and blocks:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        # A block's weights travel in the dtype that its Linears cast them to: half the bytes, the
+        # same numbers. Its gradients are summed in fp32. The root holds fp32 islands: none there.
+        policy = MixedPrecisionPolicy(devices.dtype, torch.float32, cast_forward_inputs=False)
         for block in blocks:            # straight from the host: a device never holds the whole
-            fully_shard(block, mesh=devices.mesh)
+            fully_shard(block, mesh=devices.mesh, mp_policy=policy)
         fully_shard(model, mesh=devices.mesh)
     return model.to(devices.device)
 
@@ -191,13 +195,11 @@ def on_one_device(named, devices):
                for name, p in named)
 
 
-def gathered(model, blocks):
-    """How many elements FSDP2 holds whole beside a device's share: what is in no block, with its
-    gradients, all step; of the blocks one with its gradients and the next."""
-    held = lambda m: sum(p.numel() * (1 + p.requires_grad) for p in m.parameters())
-    largest = max(blocks, key=held)
-    return (held(model) - sum(map(held, blocks)) + held(largest)
-            + sum(p.numel() for p in largest.parameters()))
+def gathered(model, blocks, dtype=torch.float32):
+    """How many fp32 elements FSDP2 holds whole beside a device's share: what is in no block, with
+    its gradients, all step; of the blocks one with its gradients and the next, in `dtype`."""
+    held = lambda m, size=1: sum(p.numel() * (size + p.requires_grad) for p in m.parameters())
+    return held(model) - sum(map(held, blocks)) + held(max(blocks, key=held), dtype.itemsize / 2)
 
 
 def place(batch, devices):

@@ -96,7 +96,7 @@ def seed(text):
     return int(text)
 
 
-def add_flags(parser, steps, batch, data, log=20, sample=250, save=500):
+def add_flags(parser, steps, batch, data, log=20, sample=250, save=500, remat="none"):
     """The flags of commands.md that every training script has; the caller gives the defaults
     (None: derived from --size)."""
     g = parser.add_argument_group("run")
@@ -118,7 +118,7 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500):
     g.add_argument("--mesh", help="fsdp=8 or fsdp=16,tensor=4; default: all devices on fsdp")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction,
                    help="torch.compile each block (default: on CUDA)")
-    g.add_argument("--remat", choices=["none", "block"], default="none",
+    g.add_argument("--remat", choices=["none", "block"], default=remat,
                    help="recompute each block's activations in the backward pass")
     g.add_argument("--scan", action=argparse.BooleanOptionalAction,
                    help="xla: stacks of blocks as compiled loops, with --remat block (default: on)")
@@ -134,10 +134,13 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500):
                    help="time N steps, write nothing, and exit")
 
 
-def check_batch(args, devices):
-    """Sizes that must divide. Fills --micro-batch. Raises UserError."""
-    args.micro_batch = args.micro_batch or args.batch
+def check_batch(args, devices, each=None):
+    """Sizes that must divide. Fills --micro-batch: the whole batch, or at most `each` images a
+    device. Raises UserError."""
     n = devices.axes["fsdp"]
+    most = min(args.batch, each * n if each else args.batch)
+    args.micro_batch = args.micro_batch or next(
+        (b for b in range(most - most % n, 0, -n) if args.batch % b == 0), args.batch)
     if args.batch % args.micro_batch:
         raise UserError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch}")
     if args.micro_batch % n:
@@ -235,8 +238,6 @@ class Run:
                 print(f"{self.dir} holds a run without a checkpoint: it is started again")
         self.start = int(self.latest.name[5:]) if self.latest else 0
         self.saved_args = mine
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, self._ask_to_stop)
         if args.wandb and self.main:
             import wandb                                        # only when asked
             self.wandb = wandb.init(project=args.wandb, config=mine, name=self.dir.name)
@@ -392,7 +393,10 @@ class Run:
             write_text(self.dir / "final" / "config.json", json.dumps(config, indent=1))
 
     def progress(self, steps):
-        """The iterator over the remaining steps, with tqdm's ETA on the main process."""
+        """The iterator over the remaining steps, with tqdm's ETA on the main process. From here on
+        a signal asks the loop to stop; before, there is nothing to save and it just ends."""
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self._ask_to_stop)
         self.bar = tqdm(range(self.start, steps), initial=self.start, total=steps,
                         disable=not self.main, dynamic_ncols=True, mininterval=1)
         return self.bar
@@ -416,8 +420,9 @@ class Run:
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
         short = {k: f"{v:.4g}" for k, v in values.items()
-                 if isinstance(v, (int, float)) and k in ("loss", "images_per_s", "cond_spread",
-                                                          "lr", "tflops", "psnr", "memory_gb")}
+                 if isinstance(v, (int, float)) and k in ("loss", "images_per_s", "cond_spread", "lr",
+                                                          "tflops", "mfu", "psnr", "data_wait_s",
+                                                          "memory_gb")}
         self.bar.set_postfix(short)
         if self.wandb:
             self.wandb.log({k: v for k, v in values.items() if isinstance(v, (int, float))},

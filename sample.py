@@ -292,7 +292,11 @@ def check_text(words, flag, tokenizer, config, tokens):
 
 @torch.no_grad()
 def reconstruct(args, picture, run, devices):
-    encoder, decoder = weights.load_codec(weights.config_of(run), args, devices)
+    config = weights.config_of(run)
+    if "diffusion_model_channels" not in config:
+        raise UserError(f"--run {args.run} is not a model that draws; to reconstruct with a decoder "
+                        f"give --decoder {args.run} (evaluate.py decoder --run takes VAEs too)")
+    encoder, decoder = weights.load_codec(config, args, devices)
     x = to_tensor(picture, encoder.image_size).to(devices.device)
     x_hat = decoder(encoder(x)).clamp(0, 1)
     x = F.interpolate(x, x_hat.shape[-2:], mode="area")

@@ -434,5 +434,5 @@ def labelled(labels, K=None):
     if K and most > K:
         raise ValueError(f"{most} labelled tokens in a sample, more than {K}")
     K = K or -(-max(most, 1) // 16) * 16
-    where = known.int().argsort(dim=1, descending=True, stable=True)[:, :K]         # they first
-    return where, targets.gather(1, where)
+    where = known.int().argsort(dim=1, descending=True, stable=True)[:, :K].contiguous()
+    return where, targets.gather(1, where)                                          # they come first

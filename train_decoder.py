@@ -124,7 +124,10 @@ def arguments():
                         "an untrained discriminator would steer the decoder")
     wrong = [f for f, v in (("--encoder", args.encoder), ("--patch", args.patch),
                             ("--latent-stats", args.latent_stats), ("--noise-tau", args.noise_tau),
-                            ("--layers", args.layers > 1), ("--remat", args.remat != "none")) if v]
+                            ("--layers", args.layers > 1), ("--remat", args.remat != "none"),
+                            ("--compile", args.compile)) if v]
+    if args.scan:
+        raise UserError("--scan is for train_dit.py; the decoder's blocks are not run as a loop")
     if args.latent == "vae" and wrong:
         raise UserError(f"{', '.join(wrong)}: not with --latent vae, which has no frozen encoder "
                         "and a scale and shift of its own")
@@ -200,11 +203,11 @@ def latent_noise(z, n, seed, tau, dist):
 
 
 class Collate:
-    """Records -> images uint8 [B,3,S,S] and their numbers n [B]; runs in the loader's worker."""
+    """Records -> images uint8 [B,3,S,S], their numbers n [B] and keys; in the loader's worker."""
 
     def __call__(self, records):
         images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
-        return {"images": images, "n": [r["n"] for r in records],
+        return {"images": images, "n": [r["n"] for r in records], "keys": [r["key"] for r in records],
                 "skipped": [s for r in records for s in r["skipped"]]}
 
 
@@ -380,12 +383,13 @@ def main():
         judging = disc is not None and step >= args.disc_start
         adversarial = disc is not None and step >= args.gan_start
         work = sum(v for k, v in flops.items() if judging or k != "discriminator")
-        kept, part = [], 1 / accumulate
+        kept, keys, part = [], [], 1 / accumulate
         run.stop = parallel.total([run.asked], devices)[0] > 0     # all processes at the same step
         for _ in range(accumulate):
             t0 = time.perf_counter()
             batch = next(batches)
             wait = time.perf_counter() - t0
+            keys += batch["keys"]
             skips.update(batch["skipped"], args.micro_batch // devices.world)
             n, x = batch["n"], parallel.place(batch, devices)["images"].float() / 255   # [B,3,S,S]
             log = {}
@@ -451,14 +455,14 @@ def main():
             parallel.guarded_step(d_optimizer, d_norm, devices)
             d_optimizer.zero_grad(set_to_none=True)
         parallel.step_done(devices)
-        runs.check_finite(run, step, norm + d_norm if judging else norm)    # of either network
+        runs.check_finite(run, step, norm + d_norm if judging else norm, keys)     # of either network
 
         done = step + 1
         values = {"lr_disc": lr_disc} if judging else {}
         if run.due(done, args.sample_every, stopping=False):
             values["psnr"] = sample(done)
         if run.due(done, args.log_every):
-            run.log(done, lr=lr, **meter.read(devices), **values)
+            run.log(done, lr=lr, skipped_records=skips.count, **meter.read(devices), **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "l1", "lpips", "gram", "gan", "disc", "psnr"])
         if run.due(done, args.save_every):

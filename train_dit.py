@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -44,11 +45,11 @@ from sample import direct_condition
 # gives the answer away at nearly every t and the caption is never heard.
 DEFAULTS = {
     "tiny": dict(steps=1800, batch=32, lr=1.5e-3, lr_llm=1e-3, warmup=0.03, ema=0.998,
-                 shift_base=128.0, log_every=20, sample_every=300, save_every=300,
+                 remat="none", shift_base=128.0, log_every=20, sample_every=300, save_every=300,
                  data=["builtin:synthetic=6", "builtin:web=2", "builtin:text=0.5", "builtin:hq=0.5",
                        "builtin:qa=1"]),
     "paper": dict(steps=30_000, batch=2048, lr=5e-4, lr_llm=5e-5, warmup=0.0134, ema=0.9999,
-                  shift_base=4096.0, log_every=10, sample_every=1000, save_every=1000,
+                  remat="block", shift_base=4096.0, log_every=10, sample_every=1000, save_every=1000,
                   data=["builtin:web"]),
 }
 
@@ -59,7 +60,8 @@ def arguments():
                                 epilog="All defaults follow from --size.")
     positive, none_or_more = runs.positive(float), runs.positive(float, zero=True)
     share = runs.share
-    runs.add_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None)
+    runs.add_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None,
+                   remat=None)
     a = p.add_argument
     a("--epochs", type=positive, help="passes over finite --data, instead of --steps (finetuning)")
     a("--export", action="store_true",
@@ -107,7 +109,7 @@ def arguments():
     a("--clip", type=positive, default=1.0, help="norm of the whole gradient, at most")
     a("--ema", type=share, help="decay; 0: off")
     a = p.add_argument_group("samples").add_argument
-    a("--guidance", type=none_or_more, default=3.0, help="1: off")
+    a("--guidance", type=none_or_more, help="1: off (default with --cond-drop 0); else 3")
     a("--sample-steps", type=runs.positive(), default=25, help="Euler steps")
     args = p.parse_args()
 
@@ -126,6 +128,11 @@ def arguments():
         raise UserError("--head-width and --head-depth go together (the paper's are 2688 and 2)")
     if args.repa > (depth := dits.SIZES[args.size].depth):
         raise UserError(f"--repa {args.repa}: --size {args.size} has {depth} blocks")
+    if not args.cond_drop and args.guidance not in (None, 1):
+        raise UserError(f"--guidance {args.guidance:g} with --cond-drop 0: no null condition is "
+                        "trained to guide away from; use --guidance 1")
+    if args.guidance is None:
+        args.guidance = 3.0 if args.cond_drop else 1.0
     if args.vae and args.latent != "vae":
         raise UserError(f"--vae {args.vae} is for --latent vae, not --latent {args.latent}")
     if args.layers > 1 and args.latent == "vae":
@@ -231,7 +238,7 @@ class ScaleRAE(nn.Module):
             return ce, torch.zeros_like(t), None, t, None
         cond = self.llm.condition(h, batch["start"])                        # [B,N,Z]
         x_t = flow.interpolate(z, batch["eps"], t)                          # [B,N,C]
-        v = self.dit(x_t, t, cond, batch["drop"])
+        v = self.dit(x_t, t, cond, batch["drop"] if hasattr(self.dit, "y_embedder") else None)
         mask = batch["answer"].float()
         mse = flow.flow_loss(v, z, batch["eps"]) * mask                     # [B]
         apart = None
@@ -310,7 +317,7 @@ def main():
     # Devices
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
-    runs.check_batch(args, devices)
+    runs.check_batch(args, devices, None if args.size == "tiny" else 8)     # 8 images a device
     if args.cache_latents and devices.kind == "xla" and devices.world > 1:
         raise UserError("--cache-latents: not on several XLA hosts, where one alone cannot run the "
                         "encoder; fill the folder on one host")
@@ -357,7 +364,8 @@ def main():
         """The LLM and a new DiT, as the arguments want them."""
         with weights.user_errors("the DiT"):
             dit = dits.DiT(C, N, size.width, size.depth, size.heads, head_width=args.head_width,
-                           head_depth=args.head_depth, qk_norm=args.qk_norm, dtype=devices.dtype)
+                           head_depth=args.head_depth, qk_norm=args.qk_norm,
+                           null=args.cond_drop > 0, dtype=devices.dtype)
         llm.remat = dit.remat = args.remat == "block"
         if args.freeze:
             llm.requires_grad_(False)
@@ -368,7 +376,13 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Data, and what follows from all of that
     # --------------------------------------------------------------------------------------------
-    mixture = data.Mixture(args.data, resolution, args.seed)
+    try:
+        mixture = data.Mixture(args.data, resolution, args.seed)
+    except data.DataError as error:
+        if not args.dry_run or args.epochs:
+            raise
+        print(f"planned without the data: {error}", file=sys.stderr)
+        mixture = data.Mixture(["builtin:web"], resolution, args.seed)      # captions of usual length
     if args.epochs:
         try:
             args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
@@ -404,11 +418,12 @@ def main():
                count["encoder (frozen)"])
     frozen += count.get("vae (frozen)", 0)
     blocks = [*llm.model.layers, *dit.dit_blocks]
-    gathered = 0 if xla or devices.axes["fsdp"] == 1 else parallel.gathered(model, blocks)
+    gathered = 0 if xla or devices.axes["fsdp"] == 1 else parallel.gathered(
+        model, blocks, devices.dtype)
     activations = (dit.activation_bytes() + llm.activation_bytes(length)) / devices.axes["fsdp"]
     copies = 0          # not compiled, the backward pass keeps the weights that were cast to bf16
     if (args.compile is False or devices.kind == "cpu" and not args.compile) and (
-            devices.dtype == torch.bfloat16 and args.remat == "none"):
+            devices.dtype == torch.bfloat16 and args.remat == "none" and not gathered):
         copies = 2 * sum(p.numel() for block in blocks for p in block.parameters())
     memory = lambda images: runs.memory_gb(trained, frozen, activations * images + copies, args.ema,
                                            gathered)
@@ -567,7 +582,8 @@ def main():
         if run.due(done, args.log_every):
             values = {**meter.read(devices), "grad_norm": norm.item(), **values}
             values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
-            run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor, **values)
+            run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor,
+                    skipped_records=skips.count, **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "flow", "text", "repa", "cond_spread", "background_right",
                       "colour_right"])
@@ -581,12 +597,13 @@ def main():
     tower = weights.TINY_TOWER if tiny else weights.HUB[args.latent][0]
     codec = weights.TINY_VAE if tiny else weights.FLUX_VAE
     config = weights.model_config(llm, dit, args.encoder or tower, alpha,
-                                  (args.vae or codec) if vae else None, args.layers)
+                                  (args.vae or codec) if vae else None, args.layers, args.decoder,
+                                  args.cond_drop)
     for name in ("model", "ema"):
         run.export(name, weights.model_state(llm, dit), config)
         runs.swap(named, ema)
     if run.main:
-        tokenizer.save(str(run.dir / "final" / "tokenizer.json"))
+        weights.save_tokenizer(tokenizer, run.dir / "final")
         print(f"{run.dir}/final written; samples: {run.dir}/samples")
     if tiny:
         score = check_colours(128)                      # by all processes

@@ -70,6 +70,10 @@ def arguments():
     g.add_argument("--lr", type=runs.positive(float))
     g.add_argument("--warmup", type=runs.positive(zero=True), default=200, help="steps")
     args = p.parse_args()
+    unused = [flag for flag, given in (("--compile", args.compile), ("--scan", args.scan),
+                                       ("--remat block", args.remat == "block")) if given]
+    if unused:
+        raise UserError(f"{', '.join(unused)}: not here, the encoder is small; leave it out")
     if args.arch == "vgg" and (args.depth or args.heads):
         raise UserError("--arch vgg has neither --depth nor --heads: its 13 convolutions are fixed")
     if args.arch == "vgg" and args.dense:
@@ -174,7 +178,7 @@ def effective_rank(z):
 
 
 class Collate:
-    """Records -> images uint8 [B,3,S,S], ids [B,L], last [B]; runs in the loader's worker."""
+    """Records -> images uint8 [B,3,S,S], ids [B,L], last [B], keys; runs in the loader's worker."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -188,7 +192,7 @@ class Collate:
             row[:len(i)] = torch.tensor(i)
         images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
         return {"images": images, "ids": ids, "last": torch.tensor([len(r) - 1 for r in rows]),
-                "skipped": [s for r in records for s in r["skipped"]]}
+                "keys": [r["key"] for r in records], "skipped": [s for r in records for s in r["skipped"]]}
 
 
 def loss_net(args, vocab_size, dtype):
@@ -333,10 +337,12 @@ def main():
             group["lr"] = parallel.scalar(args.lr * runs.cosine(step, args.steps, args.warmup),
                                           devices.device)
         run.stop = parallel.total([run.asked], devices)[0] > 0     # all processes at the same step
+        keys = []
         for micro in range(accumulate):
             t0 = time.perf_counter()
             batch = next(batches)
             wait = time.perf_counter() - t0
+            keys += batch["keys"]
             skips.update(batch["skipped"], args.micro_batch // devices.world)
             batch = parallel.place(batch, devices)
             images = batch["images"].float() / 255                          # [B,3,S,S]
@@ -351,7 +357,7 @@ def main():
                       contrast=contrast * part, dense=mse * part)
         norm = parallel.clip_grad(named.values(), 1.0, devices)
         parallel.guarded_step(optimizer, norm, devices)
-        runs.check_finite(run, step, norm)
+        runs.check_finite(run, step, norm, keys)
         optimizer.zero_grad(set_to_none=True)
         parallel.step_done(devices)
 
@@ -360,7 +366,7 @@ def main():
             values = meter.read(devices)
             if run.due(done, args.sample_every):
                 values.update(evaluate(model, unseen))
-            run.log(done, lr=optimizer.param_groups[0]["lr"], **values)
+            run.log(done, lr=optimizer.param_groups[0]["lr"], skipped_records=skips.count, **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "contrast", *["dense"] * (args.dense > 0), "retrieval", "probe_psnr"])
         if run.due(done, args.save_every):

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from safetensors import safe_open
 
 import decoder as decoders
@@ -203,9 +204,15 @@ def final_of(path, ema=True):
 
 
 def config_of(path, flag="--run"):
-    """The config of a model folder without its weights. Raises UserError."""
+    """The config of a model folder or file without its weights. Raises UserError."""
+    place = final_of(path, ema=False)
     with user_errors(f"{flag} {path}"):
-        return json.loads((final_of(path, ema=False) / "config.json").read_text())
+        if place.suffix == ".safetensors":
+            with safe_open(place, "pt") as f:
+                if inside := (f.metadata() or {}).get("config"):
+                    return json.loads(inside)
+            place = place.parent
+        return json.loads((place / "config.json").read_text())
 
 
 def read_latent(path, tokens, channels):
@@ -369,9 +376,9 @@ def load_discriminator(path, devices, config=None, seed=0):
 def load_codec(config, args, devices, encoder=True, decoder=True):
     """The encoder and decoder that belong to a stage-2 config (None for one not asked for).
 
-    --encoder and --decoder win; else the config's tower, with the tiny or the released decoder. A
-    run with a VAE's latent has two towers: alone, the encoder is the one that understands; with the
-    decoder it is the VAE, that is, the two are always one codec.
+    --encoder and --decoder win; else the config's tower, with the decoder that the run was trained
+    with, the tiny or the released one. A run with a VAE's latent has two towers: alone, the encoder
+    is the one that understands; with the decoder it is the VAE: the two are always one codec.
     """
     N, C = config["vision_tower_aux_token_len_list"][0], config["diffusion_model_channels"]
     strip = (lambda name: re.sub(r"-(interp|res)\d+$", "", name))
@@ -385,7 +392,7 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
         model.image_size = math.isqrt(N) * model.stride
         return (model if encoder else None), model.decode
     wanted = [("encoder", args.encoder or names[0], "--encoder"),
-              ("decoder", args.decoder or names[1], "--decoder")]
+              ("decoder", args.decoder or config.get("decoder") or names[1], "--decoder")]
     paths = locate([w for w, needed in zip(wanted, (encoder, decoder)) if needed])
     layers = config.get("encoder_layers") or 1
     e = load_encoder(paths[0], devices, layers) if encoder else None
@@ -429,11 +436,13 @@ def load_llm(path, tokenizer, tokens, channels, cond_width, dtype):
     return load_strict(model, state, what, RECOMPUTED, optional=added)
 
 
-def model_config(llm, dit, encoder_name, alpha, vae_name=None, layers=1):
+def model_config(llm, dit, encoder_name, alpha, vae_name=None, layers=1, decoder_name=None,
+                 cond_drop=0.1):
     """config.json of a stage-2 model in the authors' field names, with Qwen2's.
 
     Complete for their code, which reads some fields that do nothing here. encoder_name: the hub id
-    (or path) of the encoder; vae_name: of the VAE, where the latent is a VAE's.
+    (or path) of the encoder; vae_name: of the VAE, where the latent is a VAE's; decoder_name: of
+    the decoder, where it is not the one that belongs to the encoder.
     """
     wide, N = dit.head_depth > 0, dit.tokens
     pair = (lambda a, b: [a, b] if wide else a)
@@ -448,7 +457,7 @@ def model_config(llm, dit, encoder_name, alpha, vae_name=None, layers=1):
         diffusion_model_depth=pair(dit.depth, dit.head_depth),
         diffusion_model_heads=pair(dit.heads, dit.head_heads),
         diffusion_model_channels=dit.channels, diffusion_model_z_channels=dit.cond_width,
-        diffusion_class_dropout_prob=0.1 if hasattr(dit, "y_embedder") else 0.0,
+        diffusion_class_dropout_prob=cond_drop,
         diffusion_base_dim=None if abs(base - 4096) < 1 else base, shift_alpha=alpha,
         diffusion_qk_norm=hasattr(dit.dit_blocks[0].attn.q_norm, "weight"),     # ours, as the alpha
         diffusion_norm_stats_path=None, diffusion_split_per_token=N, ddt_encoder_depth=2,
@@ -457,7 +466,7 @@ def model_config(llm, dit, encoder_name, alpha, vae_name=None, layers=1):
         mm_projector_type="mlp2x_gelu", mm_use_im_start_end=True, mm_use_im_patch_token=False,
         image_aspect_ratio="square", tokenizer_model_max_length=1024,
         tokenizer_padding_side="right", generation_alignment_tower=vae_name and str(vae_name),
-        encoder_layers=layers, patch_size=2,                                    # ours, as the alpha
+        encoder_layers=layers, decoder=decoder_name, patch_size=2,              # ours, as the alpha
         vision_hidden_size=C, connector_only=True, si_token_len=729, miv_token_len=0,
         image_position=35)
 
@@ -541,7 +550,9 @@ def load_model_state(llm, dit, state, what):
 def load_model(path, devices, flag="--run", ema=True):
     """A run folder or a released folder -> (llm, dit, tokenizer, config), in eval mode.
 
-    A run folder gives its final/ with the EMA weights. Raises UserError.
+    A run folder gives its final/ with the EMA weights. Matrices are kept in the compute dtype, to
+    which each product would cast them anyway: in bf16 half the memory, the same numbers. Raises
+    UserError.
     """
     what, file = f"{flag} {path}", final_of(path, ema)
     state, config = read_weights(file, flag)
@@ -550,6 +561,9 @@ def load_model(path, devices, flag="--run", ema=True):
         llm, dit = build_model(config, devices.dtype)
     load_model_state(llm, dit, state, what)
     for model in (llm, dit):
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and "t_embedder" not in name:  # is fp32
+                module.to(devices.dtype)
         model.requires_grad_(False).eval().to(devices.device)
     with user_errors(what):
         tokenizer = text.load_tokenizer(file if file.is_dir() else file.parent)

@@ -184,6 +184,11 @@ BAD = [
     (f"{DIT} --export --out IN/good", ["--export", "IN/good", "no checkpoint"]),
     (f"{DIT} --export --fresh --out IN/good", ["--export", "--fresh"]),
     (f"{DIT} --export --bench 2 --out IN/good", ["--export", "--bench"]),
+    (f"{DIT} --cond-drop 0 --guidance 3", ["--guidance 3", "--cond-drop 0"]),
+    ("train_encoder.py --compile", ["--compile", "leave it out"]),
+    ("train_encoder.py --remat block", ["--remat block"]),
+    ("train_decoder.py --scan", ["--scan"]),
+    ("train_decoder.py --latent vae --compile", ["--compile", "--latent vae"]),
     (f"{DIT} --keep 100000000", ["lower --keep", "100000000", "GB are free", "--out IN/run"]),
 ]
 

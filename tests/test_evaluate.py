@@ -279,11 +279,13 @@ def test_pictures_of_the_benchmark_are_those_of_sample(call):
 @pytest.mark.parametrize("layout, names", [
     ("geneval", ["00000/metadata.jsonl", "00000/samples/0000.png", "00001/metadata.jsonl",
                  "00001/samples/0000.png"]), ("dpg", ["00000.png", "b.png"])])
-def test_pictures_for_other_scorers_are_those_of_sample(call, layout, names):
+def test_pictures_for_other_scorers_are_those_of_sample(call, layout, names, capsys):
     import sample
     Path("p.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "two cats", "item_id": "b"}\n')
     command = ["--prompts", "p.jsonl", "--layout", layout, "--n", 1, "--steps", 2, "--seed", 5]
     assert call("t2i", *command, "--out", "ours") == 0
+    assert last_line(capsys)[1] == dict(task="t2i", run=str(weights.ASSETS), prompts="p.jsonl",
+                                        layout=layout, out="ours")
     assert call(*command, "--out", "theirs", main=sample.main) == 0
     for folder in ("ours", "theirs"):
         assert sorted(str(f.relative_to(folder)) for f in Path(folder).rglob("*.*")) == names

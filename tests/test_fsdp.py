@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -110,6 +112,17 @@ def test_a_process_keeps_its_rows_of_weights_average_and_moments(curve):
 
 def test_a_checkpoint_of_two_processes_resumes_on_one(curve, tmp_path):
     check_resume(curve, tmp_path, 2, 1)
+
+
+def test_guided_samples_of_two_processes_are_those_of_one(curve):
+    """Guidance asks the blocks for their modulations alone, outside of a step; their weights must be
+    there. The pictures of the sample grid, drawn between steps, and what is learned after them."""
+    more = "--guidance", "3", "--sample-steps", "2", "--sample-every", "3"
+    (out, found), (whole, expected) = (curve("train_dit", n, None, more) for n in (2, 1))
+    same(found, expected, ("loss", "flow", "text", "grad_norm", "background_right"))
+    grids = [np.asarray(Image.open(o / "samples/step-0000003.png"), np.int16) for o in (out, whole)]
+    assert np.abs(grids[0] - grids[1]).max() <= 1 and grids[0].std() > 1
+    close(out, whole)
 
 
 def test_steps_of_questions_alone_leave_the_dit_out_on_every_process(curve):

@@ -73,8 +73,8 @@ LLM = {"Qwen/Qwen2.5-1.5B-Instruct": 1.55, "Qwen/Qwen2.5-7B-Instruct": 7.64}
 @pytest.mark.parametrize("llm", LLM)
 def test_dry_run_of_every_size(size, llm, typed):
     """Without weights: the parts sum, the mesh divides what is stored."""
-    plans = {n: json.loads(typed("--size", size, "--llm", llm, "--dry-run", "--json", "--mesh",
-                                 f"fsdp={n}", "--batch", 64)) for n in (1, 64)}
+    plans = {n: json.loads(typed("--size", size, "--llm", llm, "--dry-run", "--json", "--batch", 64,
+                                 "--micro-batch", 64, "--mesh", f"fsdp={n}")) for n in (1, 64)}
     encoder = plans[1]["parameters"]["encoder (frozen)"] * 4e-9     # GB; FSDP2 leaves it whole
     for plan in plans.values():
         parts = plan["parameters"]
@@ -102,6 +102,16 @@ def test_what_fsdp2_holds_whole():
 
 # ---- what is typed without weights, network or memory ----
 
+def test_defaults_of_the_paper_s_sizes_fit(typed):
+    """Eight images a device, blocks recomputed, a batch that does not divide; no data to plan with."""
+    plan = lambda *flags: json.loads(typed("--size", "2b", "--dry-run", "--json", *flags))[
+        "memory_gb_per_device"]
+    eight = plan("--mesh", "fsdp=8", "--data", "nowhere/{000..099}.tar")
+    assert eight == plan("--mesh", "fsdp=8", "--micro-batch", 64, "--remat", "block")
+    assert plan("--batch", 12) == plan("--batch", 12, "--micro-batch", 6)
+    assert eight["activations"] < 0.1 * plan("--mesh", "fsdp=8", "--remat", "none")["activations"]
+
+
 def test_without_weights_the_files_and_flags_are_listed(typed, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
@@ -124,7 +134,8 @@ def test_too_little_memory_is_said_before_long_work(free, batch, says, typed, mo
     monkeypatch.setattr(weights, "random_towers", lambda args, devices: towers(
         type(args)(**{**vars(args), "dry_run": True}), devices))
     with pytest.raises(parallel.UserError) as error:
-        typed("--size", "2b", "--random-init", "--bench", 3, "--batch", batch, "--device", "cpu")
+        typed("--size", "2b", "--random-init", "--bench", 3, "--batch", batch, "--micro-batch", batch,
+              "--remat", "none", "--device", "cpu")
     for word in says:
         assert word in str(error.value)
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 import best_of
 import dit as dits
 import flow
+import parallel
 import run as runs
 import sample
 import text_model as text
@@ -339,6 +340,22 @@ def test_stored_latents_decode_to_the_same_picture_and_answer(call, capsys):
 # Bad input
 # ------------------------------------------------------------------------------------------------
 
+def test_matrices_in_bf16_give_the_same_numbers():
+    """What is loaded for sampling against the fp32 weights of the file, cast in each product."""
+    devices = parallel.Devices("cpu", torch.device("cpu"), 0, 1, torch.bfloat16, {"fsdp": 1})
+    *loaded, tokenizer, config = weights.load_model(TINY, devices)
+    kept = weights.build_model(config, torch.bfloat16)
+    weights.load_model_state(*kept, weights.read_weights(weights.final_of(TINY))[0], "x")
+    assert loaded[1].dit_blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    results = []
+    with torch.no_grad():
+        for llm, dit in (loaded, kept):
+            cond = sample.direct_condition(llm, tokenizer, ["two cats"], devices.device)
+            x = torch.randn(1, 64, 96, generator=torch.Generator().manual_seed(0))
+            results.append((cond, flow.generate(dit, cond, x, 6.9, 2, 3.0), llm.logits(cond[..., :128])))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Every kind of wrong file; `{f}` in a command stands for its folder."""
@@ -407,6 +424,8 @@ BAD = [
     ("cat --image {f}/good.png --n 4", "--n|--image"),
     ("cat --latent {f}/z.safetensors --best-of 4", "--best-of|--latent"),
     ("--reconstruct {f}/good.png --direct", "--direct|--reconstruct"),
+    (f"--reconstruct {{f}}/good.png --run {ROOT}/assets/tiny/decoder.safetensors",
+     "decoder.safetensors|--decoder"),
     ("cat --image {f}/absent.png", "absent.png|no such file"),
     ("cat --image {f}/folder", "folder|not a picture"),
     ("cat --image {f}/empty.png", "empty.png|not a picture"),

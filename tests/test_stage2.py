@@ -27,6 +27,7 @@ import dit as dits
 import encoder as encoders
 import parallel
 import run as runs
+import sample
 import text_model as text
 import train_dit
 import vae as vaes
@@ -344,8 +345,27 @@ def test_layers(tmp_path, capsys):
     assert line["flow"] == by_time(batch, z, 1.0)[1]
     config = weights.config_of(tmp_path / "r")
     args = type("Args", (), dict(encoder=None, decoder=None))
+    assert weights.load_codec(config, args, CPU)[1] is not None         # the run names its decoder
+    args.decoder = weights.TINY_CODEC[1]
     with pytest.raises(parallel.UserError, match="--layers 1, these are of --layers 2"):
         weights.load_codec(config, args, CPU)
+
+
+def test_no_null_condition(tmp_path):
+    """--cond-drop 0: the parameter does not exist, the config says so, nothing is guided. And what
+    the authors' slow tokenizer reads is in final/."""
+    line, = train(tmp_path / "r", "--cond-drop", 0, "--data", "builtin:synthetic")
+    assert line["skipped_records"] == 0
+    final = tmp_path / "r/final"
+    assert not [k for k in load_file(final / "ema.safetensors") if "y_embedder" in k]
+    assert weights.config_of(tmp_path / "r")["diffusion_class_dropout_prob"] == 0
+    assert {"tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
+            "tokenizer_config.json", "config.json"} <= {f.name for f in final.iterdir()}
+    command = ["a cat", "--direct", "--steps", "2", "--run", str(tmp_path / "r"), "--out"]
+    sample.main([*command, str(tmp_path / "o.png")])
+    assert data.Image.open(tmp_path / "o.png").info["guidance"] == "1.0"
+    with pytest.raises(parallel.UserError, match="no null condition"):
+        sample.main([*command, str(tmp_path / "p.png"), "--guidance", "3"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -397,6 +417,7 @@ def test_cached_latents_give_the_same_losses(tmp_path, vae_file, capsys):
 
     want = losses(train(tmp_path / "a", *options))
     broken = errors()[0]
+    assert json.loads((tmp_path / "a/log.jsonl").read_text().splitlines()[-1])["skipped_records"] > 0
     assert len(broken) == 1 and "3.png" in broken[0]
     options += ["--cache-latents", cache]
     assert losses(train(tmp_path / "b", *options)) == pytest.approx(want, rel=1e-5)
