@@ -457,7 +457,7 @@ def model_config(llm, dit, encoder_name, alpha, vae_name=None, layers=1, decoder
         diffusion_model_depth=pair(dit.depth, dit.head_depth),
         diffusion_model_heads=pair(dit.heads, dit.head_heads),
         diffusion_model_channels=dit.channels, diffusion_model_z_channels=dit.cond_width,
-        diffusion_class_dropout_prob=cond_drop,
+        diffusion_class_dropout_prob=cond_drop if hasattr(dit, "y_embedder") else 0.0,
         diffusion_base_dim=None if abs(base - 4096) < 1 else base, shift_alpha=alpha,
         diffusion_qk_norm=hasattr(dit.dit_blocks[0].attn.q_norm, "weight"),     # ours, as the alpha
         diffusion_norm_stats_path=None, diffusion_split_per_token=N, ddt_encoder_depth=2,

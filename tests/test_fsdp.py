@@ -144,6 +144,15 @@ def test_stage_one_on_two_processes(curve):
 
 
 @pytest.mark.slow
+def test_blocks_that_travel_in_bf16(curve):
+    """The weights are gathered in the dtype that the products cast them to anyway."""
+    more = "--dtype", "bfloat16", "--steps", "3"
+    (out, found), (whole, expected) = (curve("train_dit", n, None, more) for n in (2, 1))
+    same(found, expected, ("loss", "flow", "text"), 2e-4)
+    same(found, expected, ("grad_norm",), 5e-3)
+
+
+@pytest.mark.slow
 def test_four_processes(curve, tmp_path):
     check_stage_two(curve, 4)
     check_pieces(curve("train_dit", 4)[0], curve("train_dit", 1)[0], 4)
