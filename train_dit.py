@@ -40,17 +40,19 @@ from sample import direct_condition
 # Arguments
 # ------------------------------------------------------------------------------------------------
 
+MIXTURE = ["builtin:synthetic=6", "builtin:web=2", "builtin:text=0.5", "builtin:hq=0.5",
+           "builtin:qa=1"]
+
 # tiny differs from the paper where its size asks for it. shift_base: 64 tokens of 96 channels give
 # a = sqrt(64*96/128) = 6.9, near the paper's 8.49; with 4096 it would be 1.2, and then x_t alone
 # gives the answer away at nearly every t and the caption is never heard.
 DEFAULTS = {
     "tiny": dict(steps=1800, batch=32, lr=1.5e-3, lr_llm=1e-3, warmup=0.03, ema=0.998,
                  remat="none", shift_base=128.0, log_every=20, sample_every=300, save_every=300,
-                 data=["builtin:synthetic=6", "builtin:web=2", "builtin:text=0.5", "builtin:hq=0.5",
-                       "builtin:qa=1"]),
+                 data=MIXTURE),
     "paper": dict(steps=30_000, batch=2048, lr=5e-4, lr_llm=5e-5, warmup=0.0134, ema=0.9999,
                   remat="block", shift_base=4096.0, log_every=10, sample_every=1000, save_every=1000,
-                  data=["builtin:web"]),
+                  data=MIXTURE),
 }
 
 
@@ -382,7 +384,7 @@ def main():
         if not args.dry_run or args.epochs:
             raise
         print(f"planned without the data: {error}", file=sys.stderr)
-        mixture = data.Mixture(["builtin:web"], resolution, args.seed)      # captions of usual length
+        mixture = data.Mixture(MIXTURE, resolution, args.seed)              # texts of usual length
     if args.epochs:
         try:
             args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
