@@ -192,7 +192,7 @@ def augment(images, generator=None, draws=None):
     x, (B, _, H, W) = 2 * images - 1, images.shape
     device = getattr(generator, "device", images.device)
     r = (torch.rand(5, B, generator=generator, device=device) if draws is None else draws.mT)
-    r = r.to(images.device)[..., None, None, None]                      # [5, B, 1, 1, 1]
+    r = r.to(images.device, non_blocking=True)[..., None, None, None]   # [5, B, 1, 1, 1]
     dy, dx = round(H / 8), round(W / 8)
     x = F.pad(x, (dx, dx, dy, dy))                                      # [B, 3, H+2dy, W+2dx]
     top = (r[0, :, 0, 0, 0] * (2 * dy + 1)).long()                      # [B], 0..2dy

@@ -199,7 +199,7 @@ def latent_noise(z, n, seed, tau, dist):
         s = (torch.randn((), generator=g).abs() if dist == "half-normal"
              else torch.rand((), generator=g)) * tau
         noise[i] = s * torch.randn(z.shape[1:], generator=g)
-    return z + noise.to(z.device)
+    return z + noise.to(z.device, non_blocking=True)
 
 
 class Collate:
@@ -395,7 +395,7 @@ def main():
             log = {}
             if vae:
                 z, (mean, logvar) = None, model.posterior(x)                # [B,c,h,w]
-                eps = gaussian(n, args.seed, mean.shape[1:]).to(mean)
+                eps = gaussian(n, args.seed, mean.shape[1:]).to(mean, non_blocking=True)
                 x_hat = (model.decoder(mean + (0.5 * logvar).exp() * eps) + 1) / 2
                 kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
                 log["kl"] = args.kl * kl

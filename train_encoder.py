@@ -160,7 +160,7 @@ def hide(images, p, share, generator):
     """Grey out a share of the patches; grey is 0 for the network."""
     B, _, H, W = images.shape
     keep = torch.rand(B, 1, H // p, W // p, generator=generator) >= share
-    keep = keep.repeat_interleave(p, 2).repeat_interleave(p, 3).to(images.device)
+    keep = keep.repeat_interleave(p, 2).repeat_interleave(p, 3).to(images.device, non_blocking=True)
     return torch.where(keep, images, 0.5)
 
 
