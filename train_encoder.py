@@ -192,7 +192,8 @@ class Collate:
             row[:len(i)] = torch.tensor(i)
         images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
         return {"images": images, "ids": ids, "last": torch.tensor([len(r) - 1 for r in rows]),
-                "keys": [r["key"] for r in records], "skipped": [s for r in records for s in r["skipped"]]}
+                "keys": [r["key"] for r in records],
+                "skipped": [s for r in records for s in r["skipped"]]}
 
 
 def loss_net(args, vocab_size, dtype):
