@@ -120,7 +120,7 @@ def load_codec(args, devices):
 
     A decoder's config names its encoder; a published one has none: its width tells.
     """
-    file = weights.final_of(args.run)
+    file = weights.final_of(*weights.locate([("decoder or VAE", args.run, "--run")]))
     config = weights.read_weights(file, "--run")[1]
     if "block_out_channels" in config:
         tiny = len(config["block_out_channels"]) < len(vaes.FLUX["block_out_channels"])
