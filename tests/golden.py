@@ -1,6 +1,6 @@
 """Parity with the reference modules: recompute every output of a golden file.
 
-    python tests/golden.py tests/golden/*.safetensors tests/golden/sequence.json
+    python tests/golden.py                      # all of tests/golden/, or the FILEs that follow
     python tests/golden.py --write DIR          # such files from our own modules, random weights
 
 A file holds one component's `weights.*` (keys of the released checkpoint), its `in.*`, the
@@ -278,18 +278,23 @@ def write(folder, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", metavar="FILE", help=".safetensors or sequence.json")
+    parser.add_argument("files", nargs="*", metavar="FILE",
+                        help=".safetensors or sequence.json (default: all in tests/golden/)")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer of a .json file "
                         "(default: qwen_tokenizer/ beside it)")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write our own files to DIR")
     args = parser.parse_args()
     if not args.files and not args.write:
-        parser.error("give golden files, or --write DIR")
+        args.files = [str(p) for p in sorted((Path(__file__).parent / "golden").iterdir())]
     torch.set_num_threads(1)            # tiny tensors: threads would mostly wait for each other
     if args.write:
         write(args.write)
     failed = 0
-    for path in args.files:
+    # golden/* has a tokenizer's folder and a README too
+    files = [f for f in args.files if not (Path(f).is_dir() or f.endswith(".md"))]
+    if args.files and not files:
+        parser.error(f"no golden file in {' '.join(args.files)}; give .safetensors or sequence.json")
+    for path in files:
         print(path)
         try:
             rows = (check_sequence(path, args.tokenizer) if path.endswith(".json") else check(path))
@@ -300,7 +305,8 @@ def main():
             shown = "-" if error is None else f"{error:.2e}"
             verdict = f"FAIL {note}" if note else "ok"
             print(f"  {name:<40} {shown:>9}  (<= {tolerance:.0e})  {verdict}")
-    print(f"{failed} of the outputs FAILED" if failed else "all outputs agree")
+    if files:
+        print(f"{failed} of the outputs FAILED" if failed else "all outputs agree")
     sys.exit(1 if failed else 0)
 
 
