@@ -173,11 +173,13 @@ class Block(nn.Module):
     def forward(self, x, c, rope, m=None):          # x [B,N,D], c = SiLU(condition) [B,N or 1,Z]
         if m is None:                               # else given: see DiT.modulations
             m = self.adaLN_modulation[1](c)                                 # [B,N,6D]
-        if x is None:                               # that alone: FSDP2 has the weights only in here
-            return m
         shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+    def modulation(self, c):
+        """That alone; a method, so that FSDP2 can gather the weights for it (parallel.shard)."""
+        return self.adaLN_modulation[1](c)                                  # [B,N or 1,6D]
 
 
 class FinalLayer(nn.Module):
@@ -291,7 +293,7 @@ class DiT(nn.Module):
         prompt share it, and for the null condition a table over all times t is small."""
         c = self.modulation_input(t, cond)
         for block in self.dit_blocks[:self.depth]:
-            yield block(None, c, None)
+            yield block.modulation(c)
         if not self.head_depth:
             yield self.final_layer.adaLN_modulation[1](c)
 

@@ -340,16 +340,14 @@ def t2i(args):
         return print(json.dumps({"task": "t2i", **{k: str(getattr(args, k)) for k in (
             "run", "prompts", "layout", "out")}}))
     args.steps = args.steps or 25
-    if args.schedule == "compat" and args.steps < 3:
-        raise UserError(f"--steps {args.steps}: --schedule compat needs at least 3")
+    sample.check_schedule(args)
     if args.sheet:
         sample.check_out(args.sheet, "--sheet", ".png")
     prompts = benchmark.prompts(args.per_category)
     devices, llm, dit, tokenizer, config, encoder, decoder = load_run(args)
     alpha, guidance = sample.alpha_and_guidance(args, dit, config)
     print(f"{len(prompts)} prompts x {args.n} pictures by {args.run}, {args.steps} steps "
-          f"({args.schedule}), guidance "
-          f"{guidance:g}, on {devices}\n", flush=True)
+          f"({args.schedule}), guidance {guidance:g}, on {devices}\n", flush=True)
     x_hat = reconstruct(encoder, decoder, scene_pictures(prompts, encoder.image_size))
     ceiling = [benchmark.judge(x, p)[0] for x, p in zip(x_hat, prompts)]
     scores, failures = [], []

@@ -170,12 +170,15 @@ def shard(model, devices, blocks=()):
         for name, p in model.named_parameters():
             mark(name, p, devices)
     elif devices.world > 1 and blocks:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import (
+            MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
         # A block's weights travel in the dtype that its Linears cast them to: half the bytes, the
         # same numbers. Its gradients are summed in fp32. The root holds fp32 islands: none there.
         policy = MixedPrecisionPolicy(devices.dtype, torch.float32, cast_forward_inputs=False)
         for block in blocks:            # straight from the host: a device never holds the whole
             fully_shard(block, mesh=devices.mesh, mp_policy=policy)
+            if hasattr(block, "modulation"):            # called outside of the forward, in sampling
+                register_fsdp_forward_method(block, "modulation")
         fully_shard(model, mesh=devices.mesh)
     return model.to(devices.device)
 

@@ -264,14 +264,19 @@ def arguments(argv=None):
     lo, hi = args.guidance_interval = tuple(args.guidance_interval or (0.0, 1.0))
     if not 0 <= lo <= hi <= 1:
         raise UserError(f"--guidance-interval {lo:g} {hi:g}: expected 0 <= LO <= HI <= 1")
-    if args.schedule == "compat" and args.steps < 3:
-        raise UserError(f"--steps {args.steps}: --schedule compat needs at least 3")
+    check_schedule(args)
     args.out = args.out or Path("out" if args.prompts else "out.png")
     if not (mode == "image" or mode == "latent" and args.text):         # those print
         check_out(args.out, "--out", None if args.prompts else ".png")
     if args.save_latent:
         check_out(args.save_latent, "--save-latent", ".safetensors")
     return args
+
+
+def check_schedule(args):
+    """Raises UserError for fewer steps than the schedule takes."""
+    if args.schedule == "compat" and args.steps < 3:
+        raise UserError(f"--steps {args.steps}: --schedule compat needs at least 3")
 
 
 def check_text(words, flag, tokenizer, config, tokens):

@@ -423,9 +423,9 @@ def main():
     gathered = 0 if xla or devices.axes["fsdp"] == 1 else parallel.gathered(
         model, blocks, devices.dtype)
     activations = (dit.activation_bytes() + llm.activation_bytes(length)) / devices.axes["fsdp"]
-    copies = 0          # not compiled, the backward pass keeps the weights that were cast to bf16
-    if (args.compile is False or devices.kind == "cpu" and not args.compile) and (
-            devices.dtype == torch.bfloat16 and args.remat == "none" and not gathered):
+    compiled = devices.kind != "cpu" if args.compile is None else args.compile
+    copies = 0          # else the backward pass keeps the weights that were cast to bf16
+    if devices.dtype == torch.bfloat16 and not (compiled or gathered or args.remat == "block"):
         copies = 2 * sum(p.numel() for block in blocks for p in block.parameters())
     memory = lambda images: runs.memory_gb(trained, frozen, activations * images + copies, args.ema,
                                            gathered)

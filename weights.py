@@ -61,12 +61,16 @@ def user_errors(what):
         raise UserError(f"{what}: {'; '.join(lines[:3])}{more} ({type(error).__name__})") from error
 
 
+def _config_inside(file):
+    """The config in the metadata of an open safetensors file, or {}."""
+    return json.loads((file.metadata() or {}).get("config", "{}"))
+
+
 def _read_file(path):
     """One file -> (state dict, the config in its metadata or {})."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as f:
-            config = json.loads((f.metadata() or {}).get("config", "{}"))
-            return {k: f.get_tensor(k) for k in f.keys()}, config
+            return {k: f.get_tensor(k) for k in f.keys()}, _config_inside(f)
     state = torch.load(path, map_location="cpu", weights_only=True)
     if torch.is_tensor(state):
         state = {path.stem: state}                      # the authors' --save-latent
@@ -209,8 +213,8 @@ def config_of(path, flag="--run"):
     with user_errors(f"{flag} {path}"):
         if place.suffix == ".safetensors":
             with safe_open(place, "pt") as f:
-                if inside := (f.metadata() or {}).get("config"):
-                    return json.loads(inside)
+                if inside := _config_inside(f):
+                    return inside
             place = place.parent
         return json.loads((place / "config.json").read_text())
 
@@ -562,8 +566,8 @@ def load_model(path, devices, flag="--run", ema=True):
     load_model_state(llm, dit, state, what)
     for model in (llm, dit):
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)) and "t_embedder" not in name:  # is fp32
-                module.to(devices.dtype)
+            if isinstance(module, (nn.Linear, nn.Embedding)) and "t_embedder" not in name:
+                module.to(devices.dtype)                        # the time's MLP computes in fp32
         model.requires_grad_(False).eval().to(devices.device)
     with user_errors(what):
         tokenizer = text.load_tokenizer(file if file.is_dir() else file.parent)

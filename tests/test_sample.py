@@ -336,10 +336,6 @@ def test_stored_latents_decode_to_the_same_picture_and_answer(call, capsys):
     assert [line[:3] for line in said] == ["0: ", "1: "] and all(len(line) > 4 for line in said)
 
 
-# ------------------------------------------------------------------------------------------------
-# Bad input
-# ------------------------------------------------------------------------------------------------
-
 def test_matrices_in_bf16_give_the_same_numbers():
     """What is loaded for sampling against the fp32 weights of the file, cast in each product."""
     devices = parallel.Devices("cpu", torch.device("cpu"), 0, 1, torch.bfloat16, {"fsdp": 1})
@@ -355,6 +351,10 @@ def test_matrices_in_bf16_give_the_same_numbers():
             results.append((cond, flow.generate(dit, cond, x, 6.9, 2, 3.0), llm.logits(cond[..., :128])))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
+
+# ------------------------------------------------------------------------------------------------
+# Bad input
+# ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
