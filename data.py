@@ -637,7 +637,7 @@ CORRUPT = (OSError, ValueError, LookupError, TypeError, SyntaxError, AttributeEr
 
 
 def reason(error: Exception) -> str:
-    """Its kind and words, without the address of a buffer that Pillow puts in: the same each time."""
+    """Its kind and words, less the address of a buffer that Pillow puts in: the same each time."""
     return f"{type(error).__name__}: {re.sub(r' <_io[^>]*>', '', str(error))}"
 
 
@@ -803,8 +803,8 @@ def open_source(name: str, text: bool = True, strict: bool = True):
         return Tars(paths, text) if paths else Folder(name, text)
     if not name.endswith((".jsonl", ".tar")):
         what = "a file of no known kind" if os.path.exists(name) else "neither built in nor a path"
-        raise DataError(f"{name!r} is {what}; expected {', '.join(BUILTIN)}, a folder, a .jsonl, or "
-                        ".tar shards, each with =WEIGHT if wanted")
+        raise DataError(f"{name!r} is {what}; expected {', '.join(BUILTIN)}, a folder, a .jsonl, "
+                        "or .tar shards, each with =WEIGHT if wanted")
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if braces:
         first, last = braces.groups()
@@ -926,7 +926,7 @@ class Mixture:
             raise DataError(f"--data {specs} at {resolution} pixels; expected one source or more, "
                             "such as builtin:web, and a positive resolution")
         self.resolution, self.seed, self.crop, self.text = resolution, seed, crop, text
-        self.latents = None                               # one Latents a source; see `cache_latents`
+        self.latents = None                             # one Latents a source; see `cache_latents`
         self.names, weights = zip(*map(parse_spec, specs))
         self.weights = [w / sum(weights) for w in weights]
         for name, weight in zip(self.names, self.weights):
@@ -1062,8 +1062,8 @@ class Pictures:
 
 def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, workers: int,
                   write: bool = True, wait=lambda: None):
-    """Give `mixture` the latents of its sources instead of pictures, from `folder`; made first where
-    they are not there or damaged.
+    """Give `mixture` the latents of its sources instead of pictures, from `folder`; made first
+    where they are not there or damaged.
 
     encode: uint8 [B,R,R,3] -> float32 [B,N,F]. what: names encode, up to its weights; a source's
     subfolder is a hash of it, the resolution, and the names, sizes and times of the source's files.
@@ -1154,7 +1154,7 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
                               multiprocessing_context=FORK if workers else None,
                               prefetch_factor=4 if workers else None))
 
-    def one_line():                                       # a worker's error comes with its traceback
+    def one_line():                                     # a worker's error comes with its traceback
         try:
             yield from started
         except DataError as e:

@@ -45,7 +45,7 @@ def sincos_positions(D, side):
 
 def attention(q, k, v):
     """Softmax attention of all tokens to all, each [B,H,L,hd]."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # torch's fused kernel is 3 to 5 times
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # the fused kernel is 3 to 5 times
         return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v   # slower there (LOG.md)
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -161,8 +161,8 @@ class Decoder(nn.Module):
         input and output. With remat a block's input. Checked against autograd in the tests."""
         c, W, e = self.config, self.config["decoder_hidden_size"], self.dtype.itemsize
         block = 8 * W + e * (7 * W + 2 * c["decoder_intermediate_size"])
-        return ((self.tokens + 1) * c["decoder_num_hidden_layers"] * (e * W if self.remat else block)
-                + self.remat * (self.tokens + 1) * block)
+        layers = c["decoder_num_hidden_layers"] * (e * W if self.remat else block)
+        return (self.tokens + 1) * (layers + self.remat * block)
 
 
 def init_weights(model, seed):

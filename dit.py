@@ -106,7 +106,7 @@ class RoPE(nn.Module):
 
 def attention(q, k, v):
     """Softmax attention of all tokens to all, each [B,H,N,hd]."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # torch's fused kernel is 3 to 5 times
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # the fused kernel is 3 to 5 times
         return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v   # slower there (LOG.md)
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -126,17 +126,18 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D // heads) if qk_norm else nn.Identity()
 
     def forward(self, x, rope):                                             # [B,N,D]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B,H,N,hd]
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                # [B,N,3,H,hd]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # [B,H,N,hd]
         q, k = rope(self.q_norm(q)), rope(self.k_norm(k))
         return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
-    MULTIPLE = {"cuda": 128}            # of the hidden width, by device; XLA's compiler pads by itself
+    MULTIPLE = {"cuda": 128}        # of the hidden width, by device; XLA's compiler pads by itself
 
     def __init__(self, D):
         super().__init__()
-        self.hidden = int(2 / 3 * int(4 * D))               # h, the authors': not rounded to a multiple
+        self.hidden = int(2 / 3 * int(4 * D))           # h, the authors': not rounded to a multiple
         self.w12, self.w3 = Linear(D, 2 * self.hidden), Linear(self.hidden, D)
 
     def forward(self, x):                                                   # [B,N,D]
@@ -146,9 +147,9 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(a) * b)
 
     def padded(self, x, more):
-        """The same with `more` hidden channels of zeros. At D = 2048 h is 5461: odd, so that no row of
-        a bf16 matrix is aligned as tensor cores want it. The zeros are put to the weights as these
-        are cast; what they add is silu(0) * 0 = 0, and parameters, gradients and files keep h."""
+        """The same with `more` hidden channels of zeros. At D = 2048 h is 5461: odd, so that no row
+        of a bf16 matrix is aligned as tensor cores want it. The zeros are put to the weights as
+        these are cast; they add silu(0) * 0 = 0, and parameters, gradients and files keep h."""
         w12, b12 = self.w12.weight.to(x.dtype), self.w12.bias.to(x.dtype)
         w12 = F.pad(w12.unflatten(0, (2, -1)), (0, 0, 0, more)).flatten(0, 1)       # [2(h+more),D]
         b12 = F.pad(b12.unflatten(0, (2, -1)), (0, more)).flatten()
@@ -213,7 +214,8 @@ class TimeEmbedder(nn.Module):
     def __init__(self, Z):
         super().__init__()
         self.mlp = nn.Sequential(Linear(512, Z), nn.SiLU(), Linear(Z, Z))
-        frequencies = torch.randn(256, generator=torch.Generator().manual_seed(114514), device="cpu")
+        generator = torch.Generator().manual_seed(114514)
+        frequencies = torch.randn(256, generator=generator, device="cpu")
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, t):                                                   # [B] -> [B,Z]
@@ -222,7 +224,7 @@ class TimeEmbedder(nn.Module):
 
 
 class NullCondition(nn.Module):
-    """The learned condition of no prompt, one vector [Z] for all tokens (cond. dropout, p = 0.1)."""
+    """The learned condition of no prompt, one vector [Z] for all tokens (dropout, p = 0.1)."""
 
     def __init__(self, Z):
         super().__init__()
@@ -251,7 +253,8 @@ class DiT(nn.Module):
             raise ValueError(f"{tokens} latent tokens are not a square grid")
         for w, h, flag in ((D, heads, "--size"), (D2, head_heads, "--head-width")):
             if w % (4 * h):
-                raise ValueError(f"DiT width {w} ({flag}) must be a multiple of 4 x heads = {4 * h}")
+                raise ValueError(f"DiT width {w} ({flag}) must be a multiple of 4 x heads "
+                                 f"= {4 * h}")
         self.channels, self.tokens, self.width, self.depth, self.heads = C, tokens, D, depth, heads
         self.cond_width, self.head_width, self.head_depth = Z, D2, head_depth
         self.head_heads, self.dtype, self.remat = head_heads, dtype, False
@@ -355,7 +358,8 @@ def init_weights(model, seed):
     """All initialisation of the DiT, on the CPU generator: every device starts the same.
 
     Linear: Xavier-uniform, zero bias (the embedders count as Linear). Time MLP: N(0, 0.02). AdaLN
-    and the last layer: zero, so that every block starts as the identity and v as 0 (DiT, adaLN-zero).
+    and the last layer: zero, so that every block starts as the identity and v as 0 (DiT's
+    adaLN-zero).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, module in model.named_modules():

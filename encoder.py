@@ -36,7 +36,7 @@ class LayerNorm(nn.LayerNorm):
 def attention(q, k, v, heads):
     """Softmax attention over all tokens; q [B,L,C], k and v [B,N,C] -> [B,L,C]."""
     q, k, v = (a.unflatten(-1, (heads, -1)).transpose(1, 2) for a in (q, k, v))  # [B,H,.,C/H]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # torch's fused kernel is 3 to 5 times
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # the fused kernel is 3 to 5 times
         y = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v  # slower there (LOG.md)
     else:
         y = F.scaled_dot_product_attention(q, k, v)

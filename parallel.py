@@ -19,11 +19,11 @@ import re
 import torch
 import torch.distributed as dist
 
-# Which mesh axis splits each dimension of a parameter, by name. "fsdp" spreads the storage, "tensor"
-# the products: a Linear that widens is split by its rows, the one that narrows back by its columns,
-# so that one all-reduce a pair is enough. A name in no row, and what has fewer than WHOLE elements,
-# stays whole: norms, biases. tests/test_parallel.py holds every size against this table. FSDP2
-# splits every parameter by its first dimension and needs no table.
+# Which mesh axis splits each dimension of a parameter, by name. "fsdp" spreads the storage,
+# "tensor" the products: a Linear that widens is split by its rows, the one that narrows back by its
+# columns, so that one all-reduce a pair is enough. A name in no row, and what has fewer than WHOLE
+# elements, stays whole: norms, biases. tests/test_parallel.py holds every size against this table.
+# FSDP2 splits every parameter by its first dimension and needs no table.
 TABLE = [
     (r"(qkv|w12|[qkv]_proj|gate_proj|up_proj|fc1|query|key|value|intermediate\.dense"
      r"|adaLN_modulation\.1|embed_tokens|lm_head)\.weight$",            ("tensor", "fsdp")),
@@ -82,8 +82,8 @@ def device_name(devices):
 
 
 def parse_mesh(text, count=None):
-    """`fsdp=8` or `fsdp=16,tensor=4` -> dict; empty: all devices on fsdp. count: how many there are,
-    None to plan for machines that are not here. Raises UserError."""
+    """`fsdp=8` or `fsdp=16,tensor=4` -> dict; empty: all devices on fsdp. count: how many there
+    are, None to plan for machines that are not here. Raises UserError."""
     if not text:
         return {"fsdp": count or 1, "tensor": 1}
     axes = {"fsdp": 1, "tensor": 1}
@@ -103,7 +103,8 @@ def setup(kind="auto", dtype=None, mesh=None, plan=False):
     multiplies it natively, else fp32. plan: start nothing, any mesh will do (--dry-run). Raises
     UserError with the flag that mends it."""
     if kind == "auto":
-        kind = "xla" if "PJRT_DEVICE" in os.environ else "cuda" if torch.cuda.is_available() else "cpu"
+        kind = ("xla" if "PJRT_DEVICE" in os.environ else
+                "cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available() and not plan:
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
     if dtype is None:
@@ -140,8 +141,8 @@ def setup_xla(dtype, mesh):
     import numpy as np
     import torch_xla
     import torch_xla.distributed.spmd as xs
-    if os.environ.get("PJRT_DEVICE") == "CPU":      # virtual devices wait for each other in threads of
-        os.environ.setdefault("NPROC", "64")        # one pool, by default of the size of the machine:
+    if os.environ.get("PJRT_DEVICE") == "CPU":      # virtual devices wait for each other in threads
+        os.environ.setdefault("NPROC", "64")        # of one pool, by default of the machine's size:
     xr.use_spmd()                                   # with few cores the last of them finds none
     if not hasattr(torch, "xla"):
         torch._register_device_module("xla", torch_xla)     # torch.utils.checkpoint looks for it
@@ -184,8 +185,8 @@ def shard(model, devices, blocks=()):
 
 
 def mark(name, tensor, devices):
-    """On xla, split a new tensor as TABLE says for `name`, or say that it stays whole: otherwise the
-    compiler chooses. The average and the moments of a parameter do not inherit this from it."""
+    """On xla, split a new tensor as TABLE says for `name`, or say that it stays whole: otherwise
+    the compiler chooses. The average and the moments of a parameter do not inherit this from it."""
     if devices.kind == "xla":
         import torch_xla.distributed.spmd as xs
         xs.mark_sharding(tensor, devices.mesh, spec(name, tensor.shape))
@@ -369,7 +370,7 @@ def mean(values, devices):
 
 
 def barrier(devices):
-    """Wait until every process is here, as long as it takes: one may be encoding a data set alone."""
+    """Wait for every process, as long as it takes: one may be encoding a data set alone."""
     if devices.replicas == 1:
         total([0.0], devices)
     else:

@@ -60,8 +60,9 @@ def main(function):
 
 
 def end_workers():
-    """Kill the loader's workers after an error: its traceback keeps the loader alive, and Python waits
-    at its end for children, which it asks by SIGTERM; these ignore that (`data.start_worker`)."""
+    """Kill the loader's workers after an error: its traceback keeps the loader alive, and Python
+    waits at its end for children, which it asks by SIGTERM; these ignore that
+    (`data.start_worker`)."""
     for worker in multiprocessing.active_children():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch makes another error of their end
         worker.kill()
@@ -104,7 +105,8 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500, remat="n
     g.add_argument("--fresh", action="store_true", help="move an old run in --out aside")
     g.add_argument("--steps", type=positive(), default=steps, help="optimizer steps")
     g.add_argument("--batch", type=positive(), default=batch, help="images a step, all devices")
-    g.add_argument("--micro-batch", type=positive(), help="images at a time; accumulates to --batch")
+    g.add_argument("--micro-batch", type=positive(),
+                   help="images at a time; accumulates to --batch")
     g.add_argument("--seed", type=seed, default=0, help="of all that is random")
     g.add_argument("--init", type=Path, help="start from these weights: a run folder or a file")
     g = parser.add_argument_group("data")
@@ -142,7 +144,8 @@ def check_batch(args, devices, each=None):
     args.micro_batch = args.micro_batch or next(
         (b for b in range(most - most % n, 0, -n) if args.batch % b == 0), args.batch)
     if args.batch % args.micro_batch:
-        raise UserError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch}")
+        raise UserError(f"--batch {args.batch} is not a multiple of --micro-batch "
+                        f"{args.micro_batch}")
     if args.micro_batch % n:
         raise UserError(f"--micro-batch {args.micro_batch} is not a multiple of the {n} devices on "
                         "the fsdp axis; change --micro-batch or --mesh")
@@ -154,7 +157,8 @@ def table(title, rows):
         if isinstance(value, dict):
             return ", ".join(f"{k} {show(v)}" for k, v in value.items())
         if isinstance(value, (list, tuple)):
-            return (" x " if all(isinstance(v, int) for v in value) else "; ").join(map(show, value))
+            numbers = all(isinstance(v, int) for v in value)
+            return (" x " if numbers else "; ").join(map(show, value))
         if isinstance(value, float):
             return f"{value:.4g}"
         return f"{value:,}" if isinstance(value, int) else str(value)
@@ -201,8 +205,8 @@ class Run:
             raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; "
                             "pip install wandb, or leave the flag out: log.jsonl has it all")
         if getattr(args, "export", False) and (args.fresh or not self._whole()):
-            raise UserError("--export writes what is there, --fresh moves it aside: give one of them"
-                            if args.fresh else f"--export: {self.dir} has no checkpoint")
+            raise UserError("--export writes what is there, --fresh moves it aside: give one of "
+                            "them" if args.fresh else f"--export: {self.dir} has no checkpoint")
         if args.fresh and self.main and self.dir.is_dir() and any(self.dir.iterdir()):
             self._lock()                                # an old run, not one that is running
             k = 1
@@ -231,8 +235,8 @@ class Run:
             differ = [f"--{k.replace('_', '-')}: checkpoint {theirs.get(k)!r}, now {mine[k]!r}"
                       for k in mine if k in theirs and theirs[k] != mine[k]]
             if differ:
-                raise UserError(f"{self.dir} was started with other arguments: {'; '.join(differ)}. "
-                                "Use the same, another --out, or --fresh")
+                raise UserError(f"{self.dir} was started with other arguments: "
+                                f"{'; '.join(differ)}. Use the same, another --out, or --fresh")
         elif any((self.dir / "samples").iterdir()) or (self.dir / "final").exists():
             if self.main:
                 print(f"{self.dir} holds a run without a checkpoint: it is started again")
@@ -419,10 +423,10 @@ class Run:
         values = {k: plain(v) for k, v in values.items()}
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
+        shown = ("loss", "images_per_s", "cond_spread", "lr", "tflops", "mfu", "psnr",
+                 "data_wait_s", "memory_gb")
         short = {k: f"{v:.4g}" for k, v in values.items()
-                 if isinstance(v, (int, float)) and k in ("loss", "images_per_s", "cond_spread", "lr",
-                                                          "tflops", "mfu", "psnr", "data_wait_s",
-                                                          "memory_gb")}
+                 if isinstance(v, (int, float)) and k in shown}
         self.bar.set_postfix(short)
         if self.wandb:
             self.wandb.log({k: v for k, v in values.items() if isinstance(v, (int, float))},
@@ -470,7 +474,8 @@ class Bench:
     start, stop, asked, dir, latest = 0, False, False, None, None
 
     def __init__(self, args, devices):
-        self.args, self.devices, self.main, self.seen, self.norms = args, devices, devices.main, [], []
+        self.args, self.devices, self.main = args, devices, devices.main
+        self.seen, self.norms = [], []
         args.sample_every = args.save_every = 0
 
     def load(self, named):
@@ -481,7 +486,7 @@ class Bench:
         return self.bar
 
     def due(self, step, every, stopping=True):
-        return every == self.args.log_every == 1        # every step is logged, none sampled or saved
+        return every == self.args.log_every == 1    # every step is logged, none sampled or saved
 
     def log(self, step, **values):
         self.seen.append(values)
@@ -544,8 +549,8 @@ def moments(optimizer, named, devices):
 
 
 def ema_weight(decay, step):
-    """1 - decay; the first steps average over what there is, so that a short run is not dominated by
-    the initial weights."""
+    """1 - decay; the first steps average over what there is, so that a short run is not dominated
+    by the initial weights."""
     return 1 - min(decay, (1 + step) / (10 + step))
 
 
@@ -636,8 +641,8 @@ class Meter:
         self.wait += wait
 
     def read(self, devices):
-        """-> dict of averages (floats, or tensors as they were added), each over the steps that have
-        it, with images_per_s, tflops, mfu, memory_gb, data_wait_s; and restarts."""
+        """-> dict of averages (floats, or tensors as they were added), each over the steps that
+        have it, with images_per_s, tflops, mfu, memory_gb, data_wait_s; and restarts."""
         sums, steps = {}, collections.Counter()
         for share, values in self.values:
             for k, v in values.items():

@@ -299,8 +299,9 @@ def check_text(words, flag, tokenizer, config, tokens):
 def reconstruct(args, picture, run, devices):
     config = weights.config_of(run)
     if "diffusion_model_channels" not in config:
-        raise UserError(f"--run {args.run} is not a model that draws; to reconstruct with a decoder "
-                        f"give --decoder {args.run} (evaluate.py decoder --run takes VAEs too)")
+        raise UserError(f"--run {args.run} is not a model that draws; to reconstruct with a "
+                        f"decoder give --decoder {args.run} (evaluate.py decoder --run takes "
+                        "VAEs too)")
     encoder, decoder = weights.load_codec(config, args, devices)
     x = to_tensor(picture, encoder.image_size).to(devices.device)
     x_hat = decoder(encoder(x)).clamp(0, 1)

@@ -23,7 +23,7 @@ def scan(devices, blocks, x, *shared):
         return x
     names = [name for name, _ in blocks[0].named_parameters()]
     tensors = [s for s in shared if torch.is_tensor(s)]
-    stacks = [torch.stack([b.get_parameter(name) for b in blocks]) for name in names]   # [depth,...]
+    stacks = [torch.stack([b.get_parameter(name) for b in blocks]) for name in names]  # [depth,...]
     axes = [spec(name, p.shape) for name, p in blocks[0].named_parameters()]
 
     def split(tensor, axes):

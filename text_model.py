@@ -58,7 +58,7 @@ def rope(x, cos, sin):
 
 def attention(q, k, v, mask=None):
     """Causal softmax attention, each [B,heads,L,hd]; mask [L,T] bool when q continues a cache."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # torch's fused kernel is 3 to 5 times
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # the fused kernel is 3 to 5 times
         if mask is None:                                        # slower there (LOG.md)
             mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
         scores = (q * q.shape[-1] ** -0.5) @ k.mT                           # [B,heads,L,T]
@@ -69,7 +69,8 @@ def attention(q, k, v, mask=None):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        H, self.heads, self.kv_heads = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
+        H = c["hidden_size"]
+        self.heads, self.kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
         hd = H // self.heads
         self.q_proj = Linear(H, self.heads * hd)
         self.k_proj, self.v_proj = Linear(H, self.kv_heads * hd), Linear(H, self.kv_heads * hd)
@@ -163,13 +164,14 @@ class TextModel(nn.Module):
             return x
         rows = self.model.latent_queries.to(self.dtype).expand(len(ids), -1, -1)    # [B,N,H]
         if z is not None:
-            rows = torch.where(answer[:, None, None], rows, self.model.mm_projector(z.to(self.dtype)))
+            seen = self.model.mm_projector(z.to(self.dtype))                        # [B,N,H]
+            rows = torch.where(answer[:, None, None], rows, seen)
         index = torch.arange(ids.shape[1], device=ids.device) - start[:, None]      # [B,L]
         inside = (index >= 0) & (index < self.tokens)
         return torch.where(inside[..., None], pick(rows, index), x)
 
     def forward(self, x, cache=None):
-        """Embeddings [B,L,H] -> hidden states after the last norm [B,L,H]; causal, positions from 0.
+        """Embeddings [B,L,H] -> hidden states after the last norm [B,L,H]; causal.
 
         cache: a list, empty at first, of one entry a layer; it is extended, and x continues it.
         Right padding needs no mask: under a causal one no real token sees it.
@@ -231,23 +233,24 @@ class TextModel(nn.Module):
                    for i in range(0, h.shape[1], 64))
 
     def train_flops(self, length, labelled, frozen=False):
-        """Training FLOPs of one sequence of `length` tokens, `labelled` of which go through the head:
-        6 per weight and token, 4 where the weights are frozen, for the gradient still passes to the
-        queries. Attention is counted in full: the causal half is not skipped in the count, as is
-        usual."""
+        """Training FLOPs of one sequence of `length` tokens, `labelled` of which go through the
+        head: 6 per weight and token, 4 where the weights are frozen, for the gradient still passes
+        to the queries. Attention is counted in full: the causal half is not skipped in the count,
+        as is usual."""
         c, H = self.config, self.width
         hd = H // c["num_attention_heads"]
         layer = 2 * H * H + 2 * H * hd * c["num_key_value_heads"] + 3 * H * c["intermediate_size"]
         layers, head = length * c["num_hidden_layers"] * layer, labelled * c["vocab_size"] * H
-        products = length * c["num_hidden_layers"] * 2 * length * H     # q k^T and its product with v
+        products = length * c["num_hidden_layers"] * 2 * length * H # q k^T and its product with v
         return (4 if frozen else 6) * (layers + head) + 6 * products
 
     def activation_bytes(self, length):
-        """What the backward pass keeps of one sequence, eager: 16 H + 4 MLP values a token and layer
-        (counted as in dit.py); with remat a layer's input, and one layer in full."""
+        """What the backward pass keeps of one sequence, eager: 16 H + 4 MLP values a token and
+        layer (counted as in dit.py); with remat a layer's input, and one layer in full."""
         size = torch.empty(0, dtype=self.dtype).element_size() * length
-        layer, depth = 16 * self.width + 4 * self.config["intermediate_size"], len(self.model.layers)
-        return size * (depth * self.width + layer if self.remat else depth * layer)
+        H, depth = self.width, len(self.model.layers)
+        layer = 16 * H + 4 * self.config["intermediate_size"]
+        return size * (depth * H + layer if self.remat else depth * layer)
 
 
 def init_weights(model, seed):
@@ -435,4 +438,4 @@ def labelled(labels, K=None):
         raise ValueError(f"{most} labelled tokens in a sample, more than {K}")
     K = K or -(-max(most, 1) // 16) * 16
     where = known.int().argsort(dim=1, descending=True, stable=True)[:, :K].contiguous()
-    return where, targets.gather(1, where)                                          # they come first
+    return where, targets.gather(1, where)                                      # they come first

@@ -207,7 +207,8 @@ class Collate:
 
     def __call__(self, records):
         images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
-        return {"images": images, "n": [r["n"] for r in records], "keys": [r["key"] for r in records],
+        return {"images": images, "n": [r["n"] for r in records],
+                "keys": [r["key"] for r in records],
                 "skipped": [s for r in records for s in r["skipped"]]}
 
 
@@ -432,7 +433,8 @@ def main():
         norm = parallel.clip_grad(named.values(), math.inf, devices)        # the recipe has no clip
         parallel.guarded_step(optimizer, norm, devices)
         optimizer.zero_grad(set_to_none=True)
-        runs.update_ema(ema, named, parallel.scalar(runs.ema_weight(args.ema, step), devices.device))
+        weight = runs.ema_weight(args.ema, step)
+        runs.update_ema(ema, named, parallel.scalar(weight, devices.device))
 
         if judging:                     # on fresh pictures of the decoder that was just updated
             lr_disc = args.lr_disc * runs.cosine(
@@ -455,7 +457,7 @@ def main():
             parallel.guarded_step(d_optimizer, d_norm, devices)
             d_optimizer.zero_grad(set_to_none=True)
         parallel.step_done(devices)
-        runs.check_finite(run, step, norm + d_norm if judging else norm, keys)     # of either network
+        runs.check_finite(run, step, norm + d_norm if judging else norm, keys)  # of either network
 
         done = step + 1
         values = {"lr_disc": lr_disc} if judging else {}

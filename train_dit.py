@@ -51,8 +51,8 @@ DEFAULTS = {
                  remat="none", shift_base=128.0, log_every=20, sample_every=300, save_every=300,
                  data=MIXTURE),
     "paper": dict(steps=30_000, batch=2048, lr=5e-4, lr_llm=5e-5, warmup=0.0134, ema=0.9999,
-                  remat="block", shift_base=4096.0, log_every=10, sample_every=1000, save_every=1000,
-                  data=MIXTURE),
+                  remat="block", shift_base=4096.0, log_every=10, sample_every=1000,
+                  save_every=1000, data=MIXTURE),
 }
 
 
@@ -405,7 +405,8 @@ def main():
     parts = {"dit": dit, "llm": llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
              "repa": getattr(model, "repa", None)}
     count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
-    flops = {"dit": dit.train_flops(), "llm": llm.train_flops(length, labelled, args.freeze == "llm")}
+    flops = {"dit": dit.train_flops(),
+             "llm": llm.train_flops(length, labelled, args.freeze == "llm")}
     if not args.cache_latents:
         flops["encoder"] = encoder.forward_flops()
     if vae and not args.cache_latents:

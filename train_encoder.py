@@ -1,4 +1,4 @@
-"""Train a small SigLIP-2 from scratch: the frozen encoder of the tiny preset, and a readable trainer.
+"""Train a small SigLIP-2 from scratch: the frozen encoder of the tiny preset; a readable trainer.
 
     python train_encoder.py                       # built-in data, a few CPU minutes
     python train_encoder.py --data folder/ --steps 100000 --batch 256
@@ -7,11 +7,12 @@
 
 Sigmoid image-text loss (SigLIP, arXiv 2303.15343) plus a dense term: from each latent token one
 linear layer must predict the pixels of its own patch, also where the input patch was hidden. The
-term stands in for SigLIP-2's captioning, self-distillation and masked prediction (arXiv 2502.14786):
-without it a contrastive encoder throws pixels away and no decoder can bring them back.
+term stands in for SigLIP-2's captioning, self-distillation and masked prediction (arXiv
+2502.14786): without it a contrastive encoder throws pixels away and no decoder can bring them back.
 The two networks of the decoder's loss are small stand-ins for VGG16 and DINO ViT-S/16, of the same
-architecture, and the logs say so wherever they are used. VGG learns from the sigmoid loss alone, DINO
-from both: without the dense term its tokens do not tell a picture from its reconstruction (LOG.md).
+architecture, and the logs say so wherever they are used. VGG learns from the sigmoid loss alone,
+DINO from both: without the dense term its tokens do not tell a picture from its reconstruction
+(LOG.md).
 """
 import argparse
 import copy
@@ -64,7 +65,8 @@ def arguments():
     g.add_argument("--tokenizer", type=Path, help="a tokenizer folder (default: train one here)")
     g = p.add_argument_group("loss and optimizer")
     g.add_argument("--dense", type=runs.positive(float, zero=True),
-                   help="weight of the pixel term (mean squared error, pixels in [-1,1]); not for vgg")
+                   help="weight of the pixel term (mean squared error, pixels in [-1,1]); not for "
+                   "vgg")
     g.add_argument("--mask", type=runs.share, default=0.1,
                    help="share of the patches hidden from the encoder (grey), for the dense term")
     g.add_argument("--lr", type=runs.positive(float))
@@ -322,8 +324,8 @@ def main():
         runs.write_text(run.dir / "tokenizer.json", tokenizer.to_str(pretty=True))
     run.load(saved)
     accumulate = args.batch // args.micro_batch
-    batches = iter(data.loader(mixture, collate, args.micro_batch, run.start * args.batch, args.workers,
-                               devices.rank, devices.world))
+    batches = iter(data.loader(mixture, collate, args.micro_batch, run.start * args.batch,
+                               args.workers, devices.rank, devices.world))
     unseen = data.Mixture(args.data, args.resolution, args.seed + 1000)
     unseen = parallel.place(collate([unseen[i] for i in range(256)]), devices)
     skips, meter = data.SkipCounter(), runs.Meter()

@@ -1,7 +1,8 @@
 """FLUX's VAE (diffusers AutoencoderKL, FLUX.1 form): the baseline latent of the paper.
 
 The same two methods as the RAE: encode(images) -> tokens, decode(tokens) -> images. Key names are
-diffusers'; `from_ldm` turns the original `ae.safetensors` into them. Architecture: arXiv 2112.10752.
+diffusers'; `from_ldm` turns the original `ae.safetensors` into them. Architecture: arXiv
+2112.10752.
 
 B batch, H W pixels, h w latent grid (H/f, W/f), c latent channels (16), N = h/2 * w/2 tokens of
 C = 4c channels (64). fp32 throughout: it is frozen and small beside the rest.

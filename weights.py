@@ -262,8 +262,9 @@ def load_decoder(path, devices, channels, mean, std, layers=None):
         raise UserError(f"{what} takes latents of {embed[1]} channels, the encoder gives "
                         f"{channels}; give the decoder of this encoder")
     if layers not in (None, config.get("layers", 1)):
-        raise UserError(f"{what} was trained on latents of --layers {config.get('layers', 1)}, these "
-                        f"are of --layers {layers}; train one: train_decoder.py --layers {layers}")
+        raise UserError(f"{what} was trained on latents of --layers {config.get('layers', 1)}, "
+                        f"these are of --layers {layers}; train one: train_decoder.py --layers "
+                        f"{layers}")
     found = dict(decoder_hidden_size=embed[0], decoder_intermediate_size=hidden[0],
                  decoder_num_hidden_layers=depth_of(state, "decoder_layers"))
     check_config(config, found, what)
@@ -329,8 +330,10 @@ def load_towers(args, tiny, llm, devices):
     encoder, decoder = TINY_CODEC if tiny else HUB[args.latent]
     wanted = [("encoder", args.encoder or encoder, "--encoder"),
               ("llm", ASSETS if llm in ("tiny", "random") else llm, "--llm"),
-              ("vae", args.vae or (ASSETS / "vae.safetensors" if tiny else FLUX_VAE), "--vae") if vae
-              else ("decoder", args.decoder or decoder, "--decoder")]
+              ("decoder", args.decoder or decoder, "--decoder")]
+    if vae:
+        file = ASSETS / "vae.safetensors" if tiny else FLUX_VAE
+        wanted[-1] = ("vae", args.vae or file, "--vae")
     files = dict(zip((w[0] for w in wanted), locate(wanted)))
     encoder = load_encoder(files["encoder"], devices, args.layers)
     if isinstance(encoder, encoders.DINOv2) != (args.latent == "webssl"):
@@ -341,7 +344,8 @@ def load_towers(args, tiny, llm, devices):
     codec = (load_vae(files["vae"], devices), None) if vae else (
         None, load_decoder(files["decoder"], devices, encoder.channels, encoder.mean, encoder.std,
                            args.layers))
-    files = {k: "random weights" if (k, llm) == ("llm", "random") else str(v) for k, v in files.items()}
+    files = {k: "random weights" if (k, llm) == ("llm", "random") else str(v)
+             for k, v in files.items()}
     return encoder, *codec, tokenizer, files
 
 
@@ -429,7 +433,8 @@ def load_llm(path, tokenizer, tokens, channels, cond_width, dtype):
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         if key in state and len(state[key]) != V:
             if len(state[key]) < V - 2:
-                raise UserError(f"{what}: {key} has {len(state[key])} rows, the tokenizer {V} tokens")
+                raise UserError(f"{what}: {key} has {len(state[key])} rows, the tokenizer {V} "
+                                "tokens")
             known = state[key][:V - 2].float()
             state[key] = torch.cat([known, known.mean(0, keepdim=True).expand(2, -1)])
     if config.get("tie_word_embeddings"):
