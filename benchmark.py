@@ -3,7 +3,7 @@
     for p in benchmark.prompts(): passed, why = benchmark.judge(picture, p)    # [3,H,W] in [0,1]
 
 Six categories as in GenEval (arXiv 2310.11513), and one of words. Half of the prompts show held-out
-compositions, which are in no training source (data.held_out): a coloured shape, or two things in a
+compositions, which are in no training source (world.held_out): a coloured shape, or two things in a
 relation; for words, ones that the training words lack.
 
 The judge is a program, because the world is known: every background, shape, colour and sprite. It
@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-import data
-from data import DataError, Scene, Thing, pick
+import world
+from world import DataError, Scene, Thing, pick
 
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribution")
 TEXT = "text"
@@ -52,47 +53,47 @@ class Prompt:
 def everything(scene, category="scene"):
     """A scene's complete caption, all of it asked for."""
     word = scene.words[0].text if scene.words else None
-    return Prompt(category, data.caption(scene), scene, tuple(data.groups(scene)),
-                  data.relation_of(scene), scene.background, word)
+    return Prompt(category, world.caption(scene), scene, tuple(world.groups(scene)),
+                  world.relation_of(scene), scene.background, word)
 
 
 def compose(category, unseen, shapes, rand):
     """A Prompt, or None when the draw is not one of this category and half."""
     if category == TEXT:
-        scene = data.write_words(rand)
+        scene = world.write_words(rand)
         word = scene.words[0]
         if unseen:
-            fit = [w for w in NEW_WORDS if len(w) == len(word.text) and w not in data.WORDS]
+            fit = [w for w in NEW_WORDS if len(w) == len(word.text) and w not in world.WORDS]
             word = dataclasses.replace(word, text=pick(rand, fit)) if fit else None
         if len(scene.words) > 1 or word is None:
             return None
         scene = Scene(scene.background, (), (word,))
-        return Prompt(category, data.caption(scene), scene, word=word.text, unseen=unseen)
+        return Prompt(category, world.caption(scene), scene, word=word.text, unseen=unseen)
     pairs = 2 if category in ("two objects", "position", "attribution") else 1
     n = 1 + int(4 * rand()) if category == "counting" else pairs
-    what = [(pick(rand, data.SHAPES), pick(rand, tuple(data.COLOURS))) if shapes
-            else (pick(rand, data.KINDS), None) for _ in range(pairs)]
+    what = [(pick(rand, world.SHAPES), pick(rand, tuple(world.COLOURS))) if shapes
+            else (pick(rand, world.KINDS), None) for _ in range(pairs)]
     if unseen and category != "position":
-        held = [(k, c) for k in data.SHAPES for c in data.COLOURS if data.held_out(k, c)]
+        held = [(k, c) for k in world.SHAPES for c in world.COLOURS if world.held_out(k, c)]
         what[int(rand() * pairs)] = pick(rand, held)
-    things = tuple(Thing(*what[k % pairs], *at) for k, at in enumerate(data.place(rand, n, False)))
+    things = tuple(Thing(*what[k % pairs], *at) for k, at in enumerate(world.place(rand, n, False)))
     form = pick(rand, ("plain", "two-tone", "gradient", "textured")
                 if not shapes and category != "colours" else ("plain",))
-    a, b = pick(rand, tuple(data.BACKGROUNDS)), pick(rand, tuple(data.BACKGROUNDS))
-    background = {"plain": (form, a), "textured": (form, a, pick(rand, data.TEXTURES))}.get(
+    a, b = pick(rand, tuple(world.BACKGROUNDS)), pick(rand, tuple(world.BACKGROUNDS))
+    background = {"plain": (form, a), "textured": (form, a, pick(rand, world.TEXTURES))}.get(
         form, (form, a, b, pick(rand, ("across", "down"))))
     scene = Scene(background, things)
-    where = data.relation_of(scene) if category == "position" else None
-    held = (bool(where) and data.held_out(what[0][0], what[1][0], where)
-            if category == "position" else any(c and data.held_out(k, c) for k, c in what))
-    if (a == b or not all(data.stands_out(t, background) for t in things)
+    where = world.relation_of(scene) if category == "position" else None
+    held = (bool(where) and world.held_out(what[0][0], what[1][0], where)
+            if category == "position" else any(c and world.held_out(k, c) for k, c in what))
+    if (a == b or not all(world.stands_out(t, background) for t in things)
             or len({k for k, _ in what}) < pairs or pairs == 2 and what[0][1] == what[1][1] != None
             or (category == "position" and not where) or held != unseen
-            or (not unseen and data.is_held_out(scene))):
+            or (not unseen and world.is_held_out(scene))):
         return None
-    items = data.groups(scene)
+    items = world.groups(scene)
     with_colour = category in ("colours", "attribution")
-    return Prompt(category, data.describe(items, where, background), scene,
+    return Prompt(category, world.describe(items, where, background), scene,
                   tuple((k, c if with_colour else None, count) for k, c, count in items), where,
                   background if category == "colours" and not shapes else None, unseen=unseen)
 
@@ -111,7 +112,7 @@ def prompts(per_category=40, categories=CATEGORIES + (TEXT,)):
                 break
             shapes = (len(found) % 2 == 0 or category == "attribution"
                       or (unseen and category != "position"))
-            rand = data.generator("prompt", category, unseen, attempt)
+            rand = world.generator("prompt", category, unseen, attempt)
             p = compose(category, unseen, shapes, rand)
             if p:
                 found.setdefault(p.text, p)
@@ -127,23 +128,23 @@ def changes(prompt, rand):
     of them is true of its scene. The text is not changed."""
     replace = functools.partial(dataclasses.replace, prompt)
     if prompt.word:
-        others = [w for w in data.WORDS if w != prompt.word]
+        others = [w for w in world.WORDS if w != prompt.word]
         same = [w for w in others if len(w) == len(prompt.word)]
         return {"word": replace(word=pick(rand, same or others))}
     at, (form, first, *rest) = int(rand() * len(prompt.things)), prompt.scene.background
     kind, colour, count = prompt.things[at]
     taken = {t[:2] for t in prompt.things}
-    kinds = [k for k in (data.SHAPES if colour else data.KINDS) if k not in {t[0] for t in taken}]
+    kinds = [k for k in (world.SHAPES if colour else world.KINDS) if k not in {t[0] for t in taken}]
     other = {"kind": (pick(rand, kinds), colour, count),
              "count": (kind, colour, pick(rand, [n for n in (1, 2, 3, 4) if n != count]))}
     if colour:
-        free = [c for c in data.COLOURS if (kind, c) not in taken]
+        free = [c for c in world.COLOURS if (kind, c) not in taken]
         other["colour"] = kind, pick(rand, free), count
     out = {which: replace(things=prompt.things[:at] + (thing,) + prompt.things[at + 1:])
            for which, thing in other.items()}
     if prompt.relation:
-        out["relation"] = replace(relation=data.RELATIONS[prompt.relation])
-    new = pick(rand, [b for b in data.BACKGROUNDS if b not in (first, *rest)])
+        out["relation"] = replace(relation=world.RELATIONS[prompt.relation])
+    new = pick(rand, [b for b in world.BACKGROUNDS if b not in (first, *rest)])
     return {**out, "background": replace(background=(form, new, *rest))}
 
 
@@ -157,8 +158,8 @@ def changes(prompt, rand):
 # ------------------------------------------------------------------------------------------------
 
 SIDE = 64                                               # the judge looks at 64 pixels
-THINGS = tuple((k, c) for k in data.SHAPES for c in data.COLOURS) + tuple(
-    (k, None) for k in data.KINDS)
+THINGS = tuple((k, c) for k in world.SHAPES for c in world.COLOURS) + tuple(
+    (k, None) for k in world.KINDS)
 TURNS = (0, -10, 10)                                    # degrees; the coarse scan turns shapes only
 SIZES = (8, 9, 10, 11, 12, 14, 16, 18, 20, 23, 26)      # of the coarse scan, at half resolution
 FOUND = 0.7                                             # a match below is nothing
@@ -178,10 +179,10 @@ class Found:
 def template(kind, colour, angle, px):
     """[4,px+4,px+4]: P and A of a thing, its longer side px, in a window with a margin of 2."""
     if colour:
-        mask = np.asarray(data.shape(kind, angle, px), np.float32) / 255
-        rgb = np.array(data.COLOURS[colour], np.float32) / 255
+        mask = np.asarray(world.shape(kind, angle, px), np.float32) / 255
+        rgb = np.array(world.COLOURS[colour], np.float32) / 255
     else:
-        rgba = np.asarray(data.sprite_at(kind, angle, 0.9, px), np.float32) / 255
+        rgba = np.asarray(world.sprite_at(kind, angle, 0.9, px), np.float32) / 255
         mask, rgb = rgba[..., 3], rgba[..., :3]
     (h, w), out = mask.shape, np.zeros((4, px + 4, px + 4), np.float32)
     y, x = (px + 4 - h) // 2, (px + 4 - w) // 2
@@ -207,12 +208,12 @@ def layers(f, b):
 @functools.lru_cache(maxsize=None)
 def backgrounds():
     """Every background there is, and its picture: [256,3,64,64]."""
-    names = tuple(data.BACKGROUNDS)
+    names = tuple(world.BACKGROUNDS)
     out = [("plain", a) for a in names] + [("textured", *b)
-                                           for b in itertools.product(names, data.TEXTURES)]
+                                           for b in itertools.product(names, world.TEXTURES)]
     out += [(form, *ab, way) for form in ("two-tone", "gradient")
             for ab in itertools.permutations(names, 2) for way in ("across", "down")]
-    pictures = np.stack([np.asarray(data.backdrop(b, SIDE)) for b in out])
+    pictures = np.stack([np.asarray(world.backdrop(b, SIDE)) for b in out])
     return out, torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
 
@@ -323,11 +324,11 @@ def look(picture):
 def word_masks(word):
     """Spectra [K,64,33] of the word's masks in every style at six widths, their energies [K]."""
     widest, out = SIDE * min(0.92, 0.2 * len(word)), []
-    for style, part in itertools.product(data.STYLES, (0.75, 0.8, 0.85, 0.9, 0.95, 1)):
-        mask, w = data.letters(word, style), round(widest * part)
+    for style, part in itertools.product(world.STYLES, (0.75, 0.8, 0.85, 0.9, 0.95, 1)):
+        mask, w = world.letters(word, style), round(widest * part)
         h = max(1, min(round(w * mask.height / mask.width), round(0.4 * SIDE)))
         out.append(np.zeros((SIDE, SIDE), np.float32))
-        out[-1][:h, :w] = np.asarray(mask.resize((w, h), data.Image.BICUBIC), np.float32) / 255
+        out[-1][:h, :w] = np.asarray(mask.resize((w, h), Image.BICUBIC), np.float32) / 255
     masks = torch.from_numpy(np.stack(out))
     return torch.fft.rfft2(masks).conj(), masks.square().sum((1, 2))
 
@@ -337,7 +338,7 @@ def read_word(picture, colour, candidates):
     """[3,H,W] in [0,1] -> {candidate: match}; as above, with the ink in `colour` for F."""
     picture = to_side(picture)
     _, _, b = find_background(picture)
-    ink = torch.tensor(data.COLOURS[colour])[:, None, None] / 255 - b       # [3,64,64]
+    ink = torch.tensor(world.COLOURS[colour])[:, None, None] / 255 - b       # [3,64,64]
     m = ((picture - b) * ink).sum(0) / ink.square().sum(0).clamp(min=0.05)  # 1 where there is ink
     m, scores = m.clamp(-0.5, 1.5), {}
     spectrum = torch.fft.rfft2(m)
@@ -358,8 +359,8 @@ def judge(picture, prompt):
 def read(picture, prompt):
     """`judge` of a word: it must match well, and best among 40, those of its length first. (Of all
     21,102 wrong words of the same length 1.3 % pass for 160 clean scenes; LOG.md has more.)"""
-    others = sorted(set(data.WORDS + NEW_WORDS) - {prompt.word}, key=lambda w: (
-        len(w) != len(prompt.word), data.hash64("candidates", prompt.word, w)))
+    others = sorted(set(world.WORDS + NEW_WORDS) - {prompt.word}, key=lambda w: (
+        len(w) != len(prompt.word), world.hash64("candidates", prompt.word, w)))
     scores = read_word(picture, prompt.scene.words[0].colour, [prompt.word, *others[:39]])
     best = max(scores, key=scores.get)
     if scores[best] < 0.75:
@@ -373,8 +374,8 @@ def compare(background, found, prompt):
     for kind, colour, count in prompt.things:
         same = [t for t in found if t.kind == kind and colour in (None, t.colour)]
         if len(same) != count:
-            seen = ", ".join(data.noun(t.kind, t.colour, article=False) for t in found) or "nothing"
-            return False, f"{len(same)} {data.noun(kind, colour, article=False)}; sees {seen}"
+            seen = ", ".join(world.noun(t.kind, t.colour, article=False) for t in found) or "nothing"
+            return False, f"{len(same)} {world.noun(kind, colour, article=False)}; sees {seen}"
         first += same[:1]
     if prompt.relation:
         a, b = first[:2]
@@ -383,7 +384,7 @@ def compare(background, found, prompt):
         if ahead < 0.15 or ahead < 0.95 * max(abs(a.x - b.x), abs(a.y - b.y)):
             return False, f"not {prompt.relation}"
     if prompt.background and prompt.background != background:
-        return False, f"background {data.background_words(background)}"
+        return False, f"background {world.background_words(background)}"
     return True, ""
 
 
@@ -405,7 +406,7 @@ FIXED = [
 
 def single_shapes(seed, count):
     """`count` scenes of one shape; for unseen ones give a seed that no training has."""
-    scenes = (data.scene("builtin:synthetic", seed, i) for i in itertools.count())
+    scenes = (world.scene("builtin:synthetic", seed, i) for i in itertools.count())
     return list(itertools.islice((s for s in scenes if len(s.things) == 1), count))
 
 
@@ -415,7 +416,7 @@ def colours_right(images, scenes):
     By a plain count: a pixel belongs to the nearest of the palette's colours; the background is
     the commonest on the border, the object the commonest other colour inside it. images [B,3,S,S].
     """
-    palette = {**data.BACKGROUNDS, **data.COLOURS}
+    palette = {**world.BACKGROUNDS, **world.COLOURS}
     names = list(palette)
     rgb = torch.tensor([palette[n] for n in names]).float() / 255           # [K,3]
     pixels = images.float().cpu().clamp(0, 1).permute(0, 2, 3, 1)           # [B,S,S,3]

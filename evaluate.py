@@ -42,6 +42,7 @@ import sample
 import text_model as text
 import vae as vaes
 import weights
+import world
 from parallel import UserError
 
 TINY_VGG = weights.ASSETS / "vgg.safetensors"
@@ -292,7 +293,7 @@ def failure_sheet(failures, path, columns=8, side=128, tall=82):
 
 def scene_pictures(prompts, size):
     """The scenes that prompts are true of, rendered: [P,3,size,size] in [0,1]."""
-    x = np.stack([data.render(p.scene, size) for p in prompts])
+    x = np.stack([world.render(p.scene, size) for p in prompts])
     return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
 
 
@@ -431,7 +432,7 @@ def vqa(args):
 
 def judge_scenes(source, count, seed):
     """`count` scenes of a source, as prompts that ask for all of it."""
-    scenes = (data.scene(source, seed, i) for i in itertools.count())
+    scenes = (world.scene(source, seed, i) for i in itertools.count())
     return list(itertools.islice((benchmark.everything(s) for s in scenes if len(s.words) < 2),
                                  count))
 
@@ -444,7 +445,7 @@ def judge_the_judge(prompts, pictures):
         seen = None if p.word else benchmark.look(x)
         passes = (lambda q: benchmark.compare(*seen, q)[0] if seen else benchmark.read(x, q)[0])
         true.append(passes(p))
-        for which, q in benchmark.changes(p, data.generator("change", p.text, k)).items():
+        for which, q in benchmark.changes(p, world.generator("change", p.text, k)).items():
             false[which].append(passes(q))
     return true, false
 

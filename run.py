@@ -32,9 +32,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import parallel
-from data import DataError
 from parallel import UserError
 from weights import check_keys
+from world import DataError
 
 # Arguments that may differ between a run and its resumption: they do not change what is computed,
 # or (device, compile, mesh, scan) only its rounding.

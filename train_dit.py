@@ -26,13 +26,13 @@ import torch.nn.functional as F
 import benchmark
 import data
 import dit as dits
-import encoder as encoders
 import flow
 import parallel
 import run as runs
 import text_model as text
 import vae as vaes
 import weights
+import world
 from parallel import UserError
 from sample import direct_condition
 
@@ -543,7 +543,7 @@ def main():
     def check_colours(count):
         """Backgrounds and colours on `count` single shapes that training has not seen."""
         scenes = benchmark.single_shapes(args.seed + 77, count)
-        back, colour = benchmark.colours_right(draw([data.caption(s) for s in scenes], 1), scenes)
+        back, colour = benchmark.colours_right(draw([world.caption(s) for s in scenes], 1), scenes)
         return dict(background_right=back, colour_right=colour)
 
     # --------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ DINO from both: without the dense term its tokens do not tell a picture from its
 (LOG.md).
 """
 import argparse
-import copy
 import json
 import math
 import time

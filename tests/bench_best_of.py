@@ -28,12 +28,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import benchmark
 import best_of
-import data
 import evaluate
 import flow
 import run as runs
 import sample
 import weights
+import world
 
 SIZES = 1, 2, 4, 8, 16
 
@@ -55,15 +55,15 @@ def draw(args, prompts):
 
 def clean(prompts, encoder):
     """Rendered candidates, every second one wrong -> latents [P,16,N,C], passed [P,16] bool."""
-    latents, rand = [], data.generator("clean candidates")
+    latents, rand = [], world.generator("clean candidates")
     device = next(encoder.parameters()).device
     for p in prompts:
         shown = []
         for _ in range(SIZES[-1] // 2):
-            true = [data.Thing(t.kind, t.colour, *at) for t, at in
-                    zip(p.scene.things, data.place(rand, len(p.scene.things), False))]
+            true = [world.Thing(t.kind, t.colour, *at) for t, at in
+                    zip(p.scene.things, world.place(rand, len(p.scene.things), False))]
             k, taken = int(rand() * len(true)), {t.kind for t in true}
-            kind = data.pick(rand, [s for s in data.SHAPES if s not in taken])
+            kind = world.pick(rand, [s for s in world.SHAPES if s not in taken])
             wrong = [*true[:k], dataclasses.replace(true[k], kind=kind), *true[k + 1:]]
             shown += [dataclasses.replace(p, scene=dataclasses.replace(p.scene, things=tuple(t)))
                       for t in (true, wrong)]

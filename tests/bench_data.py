@@ -23,6 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data                                                             # noqa: E402
+import world                                                            # noqa: E402
 
 
 def write(folder, tars, each, side, quality):
@@ -31,7 +32,7 @@ def write(folder, tars, each, side, quality):
     for shard in range(tars):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for n in range(shard * each, (shard + 1) * each):
-                record, jpeg = data.builtin_record("builtin:web", 0, n, side), io.BytesIO()
+                record, jpeg = world.builtin_record("builtin:web", 0, n, side), io.BytesIO()
                 pixels = (record["image"] + np.roll(noise, 7 * n, 0)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(jpeg, "JPEG", quality=quality)
                 text = record["caption"].encode()

@@ -23,14 +23,16 @@ import best_of                                                          # noqa: 
 import data                                                             # noqa: E402
 import run as runs                                                      # noqa: E402
 import train_dit                                                        # noqa: E402
-from data import DataError, Mixture, Scene, SkipCounter, Thing, held_out, relation  # noqa: E402
+import world                                                            # noqa: E402
+from data import DataError, Mixture, SkipCounter                       # noqa: E402
+from world import Scene, Thing, held_out, relation                     # noqa: E402
 
 ALL = ["builtin:web=4", "builtin:synthetic=3", "builtin:text", "builtin:hq", "builtin:qa"]
 
 
 def digest(record):
     """All that training sees of a record."""
-    return data.hash64(record["image"].tobytes(), record["conversations"], record["caption"])
+    return world.hash64(record["image"].tobytes(), record["conversations"], record["caption"])
 
 
 def collate(records):
@@ -58,12 +60,12 @@ def test_same_in_any_order_and_process():
 
 
 def test_caches_never_change_a_pixel():
-    scenes = [data.scene(s, 0, i) for s in data.BUILTIN for i in range(40)]
-    warm = [data.render(s, 64) for s in scenes]
+    scenes = [world.scene(s, 0, i) for s in world.BUILTIN for i in range(40)]
+    warm = [world.render(s, 64) for s in scenes]
     for s, image in zip(scenes, warm):
-        for f in (data.shape, data.sprite, data.letters, data.backdrop):
+        for f in (world.shape, world.sprite, world.letters, world.backdrop):
             f.cache_clear()
-        assert np.array_equal(data.render(s, 64), image)
+        assert np.array_equal(world.render(s, 64), image)
 
 
 def test_proportions():
@@ -94,7 +96,7 @@ def test_hq_is_600_scenes_of_any_seed():
     mixture = Mixture(["builtin:hq"], 16)
     assert len(mixture) == 600 and len({mixture[n]["key"] for n in range(600)}) == 600
     assert len(set(keys)) == len(keys)
-    assert data.scene("builtin:hq", 1, 5) == data.scene("builtin:hq", 2, 605)
+    assert world.scene("builtin:hq", 1, 5) == world.scene("builtin:hq", 2, 605)
     with pytest.raises(TypeError, match="builtin:web is endless"):
         len(Mixture(["builtin:hq", "builtin:web"], 16))
 
@@ -105,21 +107,21 @@ SOURCES = ("builtin:web", "builtin:synthetic", "builtin:hq", "builtin:qa")
 
 
 def test_held_out_never_appears():
-    assert sum(held_out(s, c) for s in data.SHAPES for c in data.COLOURS) == 4
+    assert sum(held_out(s, c) for s in world.SHAPES for c in world.COLOURS) == 4
     assert held_out("cat", "dog", "left of") == held_out("dog", "cat", "right of")
-    share = np.mean([held_out(a, b, "above") for a in data.KINDS for b in data.KINDS[:50]])
+    share = np.mean([held_out(a, b, "above") for a in world.KINDS for b in world.KINDS[:50]])
     assert 0.04 < share < 0.06
     related = 0
     for source in SOURCES:
         for i in range(5000):
-            things = data.scene(source, 0, i).things
+            things = world.scene(source, 0, i).things
             for t in things:
                 assert not (t.colour and held_out(t.kind, t.colour))
             for a, b in itertools.combinations(things, 2):
                 related += relation(a, b) is not None
                 assert not (relation(a, b) and held_out(a.kind, b.kind, relation(a, b)))
     assert related > 5000
-    pairs = [f"{c} {s}" for s in data.SHAPES for c in data.COLOURS if held_out(s, c)]
+    pairs = [f"{c} {s}" for s in world.SHAPES for c in world.COLOURS if held_out(s, c)]
     for source in ("builtin:synthetic", "builtin:qa"):
         mixture = Mixture([source], 8)
         for n in range(1500):
@@ -131,11 +133,11 @@ def test_things_are_apart_inside_and_visible():
     counts = collections.Counter()
     for source in SOURCES:
         for i in range(1500):
-            s = data.scene(source, 1, i)
+            s = world.scene(source, 1, i)
             counts[len(s.things)] += 1
             for t in s.things:
                 assert min(t.x, t.y) - t.size / 2 > 0 and max(t.x, t.y) + t.size / 2 < 1
-                assert data.stands_out(t, s.background)
+                assert world.stands_out(t, s.background)
             for a, b in itertools.combinations(s.things, 2):
                 assert max(abs(a.x - b.x), abs(a.y - b.y)) > (a.size + b.size) / 2
     assert sorted(counts) == [1, 2, 3, 4] and all(counts[k] > 300 for k in counts)
@@ -144,8 +146,8 @@ def test_things_are_apart_inside_and_visible():
 def test_drawn_pixels_stay_in_their_boxes():
     for source in SOURCES:
         for i in range(60):
-            s = data.scene(source, 2, i)
-            drawn = (data.render(s, 96) != data.render(Scene(s.background), 96)).any(-1)
+            s = world.scene(source, 2, i)
+            drawn = (world.render(s, 96) != world.render(Scene(s.background), 96)).any(-1)
             boxes = np.zeros_like(drawn)
             for t in s.things:
                 x0, x1, y0, y1 = (round(96 * v) for v in (
@@ -159,11 +161,11 @@ def test_drawn_pixels_stay_in_their_boxes():
 def parse(text, scene):
     """Read a complete caption back: ({(kind, colour): count}, relation, background words)."""
     body, _, background = text.rpartition(" on a ")
-    where = next((r for r in data.RELATIONS if f" {r} " in body), None)
+    where = next((r for r in world.RELATIONS if f" {r} " in body), None)
     parts = body.split(f" {where} ") if where else body.replace(" and ", ", ").split(", ")
     names = {}
-    for kind, colour, count in data.groups(scene):
-        names[data.noun(kind, colour, count)] = kind, colour, count
+    for kind, colour, count in world.groups(scene):
+        names[world.noun(kind, colour, count)] = kind, colour, count
     assert set(parts) == set(names)
     return [names[p] for p in parts], where, background.removesuffix(" background")
 
@@ -192,10 +194,10 @@ def test_web_captions_leave_out_but_never_invent():
     for n in range(1500):
         r = mixture[n]
         text = r["caption"].lower()
-        there = [data.noun(*g, article=False) for g in data.groups(r["scene"])]
+        there = [world.noun(*g, article=False) for g in world.groups(r["scene"])]
         incomplete += not (all(t in text for t in there) and r["scene"].background[1] in text)
         if not text.endswith((" image", " background")):
-            assert any(t.kind in text or data.PLURALS[t.kind] in text for t in r["scene"].things)
+            assert any(t.kind in text or world.PLURALS[t.kind] in text for t in r["scene"].things)
     assert 0.1 < incomplete / 1500 < 0.3
 
 
@@ -207,16 +209,16 @@ def test_answers_are_right():
         s, kind = r["scene"], r["question"]
         types[kind, a if kind in ("exists", "align") else ""] += 1
         if kind == "count":
-            what = next(k for k in {t.kind for t in s.things} if f"many {data.PLURALS[k]} " in q)
-            assert a.lower() == data.NUMBERS[sum(t.kind == what for t in s.things)] + "."
+            what = next(k for k in {t.kind for t in s.things} if f"many {world.PLURALS[k]} " in q)
+            assert a.lower() == world.NUMBERS[sum(t.kind == what for t in s.things)] + "."
         elif kind == "exists":
-            yes = any(data.noun(t.kind) in q for t in s.things)
+            yes = any(world.noun(t.kind) in q for t in s.things)
             assert yes or a == "No."
             if a == "Yes.":
                 assert yes
         elif kind == "align":
             text = q.split("the prompt: ")[1][:-1]
-            assert (text == data.caption(s)) == (a == "Yes.")
+            assert (text == world.caption(s)) == (a == "Yes.")
         elif kind == "where":
             assert relation(*s.things) in a.lower()
     for kind in ("exists", "align"):
@@ -233,7 +235,7 @@ def test_verifiers_questions_are_those_of_best_of():
         words = q.removeprefix("<image>\n").split(": ")[-1].removesuffix("?")
         assert all(t.colour for t in r["scene"].things)
         if r["question"] == "describe":
-            assert q == f"<image>\n{best_of.DESCRIBE}" and a == data.caption(r["scene"])
+            assert q == f"<image>\n{best_of.DESCRIBE}" and a == world.caption(r["scene"])
         else:
             assert q == f"<image>\n{best_of.QUESTION.format(words)}"
         asked[r["question"]] += 1
@@ -246,35 +248,35 @@ def test_half_of_the_wrong_prompts_change_one_attribute(others, low, high):
     describe, as in builtin:align, all do."""
     close = []
     for i in range(600):
-        s = data.scene("builtin:qa", 0, i)
-        rand, more = data.generator("t", i), itertools.count(1000 * (i + 1))
-        other = lambda: data.scene("builtin:qa", 0, next(more))
-        text = data.wrong_description(s, rand, other if others else None)
-        assert text != data.caption(s)
-        close.append(text.endswith(data.background_words(s.background) + " background")
-                     or text.startswith(data.describe(data.groups(s), data.relation_of(s))))
+        s = world.scene("builtin:qa", 0, i)
+        rand, more = world.generator("t", i), itertools.count(1000 * (i + 1))
+        other = lambda: world.scene("builtin:qa", 0, next(more))
+        text = world.wrong_description(s, rand, other if others else None)
+        assert text != world.caption(s)
+        close.append(text.endswith(world.background_words(s.background) + " background")
+                     or text.startswith(world.describe(world.groups(s), world.relation_of(s))))
     assert low <= np.mean(close) <= high
 
 
 def test_looks_alike_at_any_resolution():
-    for source in data.BUILTIN:
+    for source in world.BUILTIN:
         values = []
         for i in range(40):
-            s = data.scene(source, 0, i)
-            small = data.render(s, 64).astype(float)
-            large = Image.fromarray(data.render(s, 224)).resize((64, 64), Image.BICUBIC)
+            s = world.scene(source, 0, i)
+            small = world.render(s, 64).astype(float)
+            large = Image.fromarray(world.render(s, 224)).resize((64, 64), Image.BICUBIC)
             values.append(10 * np.log10(255 ** 2 / (((small - np.asarray(large)) ** 2).mean() + 1)))
         assert np.mean(values) > 24 and min(values) > 17, (source, np.mean(values), min(values))
 
 
 def test_scene_by_hand():
-    image = data.render(Scene(("plain", "white"), (Thing("circle", "red", 0.5),)), 64)
-    assert tuple(image[32, 32]) == data.COLOURS["red"]
-    assert tuple(image[2, 2]) == data.BACKGROUNDS["white"]
-    area = (image != data.BACKGROUNDS["white"]).any(-1).sum() / 64 ** 2
+    image = world.render(Scene(("plain", "white"), (Thing("circle", "red", 0.5),)), 64)
+    assert tuple(image[32, 32]) == world.COLOURS["red"]
+    assert tuple(image[2, 2]) == world.BACKGROUNDS["white"]
+    area = (image != world.BACKGROUNDS["white"]).any(-1).sum() / 64 ** 2
     assert area == pytest.approx(np.pi / 16, rel=0.1)
     with pytest.raises(DataError, match="'blob'"):
-        data.render(Scene(("plain", "white"), (Thing("blob", "red"),)), 64)
+        world.render(Scene(("plain", "white"), (Thing("blob", "red"),)), 64)
 
 
 # ---- ranks and workers ----

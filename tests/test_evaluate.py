@@ -17,18 +17,18 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import benchmark
-import data
 import evaluate
 import parallel
 import run as runs
 import weights
-from data import Scene, Thing, Word
+import world
+from world import Scene, Thing, Word
 
 torch.set_num_threads(1)
 
 
 def picture(scene, size=64):
-    return torch.from_numpy(data.render(scene, size)).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(world.render(scene, size)).permute(2, 0, 1).float() / 255
 
 
 # ------------------------------------------------------------------------------------------------
@@ -45,13 +45,13 @@ def test_prompts_are_those_of_the_specification():
     for p in prompts:
         shown = Counter((t.kind, t.colour) for t in p.scene.things)
         if p.word:
-            assert p.unseen == (p.word not in data.WORDS) and f'"{p.word}"' in p.text
+            assert p.unseen == (p.word not in world.WORDS) and f'"{p.word}"' in p.text
             continue
-        assert data.is_held_out(p.scene) == p.unseen, p.text
+        assert world.is_held_out(p.scene) == p.unseen, p.text
         assert all(count == sum(n for (k, c), n in shown.items()
                                 if k == kind and colour in (None, c))
                    for kind, colour, count in p.things), p.text
-        assert all(data.noun(k, c, n, article=False) in p.text for k, c, n in p.things), p.text
+        assert all(world.noun(k, c, n, article=False) in p.text for k, c, n in p.things), p.text
         assert bool(p.relation) == (p.category == "position")
         assert not p.relation or p.relation in p.text
     sprites = {name: sum(not p.things[0][1] and p.scene.things[0].colour is None
@@ -62,7 +62,7 @@ def test_prompts_are_those_of_the_specification():
 def test_changed_prompts_are_false_and_differ_in_one_attribute():
     for source in ("web", "synthetic", "text"):
         for k, p in enumerate(evaluate.judge_scenes(f"builtin:{source}", 60, 5)):
-            for which, q in benchmark.changes(p, data.generator(k)).items():
+            for which, q in benchmark.changes(p, world.generator(k)).items():
                 same = {f: getattr(p, f) == getattr(q, f) for f in
                         ("things", "relation", "background", "word")}
                 field = {"kind": "things", "colour": "things", "count": "things"}.get(which, which)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch_xla", reason="needs requirements-tpu.txt")
-import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,7 @@ import text_model as text
 import train_dit
 import vae as vaes
 import weights
+import world
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 CPU = parallel.Devices("cpu", torch.device("cpu"), 0, 1, torch.float32, {"fsdp": 1, "tensor": 1})
@@ -363,7 +365,7 @@ def test_no_null_condition(tmp_path):
             "tokenizer_config.json", "config.json"} <= {f.name for f in final.iterdir()}
     command = ["a cat", "--direct", "--steps", "2", "--run", str(tmp_path / "r"), "--out"]
     sample.main([*command, str(tmp_path / "o.png")])
-    assert data.Image.open(tmp_path / "o.png").info["guidance"] == "1.0"
+    assert Image.open(tmp_path / "o.png").info["guidance"] == "1.0"
     with pytest.raises(parallel.UserError, match="no null condition"):
         sample.main([*command, str(tmp_path / "p.png"), "--guidance", "3"])
 
@@ -405,8 +407,8 @@ def test_cached_latents_give_the_same_losses(tmp_path, vae_file, capsys):
     folder, cache = tmp_path / "pictures", tmp_path / "cache"
     folder.mkdir()
     for i in range(8):
-        record = data.builtin_record("builtin:synthetic", 0, i, 80)
-        data.Image.fromarray(record["image"]).save(folder / f"{i}.png")
+        record = world.builtin_record("builtin:synthetic", 0, i, 80)
+        Image.fromarray(record["image"]).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(record["caption"])
     (folder / "3.png").write_bytes(b"not a picture")
     options = ["--data", folder, "--latent", "vae", "--vae", vae_file, "--steps", 2]
