@@ -374,8 +374,9 @@ def compare(background, found, prompt):
     for kind, colour, count in prompt.things:
         same = [t for t in found if t.kind == kind and colour in (None, t.colour)]
         if len(same) != count:
-            seen = ", ".join(world.noun(t.kind, t.colour, article=False) for t in found) or "nothing"
-            return False, f"{len(same)} {world.noun(kind, colour, article=False)}; sees {seen}"
+            name = functools.partial(world.noun, article=False)
+            seen = ", ".join(name(t.kind, t.colour) for t in found) or "nothing"
+            return False, f"{len(same)} {name(kind, colour)}; sees {seen}"
         first += same[:1]
     if prompt.relation:
         a, b = first[:2]

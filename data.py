@@ -418,22 +418,25 @@ class Mixture:
 
 
 class SkipCounter:
-    """Names each broken record once. Raises DataError above 10 and 1 % of the samples."""
+    """Names each record that is left out once. Raises DataError when the broken ones are more than
+    10 and 1 % of the samples; `count` has all."""
 
     def __init__(self):
-        self.count, self.seen, self.keys = 0, 0, set()
+        self.count, self.broken, self.seen, self.keys = 0, 0, 0, set()
 
-    def update(self, skipped: list, seen: int):
-        """`skipped`: the [(key, reason)] of the last `seen` samples."""
-        self.count, self.seen = self.count + len(skipped), self.seen + seen
-        for key, reason in skipped:
+    def update(self, skipped: list, seen: int, unfit: list = ()):
+        """Of the last `seen` samples the [(key, reason)] of the broken ones, and of those that are
+        whole but of no use, as the too long."""
+        self.count += len(skipped) + len(unfit)
+        self.broken, self.seen = self.broken + len(skipped), self.seen + seen
+        for key, reason in (*skipped, *unfit):
             if key not in self.keys:
                 print(f"skipped {key}: {reason}", file=sys.stderr)
             self.keys.add(key)
-        if self.count > 10 and self.count > 0.01 * self.seen:
-            raise DataError(f"{self.count} of {self.seen} samples were broken, above 1 %, such as "
-                            f"{sorted(self.keys)[0]}; `python data.py check` lists them; mend them "
-                            "or leave the source out of --data")
+        if self.broken > 10 and self.broken > 0.01 * self.seen:
+            raise DataError(f"{self.broken} of {self.seen} samples were broken, above 1 %, such as "
+                            f"{skipped[0][0]}; `python data.py check` lists them; mend them or "
+                            "leave the source out of --data")
 
 
 class Latents:
@@ -558,15 +561,15 @@ def start_worker(_):
 
 
 def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int = 0,
-           rank: int = 0, world: int = 1):
+           rank: int = 0, ranks: int = 1):
     """Iterator over collate([records]). Micro-batch k of a rank holds samples start + k*batch +
-    rank*(batch//world) and the batch//world - 1 after it: `batch` counts all ranks. With workers,
+    rank*(batch//ranks) and the batch//ranks - 1 after it: `batch` counts all ranks. With workers,
     collate runs in them, on the CPU. Raises DataError."""
     from torch.utils.data import DataLoader
-    if batch < 1 or batch % world:
-        raise DataError(f"a micro-batch of {batch} does not divide over {world} ranks; change "
+    if batch < 1 or batch % ranks:
+        raise DataError(f"a micro-batch of {batch} does not divide over {ranks} ranks; change "
                         "--micro-batch")
-    share = batch // world
+    share = batch // ranks
     batches = (range(n, n + share) for n in itertools.count(start + rank * share, batch))
     started = iter(DataLoader(mixture, batch_sampler=batches, collate_fn=collate,
                               num_workers=workers, worker_init_fn=start_worker,
@@ -578,7 +581,7 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
             yield from started
         except DataError as e:
             line = str(e).strip().splitlines()[-1]
-            raise DataError(line.removeprefix("data.DataError: ")) from None
+            raise DataError(line.removeprefix("world.DataError: ")) from None
     return one_line()
 
 

@@ -82,9 +82,10 @@ class Decoder(nn.Module):
     because the network predicts pixels normalised as the encoder saw them.
 
     With `latent_stats` true in it, the statistics of the latent, `latent_mean` and `latent_var`
-    [C,h,w], are stored among the weights: stage 2 works on `normalise(encoder(x))`, and `forward`
-    takes that (optional in RAE, arXiv 2510.11690; off in Scale-RAE). remat: recompute each block's
-    activations in the backward pass.
+    [C,h,w], are stored among the weights, and `forward` takes `normalise(encoder(x))`, in which a
+    stage 2 may work (optional in RAE, arXiv 2510.11690). Scale-RAE's works on the encoder's latent
+    itself: where weights.py loads the decoder for it, the field is false. remat: recompute each
+    block's activations in the backward pass.
     """
 
     def __init__(self, config, dtype=torch.float32):
@@ -120,7 +121,7 @@ class Decoder(nn.Module):
         return self.latent_mean.flatten(1).mT, (self.latent_var.flatten(1).mT + 1e-5).sqrt()
 
     def normalise(self, z):
-        """The encoder's latent [B,N,C] -> the one that stage 2 and `forward` work on."""
+        """The encoder's latent [B,N,C] -> what `forward` takes: the same without `latent_stats`."""
         if not self.config.get("latent_stats"):
             return z
         mean, std = self.statistics()

@@ -159,8 +159,9 @@ class SwiGLU(nn.Module):
 
 
 def adaLN(Z, out):
-    """SiLU, then Linear. The SiLU is the same in every block, so `DiT.forward` applies it once and
-    the blocks call only `[1]`; the Sequential keeps the released key `adaLN_modulation.1`."""
+    """SiLU, then Linear. The SiLU is the same in every block, so `DiT.modulation_input` applies it
+    once and the blocks call only `[1]`; the Sequential keeps the released key
+    `adaLN_modulation.1`."""
     return nn.Sequential(nn.SiLU(), Linear(Z, out))
 
 

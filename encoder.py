@@ -122,6 +122,7 @@ class SigLIP2(nn.Module):
     """
     mean = (0.5, 0.5, 0.5)
     std = (0.5, 0.5, 0.5)
+    crop = "squash"             # how its processor makes a picture square
 
     def __init__(self, config, layers=1, dtype=torch.float32):
         super().__init__()
@@ -214,6 +215,7 @@ class DINOv2(nn.Module):
     """
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
+    crop = "center"             # the short side resized, then the middle
 
     def __init__(self, config, layers=1, dtype=torch.float32, image_size=None):
         super().__init__()
@@ -240,6 +242,9 @@ class DINOv2(nn.Module):
             DinoBlock(C, int(C * c["mlp_ratio"]), c["num_attention_heads"], eps)
             for _ in range(c["num_hidden_layers"]))
         self.layernorm = LayerNorm(C, eps=eps)
+        for name in ("mean", "std"):                    # in no file; on the CPU for meta builds too
+            value = torch.tensor(getattr(self, name), device="cpu").view(1, 3, 1, 1)
+            self.register_buffer(f"image_{name}", value, False)
 
     def positions(self):
         """[1,1+N,C]; bicubic from the checkpoint's grid when it differs (as transformers does)."""
@@ -254,9 +259,7 @@ class DINOv2(nn.Module):
 
     def blocks(self, images):
         """images [B,3,H,W] in [0,1] -> the outputs of the last `layers` blocks, each [B,1+N,C]."""
-        mean, std = (images.new_tensor(a, dtype=torch.float32).view(1, 3, 1, 1)
-                     for a in (self.mean, self.std))
-        x = (resize(images.float(), self.image_size) - mean) / std
+        x = (resize(images.float(), self.image_size) - self.image_mean) / self.image_std
         p = self.embeddings.patch_embeddings["projection"]
         x = F.conv2d(x.to(self.dtype), p.weight.to(self.dtype), p.bias.to(self.dtype),
                      stride=self.patch_size)

@@ -301,7 +301,8 @@ def scene_pictures(prompts, size):
 def reconstruct(encoder, decoder, x, batch=64):
     """[P,3,S,S] -> the same through both, on the CPU."""
     device = next(encoder.parameters()).device
-    return torch.cat([decoder(encoder(part.to(device))).float().cpu() for part in x.split(batch)])
+    return torch.cat([decoder(decoder.normalise(encoder(part.to(device)))).float().cpu()
+                      for part in x.split(batch)])
 
 
 PARTS = {"seen": lambda p: not p.unseen, "unseen": lambda p: p.unseen,

@@ -37,10 +37,10 @@ from weights import check_keys
 from world import DataError
 
 # Arguments that may differ between a run and its resumption: they do not change what is computed,
-# or (device, compile, mesh, scan) only its rounding.
+# or (device, compile, mesh, scan, remat) only its rounding.
 FREE = {"out", "fresh", "workers", "device", "compile", "log_every", "sample_every", "save_every",
         "keep", "wandb", "dry_run", "bench", "json", "mesh", "sample_steps", "guidance", "decoder",
-        "export", "scan"}
+        "export", "scan", "remat"}
 
 
 def main(function):
@@ -177,6 +177,25 @@ def memory_gb(trained, frozen, activations, ema, gathered=0):
     return {k: v / 1e9 for k, v in {**parts, "total": sum(parts.values())}.items()}
 
 
+def check_memory(memory, args, devices, less=""):
+    """memory(images at a time) -> GB by part. Raises UserError where the plan does not fit, before
+    anything of its size is made. Of the activations half must fit: they are counted for blocks that
+    are not compiled. less: flags of this script that save memory."""
+    have, need = parallel.free_gb(devices), memory(args.micro_batch)
+    if have is None or need["total"] - need["activations"] / 2 <= have:
+        return
+    n = devices.axes["fsdp"]
+    fits = next((b for b in range(args.micro_batch, 0, -1) if args.batch % b == 0 and b % n == 0
+                 and memory(b)["total"] <= have), None)
+    parts = ", ".join(f"{k} {v:.1f}" for k, v in need.items() if k != "total")
+    raise UserError(
+        f"--size {args.size} with {args.micro_batch // n} images at a time needs "
+        f"{need['total']:.1f} GB a device ({parts}); {have:.1f} GB are free. "
+        + (f"--micro-batch {fits} fits" if fits else
+           f"Without images it needs {memory(0)['total']:.1f} GB: take a smaller --size, {less}"
+           "--ema 0, or more devices (torchrun)"))
+
+
 def cosine(step, steps, warmup, final=0.0):
     """Factor of the learning rate: linear warm-up over `warmup` steps, then cosine to `final`."""
     if step < warmup:
@@ -193,10 +212,11 @@ class Run:
     """Opens `args.out` (made when missing), refuses a second process and contradicting arguments.
 
     `start`: the step to go on from, 0 for a new run. Use as: run.load(named) once, then in the loop
-    run.log(...), run.due(...), run.save(...); run.stop is set by SIGTERM or Ctrl-C.
+    run.log(...), run.due(...), run.save(...); run.stop is set by SIGTERM or Ctrl-C. free: arguments
+    that may change besides FREE.
     """
 
-    def __init__(self, args, devices):
+    def __init__(self, args, devices, free=()):
         self.args, self.devices, self.dir = args, devices, Path(args.out)
         self.main, self.stop, self.bar, self.wandb = devices.main, False, None, None
         self.asked, self.norms = False, []              # to stop, by a signal; see check_finite
@@ -224,8 +244,9 @@ class Run:
             raise UserError(f"--out {self.dir}: cannot make the run folder: {error.strerror}")
         parallel.barrier(devices)                       # the old folder is aside, the new one there
         self.latest = next(reversed(self._whole()), None)
-        mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
-                if k not in FREE}
+        args.dtype = str(devices.dtype).removeprefix("torch.")      # the one taken: it may depend
+        mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()    # on the
+                if k not in FREE and k not in free}                                     # machine
         if self.latest:
             try:
                 theirs = json.loads((self.latest / "meta.json").read_text())["args"]

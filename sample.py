@@ -95,9 +95,16 @@ def open_image(path):
         raise UserError(f"{path}: not a picture that Pillow can read ({type(error).__name__})")
 
 
-def to_tensor(image, size):
-    """Pillow image -> [1,3,size,size] in [0,1], squashed to a square (the authors' processing)."""
-    image = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+def to_tensor(image, encoder):
+    """Pillow image -> [1,3,S,S] in [0,1], made square as the encoder's processor does it."""
+    S, (w, h) = encoder.image_size, image.size
+    if encoder.crop == "squash":
+        w, h = S, S
+    else:                                               # the short side, then the middle
+        w, h = (max(S, int(S * v / min(w, h))) for v in (w, h))
+    image = image.resize((w, h), Image.Resampling.BICUBIC)
+    left, top = (w - S) // 2, (h - S) // 2
+    image = np.asarray(image.crop((left, top, left + S, top + S)))
     return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
 
 
@@ -303,7 +310,7 @@ def reconstruct(args, picture, run, devices):
                         f"decoder give --decoder {args.run} (evaluate.py decoder --run takes "
                         "VAEs too)")
     encoder, decoder = weights.load_codec(config, args, devices)
-    x = to_tensor(picture, encoder.image_size).to(devices.device)
+    x = to_tensor(picture, encoder).to(devices.device)
     x_hat = decoder(encoder(x)).clamp(0, 1)
     x = F.interpolate(x, x_hat.shape[-2:], mode="area")
     error = ((x * 255).round() - (x_hat * 255).round()).square().mean().item() / 255 ** 2
@@ -451,7 +458,7 @@ def main(argv=None):
     if args.image:                                      # a question about a picture
         encoder, _ = weights.load_codec(config, args, devices, decoder=False)
         with torch.no_grad():
-            z = encoder(to_tensor(picture, encoder.image_size).to(device))
+            z = encoder(to_tensor(picture, encoder).to(device))
     if args.text and z is not None:                     # or about latents: no pixels needed there
         return ask(args, llm, tokenizer, z)
 

@@ -368,7 +368,7 @@ def chat(tokenizer, conversation, has_image=True):
     ids, labels = [], []
     always = {encode_text(tokenizer, s)[0] for s in ("\n", "<|im_start|>", "<|im_end|>")}
     turns = [("system", SYSTEM)]
-    for i, turn in enumerate(conversation):
+    for turn in conversation:
         role = {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"])
         turns.append((role, turn["value"]))
     if has_image and not any("<image>" in text for _, text in turns):

@@ -230,7 +230,8 @@ def main():
     # Devices
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
-    runs.check_batch(args, devices)
+    runs.check_batch(args, devices, None if args.size == "tiny" else 64)    # 64 images a device
+    device = args.device if args.dry_run and args.device != "auto" else devices.device.type
 
     # --------------------------------------------------------------------------------------------
     # Models: the frozen encoder and VGG, the discriminator's heads, the decoder
@@ -292,16 +293,19 @@ def main():
              "vgg (frozen)": vgg, "dino (frozen)": disc and disc.dino}
     count = {k: sum(p.numel() for p in net.parameters()) for k, net in count.items() if net}
     trained = count["decoder"] + count.get("discriminator", 0)
-    activations *= args.micro_batch / devices.axes["fsdp"]
+    memory = lambda images: runs.memory_gb(trained, sum(count.values()) - trained,
+                                           activations * images / devices.axes["fsdp"], args.ema)
+    plain = device == "cpu" and devices.dtype == torch.bfloat16 and not vae     # decoder.attention
     summary = dict(
         parameters={**count, "total": sum(count.values())}, latent=[N, C], resolution=resolution,
         images_per_step=args.batch,
         loss={k: getattr(args, k) for k in ("l1", "lpips", "gram", "gan") + ("kl",) * vae},
         starts=dict(discriminator=args.disc_start, gan=args.gan_start, run_ends=args.steps) if disc
         else None, frozen=found, train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
-        memory_gb_per_device=runs.memory_gb(trained, sum(count.values()) - trained, activations,
-                                            args.ema), device=str(devices),
-        dtype=str(devices.dtype).removeprefix("torch."), attention="torch sdpa", data=args.data)
+        memory_gb_per_device=memory(args.micro_batch), device=str(devices),
+        dtype=str(devices.dtype).removeprefix("torch."),
+        attention="plain products" if plain else "torch scaled_dot_product_attention",
+        data=args.data)
     if not args.dry_run:
         mixture = data.Mixture(args.data, resolution, args.seed, crop="random", text=False)
         summary["data"] = mixture.describe()
@@ -311,6 +315,7 @@ def main():
         runs.table(f"train_decoder --size {args.size}", list(summary.items()))
     if args.dry_run:
         return
+    runs.check_memory(memory, args, devices)
 
     # --------------------------------------------------------------------------------------------
     # Optimizers: one for the decoder, one for the discriminator's heads

@@ -172,11 +172,11 @@ class Collate:
         self.labelled = length and max(length - tokens, 1)          # an image's positions have none
 
     def __call__(self, records):
-        rows, skipped = [], [s for r in records for s in r["skipped"]]
+        rows, long = [], []
         for r in records:
             row = text.expand(*text.chat(self.tokenizer, r["conversations"]), self.tokens)
             if len(row[0]) > self.limit:                # never cut through an image: no loss at all
-                skipped.append((r["key"], f"{len(row[0])} tokens, more than {self.limit}"))
+                long.append((r["key"], f"{len(row[0])} tokens, more than {self.limit} (--length)"))
                 row = (row[0][:1], [text.IGNORE], None, False)
             rows.append(row)
         pad = self.tokenizer.token_to_id("<|endoftext|>")
@@ -195,7 +195,8 @@ class Collate:
             "normal": torch.stack([torch.randn((), generator=g) for g in draws]),
             "drop": torch.stack([torch.rand((), generator=g) < self.cond_drop for g in draws]),
             "eps": torch.stack([torch.randn(shape, generator=g) for g in draws]),
-            "keys": [r["key"] for r in records], "skipped": skipped}
+            "keys": [r["key"] for r in records], "long": long,
+            "skipped": [s for r in records for s in r["skipped"]]}
         if self.posterior:                              # last, so that the other draws are the same
             batch["posterior"] = torch.stack([torch.randn(shape, generator=g) for g in draws])
         return batch
@@ -293,25 +294,6 @@ def buckets(t, each, answer):
     return inside.T @ torch.stack([each, answer.float()], 1)
 
 
-def check_memory(memory, args, devices):
-    """memory(images at a time) -> GB by part. Raises UserError where the plan does not fit, before
-    anything of its size is made. Of the activations half must fit: they are counted for blocks that
-    are not compiled."""
-    have, need = parallel.free_gb(devices), memory(args.micro_batch)
-    if have is None or need["total"] - need["activations"] / 2 <= have:
-        return
-    n = devices.axes["fsdp"]
-    fits = next((b for b in range(args.micro_batch, 0, -1) if args.batch % b == 0 and b % n == 0
-                 and memory(b)["total"] <= have), None)
-    parts = ", ".join(f"{k} {v:.1f}" for k, v in need.items() if k != "total")
-    raise UserError(
-        f"--size {args.size} with {args.micro_batch // n} images at a time needs "
-        f"{need['total']:.1f} GB a device ({parts}); {have:.1f} GB are free. "
-        + (f"--micro-batch {fits} fits" if fits else
-           f"Without images it needs {memory(0)['total']:.1f} GB: take a smaller --size, --freeze "
-           "llm, --ema 0, or more devices (torchrun)"))
-
-
 def main():
     args = arguments()
 
@@ -320,6 +302,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices, None if args.size == "tiny" else 8)     # 8 images a device
+    device = args.device if args.dry_run and args.device != "auto" else devices.device.type
     if args.cache_latents and devices.kind == "xla" and devices.world > 1:
         raise UserError("--cache-latents: not on several XLA hosts, where one alone cannot run the "
                         "encoder; fill the folder on one host")
@@ -379,7 +362,7 @@ def main():
     # Data, and what follows from all of that
     # --------------------------------------------------------------------------------------------
     try:
-        mixture = data.Mixture(args.data, resolution, args.seed)
+        mixture = data.Mixture(args.data, resolution, args.seed, encoder.crop)
     except data.DataError as error:
         if not args.dry_run or args.epochs:
             raise
@@ -390,14 +373,14 @@ def main():
             args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
         except TypeError as error:
             raise UserError(f"--epochs {args.epochs}: {error}")
-    if devices.kind == "xla" and args.length is None:   # another length is another program there
+    if device == "xla" and args.length is None:         # another length is another program there
         args.length = 128 if tiny else 512
     collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length, vae is not None)
     first = collate([mixture[i] for i in range(16)])
     length, labelled = first["ids"].shape[1], first["where"].shape[1]       # a typical L and K
     if (first["targets"] == text.IGNORE).all():
         raise UserError(f"--length {args.length}: none of the first 16 samples fits, such as "
-                        f"{': '.join(first['skipped'][-1])}")
+                        f"{': '.join(first['long'][-1])}")
 
     with torch.device("meta"):                          # shapes only: the table takes no memory
         model = networks(text.TextModel(llm_config, N, encoder.channels, size.width, devices.dtype))
@@ -416,12 +399,11 @@ def main():
     trained, frozen = (parallel.on_one_device(((k, p) for k, p in model.named_parameters()
                                                if p.requires_grad == train), devices)
                        for train in (True, False))
-    xla = "xla" in (devices.kind, args.device)
-    frozen += (parallel.on_one_device(encoder.named_parameters(), devices) if xla else
+    frozen += (parallel.on_one_device(encoder.named_parameters(), devices) if device == "xla" else
                count["encoder (frozen)"])
     frozen += count.get("vae (frozen)", 0)
     blocks = [*llm.model.layers, *dit.dit_blocks]
-    gathered = 0 if xla or devices.axes["fsdp"] == 1 else parallel.gathered(
+    gathered = 0 if device == "xla" or devices.axes["fsdp"] == 1 else parallel.gathered(
         model, blocks, devices.dtype)
     activations = (dit.activation_bytes() + llm.activation_bytes(length)) / devices.axes["fsdp"]
     compiled = devices.kind != "cpu" if args.compile is None else args.compile
@@ -436,7 +418,7 @@ def main():
         train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
         memory_gb_per_device=memory(args.micro_batch),
         device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
-        attention=dits.attention_backend(devices.device.type, devices.dtype),
+        attention=dits.attention_backend(device, devices.dtype),
         data=mixture.describe(), frozen=files)
     if args.dry_run and args.json:
         print(json.dumps(summary))
@@ -444,7 +426,7 @@ def main():
         runs.table(f"train_dit --size {args.size}", list(summary.items()))
     if args.dry_run:
         return
-    check_memory(memory, args, devices)
+    runs.check_memory(memory, args, devices, "--freeze llm, ")
 
     # --------------------------------------------------------------------------------------------
     # The networks that are trained
@@ -507,7 +489,8 @@ def main():
              **runs.moments(optimizer, named, devices)}
     if args.bench:
         args.steps, args.log_every = args.bench, 1
-    run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
+    run = runs.Bench(args, devices) if args.bench else runs.Run(
+        args, devices, free={"micro_batch"})     # its losses are means over the whole batch
     run.load(saved)
     if args.cache_latents:
         what = [(args.latent, args.layers, str(devices.dtype))]
@@ -565,7 +548,7 @@ def main():
         divisors = (parallel.scalar(max(n, 1) / devices.replicas, devices.device)
                     for n in (tokens, answers))                 # means over the whole batch
         for batch in micros:
-            skips.update(batch["skipped"], args.micro_batch // devices.world)
+            skips.update(batch["skipped"], args.micro_batch // devices.world, batch["long"])
         values, by_time, norm = train_step(
             model, look, optimizer, named, ema, (parallel.place(b, devices) for b in micros),
             *divisors, draws, parallel.scalar(runs.ema_weight(args.ema, step), devices.device),

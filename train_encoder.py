@@ -5,10 +5,12 @@
     python train_encoder.py --arch vgg            # the tiny preset's perceptual net (LPIPS, Gram)
     python train_encoder.py --arch dino           # the trunk of its discriminator
 
-Sigmoid image-text loss (SigLIP, arXiv 2303.15343) plus a dense term: from each latent token one
-linear layer must predict the pixels of its own patch, also where the input patch was hidden. The
-term stands in for SigLIP-2's captioning, self-distillation and masked prediction (arXiv
-2502.14786): without it a contrastive encoder throws pixels away and no decoder can bring them back.
+Sigmoid image-text loss (SigLIP, arXiv 2303.15343; an image's wrong captions are those of its
+micro-batch on its process, so --micro-batch and the number of processes matter) plus a dense term:
+from each latent token one linear layer must predict the pixels of its own patch, also where the
+input patch was hidden. The term stands in for SigLIP-2's captioning, self-distillation and masked
+prediction (arXiv 2502.14786): without it a contrastive encoder throws pixels away and no decoder
+can bring them back.
 The two networks of the decoder's loss are small stand-ins for VGG16 and DINO ViT-S/16, of the same
 architecture, and the logs say so wherever they are used. VGG learns from the sigmoid loss alone,
 DINO from both: without the dense term its tokens do not tell a picture from its reconstruction
@@ -348,7 +350,8 @@ def main():
             skips.update(batch["skipped"], args.micro_batch // devices.world)
             batch = parallel.place(batch, devices)
             images = batch["images"].float() / 255                          # [B,3,S,S]
-            draw = torch.Generator().manual_seed(args.seed * 10 ** 9 + step * accumulate + micro)
+            draw = torch.Generator().manual_seed(   # every process hides other patches
+                (args.seed * 10 ** 9 + step * accumulate + micro) * devices.world + devices.rank)
             seen = hide(images, args.patch, args.mask, draw)
             image, caption, mse, _ = model(images, seen, batch["ids"], batch["last"])
             contrast = sigmoid_loss(model.similarity(image, caption))

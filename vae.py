@@ -5,7 +5,7 @@ diffusers'; `from_ldm` turns the original `ae.safetensors` into them. Architectu
 2112.10752.
 
 B batch, H W pixels, h w latent grid (H/f, W/f), c latent channels (16), N = h/2 * w/2 tokens of
-C = 4c channels (64). fp32 throughout: it is frozen and small beside the rest.
+C = 4c channels (64). fp32 throughout, in training too: --dtype does not change it.
 """
 import math
 import re
@@ -155,6 +155,7 @@ class VAE(nn.Module):
     `channels` is C, `stride` the pixels on a token's side (16). Before they are trained the weights
     are PyTorch's defaults, as in the original. Raises ValueError for another form's config.
     """
+    crop = "squash"                                             # diffusers' VaeImageProcessor
 
     def __init__(self, config=None):
         super().__init__()

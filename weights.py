@@ -341,9 +341,12 @@ def load_towers(args, tiny, llm, devices):
                         f"{args.latent}; expected webssl with a DINOv2, else a SigLIP-2")
     with user_errors(f"--llm {files['llm']}"):
         tokenizer = text.load_tokenizer(files["llm"])
-    codec = (load_vae(files["vae"], devices), None) if vae else (
-        None, load_decoder(files["decoder"], devices, encoder.channels, encoder.mean, encoder.std,
-                           args.layers))
+    if vae:
+        codec = load_vae(files["vae"], devices), None
+    else:
+        codec = None, load_decoder(files["decoder"], devices, encoder.channels, encoder.mean,
+                                   encoder.std, args.layers)
+        codec[1].config["latent_stats"] = False             # decode the encoder's latent as it is
     files = {k: "random weights" if (k, llm) == ("llm", "random") else str(v)
              for k, v in files.items()}
     return encoder, *codec, tokenizer, files
@@ -408,7 +411,9 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
         return e, None
     dino = "dino" in f"{tower} {args.encoder}".lower()
     kind = e or (encoders.DINOv2 if dino else encoders.SigLIP2)
-    return e, load_decoder(paths[-1], devices, C, kind.mean, kind.std, layers)
+    decoder = load_decoder(paths[-1], devices, C, kind.mean, kind.std, layers)
+    decoder.config["latent_stats"] = False                  # decode the encoder's latent as it is
+    return e, decoder
 
 # ------------------------------------------------------------------------------------------------
 # Stage 2: the language model and the DiT

@@ -6,7 +6,7 @@ Scene i of a source is a pure function of (source, seed, i): a structure of back
 that renders at any resolution. It stands in for the paper's data (arXiv 2601.16208): `builtin:web`
 for web images, `builtin:synthetic` for FLUX-generated ones, `builtin:text` for RenderedText,
 `builtin:hq` for BLIP3o-60k, `builtin:qa` for Cambrian-7M; `builtin:align` asks, about shapes alone,
-what the verifiers of best_of.py ask. Who trains on pictures of their own need not read this file.
+what the verifiers of best_of.py ask. Who trains on pictures of their own needs only `prompt`.
 """
 import collections
 import functools
@@ -566,10 +566,10 @@ def question(scene: Scene, rand, other, verify=False) -> tuple:
 
 
 def prompt(text: str, rand) -> str:
-    """The user's turn for a caption: as it is half of the time, else as a request."""
+    """The user's turn for a caption, of files too: as it is half of the time, else as a request."""
     if rand() < 0.5:
         return text
-    text = re.sub(r"^(a photo|picture) of ", "", text.rstrip("."))
+    text = re.sub(r"^(an? )?(photo|picture|image) of ", "", text.rstrip("."), flags=re.I)
     text = text[0].lower() + text[1:] if text.startswith(("A ", "An ", "Two ", "Three ", "Four ")) \
         else text
     return pick(rand, ("Can you generate a photo of {}?", "Generate an image of {}.",
@@ -583,7 +583,7 @@ def drawing(text: str, rand) -> list:
 
 
 def builtin_record(source: str, seed: int, i: int, resolution: int) -> dict:
-    """Record i of a built-in source; see Mixture for the keys. resolution 0: no picture."""
+    """Record i of a built-in source; data.Mixture says the keys. resolution 0: no picture."""
     s = scene(source, seed, i)
     i = i % (BUILTIN[source] or i + 1)
     rand = generator("text", source, seed, i)

@@ -342,6 +342,14 @@ def make(form, folder):
     return str(folder)
 
 
+@pytest.mark.parametrize("caption", ["A photo of a cat.", "an image of a cat", "Picture of a cat"])
+def test_requests_name_the_picture_once(caption):
+    asked = {world.prompt(caption, iter([0.9, k / 4]).__next__) for k in range(4)}
+    assert asked == {"Can you generate a photo of a cat?", "Generate an image of a cat.",
+                     "Please create a picture of a cat.", "Draw a cat."}
+    assert world.prompt(caption, lambda: 0.1) == caption
+
+
 @pytest.mark.parametrize("form", ["txt", "metadata", "jsonl", "tars", "glob", "braces"])
 def test_formats(form, tmp_path):
     mixture = Mixture([make(form, tmp_path)], 16)
@@ -475,6 +483,7 @@ def test_broken_records_are_skipped_and_counted(tmp_path, capsys):
 
 def test_above_one_percent_the_run_stops():
     counter = SkipCounter()
+    counter.update([], 0, [(f"long{j}", "of no use") for j in range(50)])   # whole, so not counted
     counter.update([(f"k{j}", "bad") for j in range(10)], 20)       # many, but no more than 10
     counter.update([], 2000)
     counter.update([("k10", "bad")], 1)                             # 11, but below 1 %

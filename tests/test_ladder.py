@@ -104,6 +104,10 @@ def test_what_fsdp2_holds_whole():
 
 def test_defaults_of_the_paper_s_sizes_fit(typed):
     """Eight images a device, blocks recomputed, a batch that does not divide; no data to plan with."""
+    kinds = {d: json.loads(typed("--size", "2b", "--dry-run", "--json", "--dtype", "bfloat16",
+                                 "--device", d))["attention"] for d in ("cpu", "cuda", "xla")}
+    assert kinds == {"cpu": "plain products", **dict.fromkeys(
+        ("cuda", "xla"), "torch scaled_dot_product_attention")}             # of what is planned for
     plan = lambda *flags: json.loads(typed("--size", "2b", "--dry-run", "--json", *flags))[
         "memory_gb_per_device"]
     eight = plan("--mesh", "fsdp=8", "--data", "nowhere/{000..099}.tar")

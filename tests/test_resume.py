@@ -382,6 +382,9 @@ def test_contradicting_arguments(saved):
         assert words in str(error.value)
     assert listing(saved) == before
     assert load(saved, log_every=7) == (5, 5, 2.5)      # one that changes nothing
+    other = parallel.Devices("cpu", CPU.device, 0, 1, torch.bfloat16, {"fsdp": 1, "tensor": 1})
+    with pytest.raises(parallel.UserError, match="--dtype: checkpoint 'float32', now 'bfloat16'"):
+        runs.Run(arguments(saved), other)               # nobody gave it, another machine took it
 
 
 def test_fresh_moves_the_old_run_aside(saved):

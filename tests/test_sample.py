@@ -7,7 +7,9 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import best_of
 import dit as dits
+import encoder as encoders
 import flow
 import parallel
 import run as runs
@@ -322,6 +325,20 @@ def test_layouts_for_the_official_scorers(call):
     assert sorted(p.name for p in Path("out").iterdir()) == ["00000-0.png", "00000-1.png",
                                                             "00001-0.png", "00001-1.png"]
     assert Image.open("out/00001-1.png").info["prompt"] == "two cats"
+
+
+def test_pictures_are_made_square_as_the_encoder_s_processor_does():
+    """SigLIP-2 squashes; DINOv2 takes the middle of the picture with its short side at S."""
+    x = np.zeros((20, 60, 3), np.uint8)
+    x[:, 20:40, 0], x[:, :20, 1] = 255, 255             # green, red, black
+    for kind, ends in (("squash", [1, 0]), ("center", [0, 0])):
+        z = sample.to_tensor(Image.fromarray(x), SimpleNamespace(image_size=8, crop=kind))
+        assert z.shape == (1, 3, 8, 8) and z[0, 0, :, 4].min() == 1         # the middle is red
+        assert z[0, 1, 4, [0, -1]].tolist() == pytest.approx(ends, abs=0.1)
+    assert (encoders.SigLIP2.crop, encoders.DINOv2.crop) == ("squash", "center")
+    tall = sample.to_tensor(Image.fromarray(x.swapaxes(0, 1)), SimpleNamespace(
+        image_size=7, crop="center"))
+    assert tall.shape == (1, 3, 7, 7) and tall[0, 0, 3].min() > 0.98
 
 
 def test_stored_latents_decode_to_the_same_picture_and_answer(call, capsys):

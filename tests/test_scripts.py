@@ -118,6 +118,7 @@ run.main(train_dit.main)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True,
                           text=True, timeout=200)
     assert done.returncode == status and "out of memory" in done.stderr.splitlines()[-1]
+    assert status != 2 or done.stderr.splitlines()[-1] == "error: out of memory"
 
 
 def test_dry_run_and_bench(tmp_path):

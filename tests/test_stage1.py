@@ -8,6 +8,7 @@ import math
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,6 +289,11 @@ def test_latent_statistics_round_trip(tmp_path):
         plain = decoders.Decoder({**model.config, "latent_stats": False})
         plain.load_state_dict({k: v for k, v in model.state_dict().items() if "latent_" not in k})
         assert torch.allclose(model(u), plain(z), atol=1e-4)
+        args = SimpleNamespace(encoder=None, decoder=str(out / "final/model.safetensors"))
+        of_stage2 = weights.load_codec(weights.config_of(weights.ASSETS), args, DEVICES)[1]
+        assert torch.allclose(of_stage2(z), plain(z), atol=1e-4)            # the latent as it is
+        assert torch.allclose(evaluate.reconstruct(encoder, model, next(
+            evaluate.pictures(mixture, 16, DEVICES))), plain(z), atol=1e-4)
     grid = z.unflatten(1, (8, 8))[:, 2, 5]                                  # row 2, column 5
     assert torch.allclose(model.latent_mean[:, 2, 5], grid.mean(0), atol=1e-4)
     save_file({"mean": model.latent_mean, "var": model.latent_var}, tmp_path / "s.safetensors")
