@@ -262,8 +262,10 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Data
     # --------------------------------------------------------------------------------------------
-    mixture = data.Mixture(args.data, args.resolution, args.seed)
+    mixture = None if args.dry_run else data.Mixture(args.data, args.resolution, args.seed)
     kept = not args.fresh and (args.out / "tokenizer.json").is_file()       # of a run that goes on
+    if args.dry_run and not args.tokenizer:
+        args.tokenizer = weights.ASSETS                                     # none is trained for it
     tokenizer = text.load_tokenizer(args.out) if kept else tokenizer_for(args)
     collate = Collate(tokenizer)
 
@@ -296,8 +298,13 @@ def main():
     count = {name: sum(p.numel() for p in child.parameters())
              for name, child in (("encoder", e), ("text", model.text))}
     latent = dict(latent=[e.tokens, e.channels]) if args.arch == "vit" else {}
-    summary = dict(arch=args.arch, parameters=count, **latent, images_per_step=args.batch,
-                   device=str(devices), dtype=str(devices.dtype), data=mixture.describe())
+    flops = {"encoder": 3 * forward_flops,                                  # some 24 tokens:
+             "text": 6 * 24 * sum(p.numel() for p in model.text.model.layers.parameters())}
+    summary = dict(arch=args.arch, parameters={**count, "total": sum(count.values())}, **latent,
+                   images_per_step=args.batch,
+                   train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
+                   device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
+                   data=mixture.describe() if mixture else args.data)
     if args.dry_run and args.json:
         print(json.dumps(summary))
     elif devices.main:
@@ -330,8 +337,6 @@ def main():
     unseen = data.Mixture(args.data, args.resolution, args.seed + 1000)
     unseen = parallel.place(collate([unseen[i] for i in range(256)]), devices)
     skips, meter = data.SkipCounter(), runs.Meter()
-    captions = 24 * sum(p.numel() for p in model.text.model.layers.parameters())    # some 24 tokens
-    flops = 3 * forward_flops + 6 * captions
 
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, save
@@ -358,7 +363,7 @@ def main():
             loss = contrast + args.dense * mse
             (loss / accumulate).backward()
             part = 1 / accumulate
-            meter.add(args.micro_batch, wait, flops, part, loss=loss * part,
+            meter.add(args.micro_batch, wait, sum(flops.values()), part, loss=loss * part,
                       contrast=contrast * part, dense=mse * part)
         norm = parallel.clip_grad(named.values(), 1.0, devices)
         parallel.guarded_step(optimizer, norm, devices)

@@ -450,6 +450,14 @@ def test_dry_run_of_the_paper_s_decoder(capsys, tmp_path, monkeypatch):
     call(train_decoder, "--size", "b", "--latent", "vae", "--dry-run", "--json")
     s = json.loads(capsys.readouterr().out)
     assert s["latent"] == [256, 64] and s["parameters"]["decoder"] == 83_819_683
+    call(train_decoder, "--size", "xl", "--dry-run", "--json", "--mesh", "fsdp=4", "--device", "cuda")
+    s = json.loads(capsys.readouterr().out)                                 # 64 images a device
+    assert s["memory_gb_per_device"] == pytest.approx(memory, rel=1e-6)
+    for arch in ("vit", "vgg", "dino"):
+        call(train_encoder, "--arch", arch, "--dry-run", "--json", "--data", "no/such/data")
+        s = json.loads(capsys.readouterr().out)
+        assert sum(v for k, v in s["parameters"].items() if k != "total") == \
+            s["parameters"]["total"] and s["train_tflop_per_image"].keys() == {"encoder", "text"}
 
 
 def kept_bytes(parameters, function):
