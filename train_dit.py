@@ -339,6 +339,10 @@ def main():
     decode = None if planned else vae.decode if vae else decoder
     alpha = (flow.shift_alpha(N, C, args.shift_base) if args.shift == "auto" else
              1.0 if args.shift == "none" else float(args.shift))
+    before = config.get("shift_alpha") if init else None
+    if before and not math.isclose(before, alpha, rel_tol=1e-6) and devices.main:
+        print(f"note: --init {args.init} was trained with a time shift of {before:.4g}, this run "
+              f"takes {alpha:.4g}; --shift {before:.4g} keeps the former", file=sys.stderr)
     if size.width <= C and not args.allow_narrow:
         raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the "
                         f"latent's {C} channels. Noise fills all C dimensions of a token, so a "

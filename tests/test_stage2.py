@@ -374,11 +374,14 @@ def test_no_null_condition(tmp_path):
 # Finetuning: --init, --epochs, --cache-latents
 # ------------------------------------------------------------------------------------------------
 
-def test_finetuning(plain, tmp_path):
+def test_finetuning(plain, tmp_path, capsys):
     """--init: the EMA of a run; with no learning rate to speak of the result is the same. --epochs:
     passes over finite data, rounded up; with the paper's rates, from cached latents."""
     out, lines = plain
     train(tmp_path / "a", "--init", out, "--lr", 1e-12, "--lr-llm", 1e-12)
+    assert "time shift" not in capsys.readouterr().err
+    train(tmp_path / "shift", "--init", out, "--shift", 3)
+    assert "was trained with a time shift of 6.928, this run takes 3" in capsys.readouterr().err
     got, want = (load_file(path) for path in (tmp_path / "a/final/model.safetensors",
                                               out / "final/ema.safetensors"))
     assert got.keys() == want.keys()
