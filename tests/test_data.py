@@ -289,7 +289,7 @@ def test_loader_is_random_access(workers, world):
     got = [x for _ in range(3) for rank in ranks for x in next(rank)]
     assert got == collate([mixture[n] for n in range(start, start + 3 * batch)])
     with pytest.raises(DataError, match="micro-batch of 5 .* 2 ranks"):
-        data.loader(mixture, collate, 5, world=2)
+        data.loader(mixture, collate, 5, ranks=2)
 
 
 # ---- the user's files ----
