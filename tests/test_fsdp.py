@@ -175,4 +175,4 @@ def test_a_barrier_waits_longer_than_a_collective(tmp_path):
                            "--nproc-per-node=2", str(tmp_path / "waits.py")], text=True, timeout=120,
                           cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("here [2.0]") == 2
+    assert done.stdout.count("here") == done.stdout.count("[2.0]") == 2    # they may write at once
