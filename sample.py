@@ -1,6 +1,6 @@
 """Use a trained model: prompt -> picture, picture + question -> text, reconstruct, best of N.
 
-    python sample.py "a red circle left of a blue star"        # built-in weights; writes out.png
+    python sample.py "a red star on a white background"        # built-in weights; writes out.png
     python sample.py "a cat" --run runs/dit-2b --n 4 --guidance 3 --seed 0
     python sample.py "a cat" --best-of 8 --keep 1 --verifier prompt
     python sample.py --image photo.png "how many cats are there?"

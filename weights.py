@@ -578,6 +578,9 @@ def load_model(path, devices, flag="--run", ema=True):
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and "t_embedder" not in name:
                 module.to(devices.dtype)                        # the time's MLP computes in fp32
+        for p in model.parameters():        # in a mapped file a tensor begins at any byte, and the
+            if p.dtype == torch.float32:    # CPU's products round by that
+                p.data = p.data.clone()
         model.requires_grad_(False).eval().to(devices.device)
     with user_errors(what):
         tokenizer = text.load_tokenizer(file if file.is_dir() else file.parent)
