@@ -476,8 +476,8 @@ class Pictures:
         m, files = self.mixture, self.mixture.files[self.s]
         if files is None:
             return builtin_record(m.names[self.s], m.seed, j, m.resolution)["image"]
-        try:                                              # a squash draws nothing at random
-            return file_record(files, j, m.resolution, "squash", m.text, generator())["image"]
+        try:                                              # train_dit.py's crops draw nothing
+            return file_record(files, j, m.resolution, m.crop, m.text, generator())["image"]
         except CORRUPT as e:
             return reason(e)
 
@@ -488,9 +488,9 @@ def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, 
     where they are not there or damaged.
 
     encode: uint8 [B,R,R,3] -> float32 [B,N,F]. what: names encode, up to its weights; a source's
-    subfolder is a hash of it, the resolution, and the names, sizes and times of the source's files.
-    Of several processes one is to `write`, the others wait(). The texts are not kept: their form
-    changes from epoch to epoch. Raises DataError.
+    subfolder is a hash of it, resolution, crop, and the names, sizes and times of the source's
+    files. Of several processes one is to `write`, the others wait(). The texts are not kept: their
+    form changes from epoch to epoch. Raises DataError.
     """
     mixture.latents, found = None, []
     for s, name in enumerate(mixture.names):
@@ -499,7 +499,7 @@ def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, 
         parts = mixture.files[s].parts() if mixture.files[s] else [world.__file__, world.SPRITES]
         stats = [(p, os.stat(p)) for p in parts if os.path.exists(p)]
         state = [(p, stat.st_size, stat.st_mtime_ns) for p, stat in stats]
-        key = f"{hash64(what, name, mixture.resolution, mixture.size(s), state):016x}"
+        key = f"{hash64(what, name, mixture.resolution, mixture.crop, mixture.size(s), state):016x}"
         place = os.path.join(folder, key)
         try:
             if write:

@@ -244,9 +244,9 @@ class Run:
             raise UserError(f"--out {self.dir}: cannot make the run folder: {error.strerror}")
         parallel.barrier(devices)                       # the old folder is aside, the new one there
         self.latest = next(reversed(self._whole()), None)
-        args.dtype = str(devices.dtype).removeprefix("torch.")      # the one taken: it may depend
-        mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()    # on the
-                if k not in FREE and k not in free}                                     # machine
+        args.dtype = str(devices.dtype).removeprefix("torch.")  # the one taken, typed or not
+        mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
+                if k not in FREE and k not in free}
         if self.latest:
             try:
                 theirs = json.loads((self.latest / "meta.json").read_text())["args"]
