@@ -304,7 +304,7 @@ def main():
                    images_per_step=args.batch,
                    train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
                    device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
-                   data=mixture.describe() if mixture else args.data)
+                   data=args.data if args.dry_run else mixture.describe())
     if args.dry_run and args.json:
         print(json.dumps(summary))
     elif devices.main:
