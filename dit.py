@@ -111,12 +111,6 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def attention_backend(device, dtype):
-    """Which of the two `attention` takes, for the start-up table."""
-    plain = device == "cpu" and dtype == torch.bfloat16
-    return "plain products" if plain else "torch scaled_dot_product_attention"
-
-
 class Attention(nn.Module):
     def __init__(self, D, heads, qk_norm):
         super().__init__()

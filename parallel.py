@@ -60,11 +60,13 @@ def spec(name, shape):
 
 class Devices:
     """What a script needs to know: `kind`, `device`, `rank` and `world` of the data it loads, the
-    compute `dtype`, the `mesh`, whether this process writes files (`main`)."""
+    compute `dtype`, the `mesh`, whether this process writes files (`main`); `target`: the kind that
+    a plan is for, else `kind`."""
 
-    def __init__(self, kind, device, rank, world, dtype, axes, mesh=None):
+    def __init__(self, kind, device, rank, world, dtype, axes, mesh=None, target=None):
         self.kind, self.device, self.rank, self.world = kind, device, rank, world
         self.dtype, self.axes, self.mesh, self.main = dtype, axes, mesh, rank == 0
+        self.target = target or kind
         # Processes whose losses and gradients are averaged; an SPMD program sees the whole batch.
         self.replicas = 1 if kind == "xla" else world
 
@@ -112,7 +114,7 @@ def setup(kind="auto", dtype=None, mesh=None, plan=False):
         dtype = "bfloat16" if native else "float32"
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     if plan:
-        return Devices("planned", torch.device("cpu"), 0, 1, dtype, parse_mesh(mesh))
+        return Devices("planned", torch.device("cpu"), 0, 1, dtype, parse_mesh(mesh), target=kind)
     if kind == "xla":
         return setup_xla(dtype, mesh)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))

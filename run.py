@@ -177,6 +177,12 @@ def memory_gb(trained, frozen, activations, ema, gathered=0):
     return {k: v / 1e9 for k, v in {**parts, "total": sum(parts.values())}.items()}
 
 
+def attention_backend(device, dtype):
+    """Which of the two the `attention` of the networks takes, for the start-up table."""
+    plain = device == "cpu" and dtype == torch.bfloat16
+    return "plain products" if plain else "torch scaled_dot_product_attention"
+
+
 def check_memory(memory, args, devices, less=""):
     """memory(images at a time) -> GB by part. Raises UserError where the plan does not fit, before
     anything of its size is made. Of the activations half must fit: they are counted for blocks that

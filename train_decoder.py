@@ -231,7 +231,6 @@ def main():
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices, None if args.size == "tiny" else 64)    # 64 images a device
-    device = args.device if args.dry_run and args.device != "auto" else devices.device.type
 
     # --------------------------------------------------------------------------------------------
     # Models: the frozen encoder and VGG, the discriminator's heads, the decoder
@@ -295,7 +294,6 @@ def main():
     trained = count["decoder"] + count.get("discriminator", 0)
     memory = lambda images: runs.memory_gb(trained, sum(count.values()) - trained,
                                            activations * images / devices.axes["fsdp"], args.ema)
-    plain = device == "cpu" and devices.dtype == torch.bfloat16 and not vae     # decoder.attention
     summary = dict(
         parameters={**count, "total": sum(count.values())}, latent=[N, C], resolution=resolution,
         images_per_step=args.batch,
@@ -304,7 +302,7 @@ def main():
         else None, frozen=found, train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
         memory_gb_per_device=memory(args.micro_batch), device=str(devices),
         dtype=str(devices.dtype).removeprefix("torch."),
-        attention="plain products" if plain else "torch scaled_dot_product_attention",
+        attention=runs.attention_backend(devices.target, torch.float32 if vae else devices.dtype),
         data=args.data)
     if not args.dry_run:
         mixture = data.Mixture(args.data, resolution, args.seed, crop="random", text=False)

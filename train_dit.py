@@ -302,7 +302,6 @@ def main():
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices, None if args.size == "tiny" else 8)     # 8 images a device
-    device = args.device if args.dry_run and args.device != "auto" else devices.device.type
     if args.cache_latents and devices.kind == "xla" and devices.world > 1:
         raise UserError("--cache-latents: not on several XLA hosts, where one alone cannot run the "
                         "encoder; fill the folder on one host")
@@ -377,7 +376,7 @@ def main():
             args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
         except TypeError as error:
             raise UserError(f"--epochs {args.epochs}: {error}")
-    if device == "xla" and args.length is None:         # another length is another program there
+    if devices.target == "xla" and args.length is None: # another length is another program there
         args.length = 128 if tiny else 512
     collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length, vae is not None)
     first = collate([mixture[i] for i in range(16)])
@@ -403,11 +402,12 @@ def main():
     trained, frozen = (parallel.on_one_device(((k, p) for k, p in model.named_parameters()
                                                if p.requires_grad == train), devices)
                        for train in (True, False))
-    frozen += (parallel.on_one_device(encoder.named_parameters(), devices) if device == "xla" else
+    xla = devices.target == "xla"
+    frozen += (parallel.on_one_device(encoder.named_parameters(), devices) if xla else
                count["encoder (frozen)"])
     frozen += count.get("vae (frozen)", 0)
     blocks = [*llm.model.layers, *dit.dit_blocks]
-    gathered = 0 if device == "xla" or devices.axes["fsdp"] == 1 else parallel.gathered(
+    gathered = 0 if xla or devices.axes["fsdp"] == 1 else parallel.gathered(
         model, blocks, devices.dtype)
     activations = (dit.activation_bytes() + llm.activation_bytes(length)) / devices.axes["fsdp"]
     compiled = devices.kind != "cpu" if args.compile is None else args.compile
@@ -422,7 +422,7 @@ def main():
         train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
         memory_gb_per_device=memory(args.micro_batch),
         device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
-        attention=dits.attention_backend(device, devices.dtype),
+        attention=runs.attention_backend(devices.target, devices.dtype),
         data=mixture.describe(), frozen=files)
     if args.dry_run and args.json:
         print(json.dumps(summary))

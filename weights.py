@@ -324,16 +324,12 @@ def load_towers(args, tiny, llm, devices):
     if tiny and args.latent == "webssl" and not (args.encoder and args.decoder):
         raise UserError("--latent webssl: there is no tiny one; give --encoder and --decoder, or a "
                         "larger --size")
-    if tiny and vae and not args.vae and not (ASSETS / "vae.safetensors").is_file():
-        raise UserError(f"--latent vae: {ASSETS / 'vae.safetensors'} is not there; make one with "
-                        "`python train_decoder.py --latent vae`, then give --vae runs/vae-tiny")
     encoder, decoder = TINY_CODEC if tiny else HUB[args.latent]
-    wanted = [("encoder", args.encoder or encoder, "--encoder"),
-              ("llm", ASSETS if llm in ("tiny", "random") else llm, "--llm"),
-              ("decoder", args.decoder or decoder, "--decoder")]
+    codec = ("decoder", args.decoder or decoder, "--decoder")
     if vae:
-        file = ASSETS / "vae.safetensors" if tiny else FLUX_VAE
-        wanted[-1] = ("vae", args.vae or file, "--vae")
+        codec = ("vae", args.vae or (ASSETS / "vae.safetensors" if tiny else FLUX_VAE), "--vae")
+    wanted = [("encoder", args.encoder or encoder, "--encoder"),
+              ("llm", ASSETS if llm in ("tiny", "random") else llm, "--llm"), codec]
     files = dict(zip((w[0] for w in wanted), locate(wanted)))
     encoder = load_encoder(files["encoder"], devices, args.layers)
     if isinstance(encoder, encoders.DINOv2) != (args.latent == "webssl"):
