@@ -6,7 +6,7 @@
 
 Collectives and sharding are never written in a model file. What the scripts ask of a back end:
 start (`setup`), place (`shard`, `mark`, `place`), step (`adamw`, `clip_grad`, `guarded_step`,
-`step_done`), exchange numbers between processes (`total`, `mean`), read and fill (`full`, `piece`,
+`step_done`), exchange numbers between processes (`total`, `mean`), read and fill (`full`, `pieces`,
 `fill`).
 """
 import contextlib
@@ -40,6 +40,8 @@ TABLE = [
                                                                         (None, None, None, None)),
 ]
 WHOLE = 2 ** 14
+# What scan.py keeps stacked, [n,...], has a name that says which blocks: `dit_blocks.0-31.attn...`
+STACK = re.compile(r"\.(\d+)-(\d+)\.")
 
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0, "4090": 165.2}   # bf16
 
@@ -52,6 +54,8 @@ def spec(name, shape):
     """The axes of TABLE for a parameter, or for its moments and average: one entry a dimension,
     None = not split."""
     name = re.sub(r"\.exp_avg(_sq)?$", "", name)
+    if STACK.search(name) and len(shape):
+        return (None, *spec(STACK.sub(".", name), shape[1:]))
     axes = next((axes for pattern, axes in TABLE if re.search(pattern, name)), ())
     if len(axes) < len(shape) or math.prod(shape) < WHOLE:
         return (None,) * len(shape)
@@ -244,25 +248,45 @@ def full(tensor):
     return tensor.detach().cpu()
 
 
-def piece(tensor):
-    """What this process saves of a tensor: (its rows on the CPU, the index of the first); FSDP2
-    splits by rows. (None, 0): nothing, because another process holds the same."""
+def apart(name, tensor):
+    """{name: tensor} as files have it: of what is stacked, one a block."""
+    stack = STACK.search(name)
+    if not stack:
+        return {name: tensor}
+    keys = [f"{name[:stack.start()]}.{i}.{name[stack.end():]}"
+            for i in range(int(stack[1]), int(stack[2]) + 1)]
+    return dict(zip(keys, tensor if tensor.dim() else (tensor.clone() for _ in keys)))
+
+
+def local_rows(tensor):
+    """What this process holds of a tensor that FSDP2 split by rows, and the index of the first."""
+    rows = -(-len(tensor) // tensor.device_mesh.size())
+    return tensor.to_local(), min(len(tensor), rows * tensor.device_mesh.get_local_rank())
+
+
+def pieces(name, tensor):
+    """What this process saves of a tensor: [(name, rows on the CPU, index of the first)]; nothing
+    where another process holds the same."""
     if hasattr(tensor, "to_local"):
-        rows = -(-len(tensor) // tensor.device_mesh.size())
-        first = min(len(tensor), rows * tensor.device_mesh.get_local_rank())
-        return tensor.to_local().detach().cpu(), first
+        local, first = local_rows(tensor)
+        return [(name, local.detach().cpu(), first)] if local.numel() else []
     value = tensor.detach().cpu()       # by every process: on xla it is a program of all hosts
-    return (None if dist.is_initialized() and dist.get_rank() else value), 0
+    if dist.is_initialized() and dist.get_rank():
+        return []
+    return [(key, part, 0) for key, part in apart(name, value).items()]
 
 
 @torch.no_grad()
 def fill(name, tensor, read, devices):
-    """Fill a possibly sharded tensor from `read(first, last)`, which gives rows of the whole."""
+    """Fill a possibly sharded tensor from `read(name, first, last)`, which gives rows of what files
+    have under a name."""
     if hasattr(tensor, "to_local"):
-        local, first = piece(tensor)
-        tensor.to_local().copy_(read(first, first + len(local)))
+        local, first = local_rows(tensor)
+        local.copy_(read(name, first, first + len(local)))
         return
-    value = read(0, len(tensor)) if tensor.dim() else read(0, 1)
+    parts = [read(key, 0, len(part) if part.dim() else 1)
+             for key, part in apart(name, torch.empty(tensor.shape, device="meta")).items()]
+    value = torch.stack(parts) if STACK.search(name) and tensor.dim() else parts[0]
     if devices.kind == "xla":
         value = value.to(devices.device)
         mark(name, value, devices)
@@ -336,10 +360,15 @@ def step_done(devices):
 
 
 def use_scan(devices, *models):
-    """xla: let one compiled loop (scan.py) run the stacks of these models in place of their own."""
+    """xla, before `shard`: the blocks of these models become stacks, which one compiled loop runs
+    (scan.py)."""
     import scan
     for model in models:
         model.run = functools.partial(scan.scan, devices)
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.ModuleList):
+                    setattr(module, name, scan.Stacks(child))
 
 
 def stepwise(devices):

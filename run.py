@@ -348,12 +348,12 @@ class Run:
                     rows = json.loads((f.metadata() or {}).get("first_row", "{}"))
                     for key in f.keys():
                         parts.setdefault(key, []).append((rows.get(key, 0), f))
-                check_keys({k: list(v.shape) for k, v in named.items()},
+                check_keys({key: list(part.shape) for k, v in named.items() for key, part in
+                            parallel.apart(k, torch.empty(v.shape, device="meta")).items()},
                            {k: stored_shape(k, pieces) for k, pieces in parts.items()},
                            f"checkpoint {self.latest} ({mend})")
                 for key, tensor in named.items():
-                    parallel.fill(key, tensor, functools.partial(read_rows, key, parts[key]),
-                                  self.devices)
+                    parallel.fill(key, tensor, functools.partial(read_rows, parts), self.devices)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"checkpoint {self.latest} is damaged ({error}); {mend}")
 
@@ -376,9 +376,8 @@ class Run:
             error = e
         parallel.barrier(self.devices)
         tensors, rows = {}, {}
-        for key, tensor in named.items():
-            part, first = parallel.piece(tensor)
-            if part is not None and part.numel():
+        for name, tensor in named.items():
+            for key, part, first in parallel.pieces(name, tensor):
                 tensors[key], rows[key] = part.contiguous(), first
         try:
             if tensors and error is None:
@@ -409,9 +408,9 @@ class Run:
         """final/NAME.safetensors and final/config.json: plain files in the released key layout."""
         whole = {}
         for key, tensor in tensors.items():             # gathered by all, kept by one
-            tensor = parallel.full(tensor)
+            parts = parallel.apart(key, parallel.full(tensor))
             if self.main:
-                whole[key] = tensor.clone().contiguous()
+                whole.update({k: part.clone().contiguous() for k, part in parts.items()})
         if self.main:
             (self.dir / "final").mkdir(exist_ok=True)
             path = self.dir / "final" / f"{name}.safetensors"
@@ -538,10 +537,10 @@ def stored_shape(key, parts):
     return [sum(s[0] for s in shapes), *shapes[0][1:]] if shapes[0] else []
 
 
-def read_rows(key, parts, first, last):
-    """Rows first..last of it, whoever wrote them."""
+def read_rows(parts, key, first, last):
+    """Rows first..last of a tensor, whoever wrote them; parts: key -> its pieces."""
     found = []
-    for start, f in sorted(parts, key=lambda part: part[0]):
+    for start, f in sorted(parts[key], key=lambda part: part[0]):
         rows = f.get_slice(key)
         if not rows.get_shape():
             return f.get_tensor(key)

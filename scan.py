@@ -4,27 +4,101 @@
 
 The loop keeps the input of each block and computes the rest again in the loop back, that is
 --remat block. torch_xla's own scan_layers would also keep one copy of `shared` a block and, with
-its default partition, everything that autograd saves. Only parallel.use_scan calls this.
+its default partition, everything that autograd saves. The weights are kept stacked, with their
+gradients, moments and average, so that what is done to each parameter is compiled once too; files
+have them block by block (parallel.apart). Only parallel.use_scan calls this.
 """
+import copy
+import itertools
+
 import torch
+import torch.nn as nn
 import torch_xla.distributed.spmd as xs
 from torch_xla.experimental.scan import _scan_impl_flat as loop
 
 from parallel import spec
 
 
+class Stacks(nn.Module):
+    """In place of an nn.ModuleList of blocks: those of one shape that follow each other hold each
+    parameter once, [n,...]. A child, such as `0-31`, is the first of them, with these for its own.
+    """
+
+    def __init__(self, blocks=()):
+        super().__init__()
+        first = 0
+        for _, group in itertools.groupby(blocks, kind):
+            group = list(group)
+            for key in [key for key, _ in group[0].named_parameters()]:
+                path, _, name = key.rpartition(".")
+                owners = [b.get_submodule(path) for b in group]
+                each = [getattr(owner, name) for owner in owners]
+                for owner in owners:
+                    setattr(owner, name, None)                              # no second copy stays
+                setattr(owners[0], name, nn.Parameter(torch.stack([p.data for p in each]),
+                                                      each[0].requires_grad))
+            self.add_module(f"{first}-{first + len(group) - 1}", group[0])
+            first += len(group)
+
+    def ranges(self):
+        """(first, behind the last, the stack) of each."""
+        for name, stack in self.named_children():
+            first, last = map(int, name.split("-"))
+            yield first, last + 1, stack
+
+    def __len__(self):
+        return sum(end - first for first, end, _ in self.ranges())
+
+    def __iter__(self):
+        """Block by block, with views of the stacks for weights: for what is no loop, as sampling
+        with modulations of its own for every block."""
+        for first, end, stack in self.ranges():
+            for i in range(end - first):
+                yield view(stack, i)
+
+    def __getitem__(self, at):
+        """The block at a number; of a slice the stacks, cut where it ends within one."""
+        if not isinstance(at, slice):
+            return next(itertools.islice(self, at, None))
+        part, (start, stop, _) = Stacks(), at.indices(len(self))
+        for first, end, stack in self.ranges():
+            a, b = max(first, start), min(end, stop)
+            if a < b:
+                whole = (a, b) == (first, end)
+                part.add_module(f"{a}-{b - 1}",
+                                stack if whole else view(stack, slice(a - first, b - first)))
+        return part
+
+
+def kind(block):
+    """Equal for blocks that may share a stack: shapes, and numbers as that of heads."""
+    return [p.shape for p in block.parameters()], [
+        v for m in block.modules() for v in vars(m).values() if isinstance(v, (int, float))]
+
+
+def view(stack, at):
+    """The same module over a part of each of its parameters."""
+    return copy.deepcopy(stack, {id(p): p[at] for p in stack.parameters()})
+
+
 def scan(devices, blocks, x, *shared):
-    """Blocks of one shape and x [B,N,D] -> [B,N,D]; shared: what all blocks take besides x, tensors
-    or anything else. A parameter of the blocks is stacked to [depth,...]."""
+    """Stacks and x [B,N,D] -> [B,N,D]; shared: what all blocks take besides x, tensors or anything
+    else."""
     each = [hasattr(s, "__next__") for s in shared]     # an iterator: one for each block, as the
     if any(each):                                       # modulations in sampling; no loop then
         for block in blocks:
             x = block(x, *[next(s) if e else s for s, e in zip(shared, each)])
         return x
-    names = [name for name, _ in blocks[0].named_parameters()]
+    for block in blocks.children():
+        x = scan_stack(devices, block, x, *shared)
+    return x
+
+
+def scan_stack(devices, block, x, *shared):
+    """One loop: a block whose parameters are [n,...]."""
+    names, stacks = zip(*block.named_parameters())
+    axes = [spec(name, p.shape[1:]) for name, p in zip(names, stacks)]      # of one block
     tensors = [s for s in shared if torch.is_tensor(s)]
-    stacks = [torch.stack([b.get_parameter(name) for b in blocks]) for name in names]  # [depth,...]
-    axes = [spec(name, p.shape) for name, p in blocks[0].named_parameters()]
 
     def split(tensor, axes):
         if any(axes):
@@ -34,11 +108,9 @@ def scan(devices, blocks, x, *shared):
     def call(x, tensors, weights):
         rest = iter(tensors)
         args = [next(rest) if torch.is_tensor(s) else s for s in shared]
-        y = torch.func.functional_call(blocks[0], dict(zip(names, weights)), (x, *args))
+        y = torch.func.functional_call(block, dict(zip(names, weights)), (x, *args))
         return split(y, ("fsdp",) + (None,) * (y.dim() - 1))
 
-    for stack, a in zip(stacks, axes):
-        split(stack, (None, *a) if any(a) else ())
     return _Scan.apply(call, split, axes, len(tensors), x, *tensors, *stacks)
 
 

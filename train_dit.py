@@ -451,10 +451,10 @@ def main():
     if args.compile or (args.compile is None and devices.kind == "cuda"):
         for block in blocks:
             block.compile(fullgraph=True)
-    parallel.shard(model, devices, blocks)
-    parallel.shard(encoder, devices)
     if devices.kind == "xla" and args.scan is not False:
         parallel.use_scan(devices, llm, encoder, *[dit] * (not args.repa))  # REPA taps one block
+    parallel.shard(model, devices, blocks)
+    parallel.shard(encoder, devices)
 
     @torch.no_grad()
     def encode(images):

@@ -19,6 +19,7 @@ import decoder as decoders
 import discriminator
 import dit as dits
 import encoder as encoders
+import parallel
 import perceptual
 import text_model as text
 import vae as vaes
@@ -284,8 +285,9 @@ def load_decoder(path, devices, channels, mean, std, layers=None):
 def checksum(model):
     """A short name of a network's weights, for caches of what it computes."""
     digest = hashlib.blake2b(digest_size=8)
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().contiguous().view(-1).view(
+    parts = (parallel.apart(k, v.detach().cpu()) for k, v in model.state_dict().items())
+    for key, value in sorted((k, v) for part in parts for k, v in part.items()):
+        digest.update(key.encode() + value.contiguous().view(-1).view(
             torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

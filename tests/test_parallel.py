@@ -59,6 +59,27 @@ def test_every_large_parameter_matches_one_row_and_divides(name, model):
             assert p.shape[axes.index("fsdp")] % 64 == 0, (key, tuple(p.shape), axes)
 
 
+def test_a_stack_is_split_as_its_blocks_and_files_have_it_block_by_block():
+    """What scan.py keeps: one more dimension, whole; and the moments of it; there and back."""
+    shape = (6144, 2048)
+    for name in ("dit.dit_blocks.{}.attn.qkv.weight", "optimizer.dit.dit_blocks.{}.attn.qkv.weight.exp_avg"):
+        one = parallel.spec(name.format(3), shape)
+        assert one == ("tensor", "fsdp")
+        assert parallel.spec(name.format("0-31"), (32, *shape)) == (None, *one)
+    assert parallel.spec("dit_blocks.0-31.norm1.weight", (32, 2048)) == (None, None)    # one is small
+    assert parallel.spec("optimizer.dit_blocks.0-31.norm1.weight.step", ()) == ()
+    devices = parallel.setup("cpu", "float32")
+    for stack in (torch.randn(3, 4, 5), torch.randn(3, 4), torch.tensor(7.0)):
+        saved = parallel.pieces("m.blocks.2-4.w.x", stack)
+        assert [(key, first) for key, _, first in saved] == [(f"m.blocks.{i}.w.x", 0) for i in (2, 3, 4)]
+        found = torch.zeros_like(stack)
+        parallel.fill("m.blocks.2-4.w.x", found,
+                      lambda key, a, b: dict(s[:2] for s in saved)[key][a:b] if stack.dim() else stack,
+                      devices)
+        assert torch.equal(found, stack)
+    assert list(parallel.apart("m.blocks.2.w", torch.ones(2))) == ["m.blocks.2.w"]
+
+
 def test_an_update_that_is_not_finite_changes_nothing():
     """Neither weights nor moments nor Adam's count; the next finite one does."""
     devices = parallel.setup("cpu", "float32")

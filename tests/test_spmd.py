@@ -139,6 +139,14 @@ def test_steps_of_questions_alone_are_a_second_program(curve):
     assert new == sorted(asks.index(kind) for kind in (True, False)), (new, asks, compiles)
 
 
+def test_a_head_as_wide_as_the_trunk(curve):
+    """Its blocks are one stack with the trunk's (scan.Stacks), and a loop over a part of it."""
+    more = ("--steps", "3", "--log-every", "1", "--head-width", "160", "--head-depth", "2")
+    _, expected, _ = curve("train_dit", 0, "", None, more)
+    _, found, _ = curve("train_dit", 2, "", None, more)
+    same(found, expected, ("loss", "flow", "grad_norm"), 1e-5)
+
+
 @pytest.mark.parametrize("devices", [4])
 def test_stage_one_on_four_devices(curve, devices):
     """Reconstruction, VGG terms, and the discriminator from steps 2 and 5 on."""

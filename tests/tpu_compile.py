@@ -137,11 +137,12 @@ def trace(flags, llm, chips):
     runs.check_batch(args, devices)
     model, encoder = build(args, devices.dtype, llm)
     model.llm.remat = model.dit.remat = args.remat == "block"
+    shapes = [list(p.shape) for m in (model, encoder) for p in m.parameters()]
+    if args.scan is not False:
+        parallel.use_scan(devices, *[model.llm] * (llm != "none"), encoder, model.dit)
     held = Placeholders(devices)
     for network in (model, *[encoder] * (llm != "none")):
         held.fill(network)
-    if args.scan is not False:
-        parallel.use_scan(devices, *[model.llm] * (llm != "none"), encoder, model.dit)
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     count = lambda m: sum(p.numel() for p in m.parameters())
     trained = sum(p.numel() for p in named.values())
@@ -211,8 +212,7 @@ def trace(flags, llm, chips):
         batch=args.batch, chips=devices.count, mesh=str(devices), parameters=parameters,
         trained=trained,
         flops_per_chip={k: v * args.batch / devices.count for k, v in flops.items()},
-        depths=[len(stack) for stack in stacks], heads=heads,
-        shapes=[list(p.shape) for m in (model, encoder) for p in m.parameters()],
+        depths=[len(stack) for stack in stacks], heads=heads, shapes=shapes,
         trace_s=time.perf_counter() - started)
 
 
