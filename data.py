@@ -227,17 +227,22 @@ def open_source(name: str, text: bool = True, strict: bool = True):
     return JsonLines(paths[0], text, strict) if name.endswith(".jsonl") else Tars(paths, text)
 
 
+def upright_rgb(image):
+    """A Pillow image -> RGB, turned as its camera says, what is transparent on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def load_image(data: bytes, resolution: int, crop: str, rand) -> np.ndarray:
     """uint8 [R, R, 3] RGB from a file's bytes. `squash` resizes to a square (as the authors do for
     SigLIP), `center` is ADM's centre crop, `random` cuts R x R from a short side of 1.5 R."""
     image = Image.open(io.BytesIO(data))
     short = resolution * 3 // 2 if crop == "random" else resolution
     image.draft("RGB", (short, short))                    # JPEG: decodes at 1/2, 1/4 or 1/8
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = upright_rgb(image)
     if crop == "squash":
         return np.array(image if image.size == (resolution, resolution) else
                         image.resize((resolution, resolution), Image.BICUBIC))

@@ -57,9 +57,13 @@ def vgg_files(args, tiny):
 
 
 def pictures(mixture, count, devices, batch=64):
-    """The first `count` pictures of a stream, by batches [B,3,S,S] in [0,1]."""
+    """The first `count` pictures of a stream, by batches [B,3,S,S] in [0,1]. Broken ones are named;
+    DataError when they are many."""
+    skips = data.SkipCounter()
     for start in range(0, count, batch):
         records = [mixture[i] for i in range(start, min(count, start + batch))]
+        for r in records:
+            skips.update(r["skipped"], 1)
         images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
         yield parallel.place({"images": images}, devices)["images"].float() / 255
 
@@ -121,13 +125,16 @@ def load_codec(args, devices):
 
     A decoder's config names its encoder; a published one has none: its width tells.
     """
-    file = weights.final_of(*weights.locate([("decoder or VAE", args.run, "--run")]))
-    config = weights.read_weights(file, "--run")[1]
-    if "block_out_channels" in config:
-        tiny = len(config["block_out_channels"]) < len(vaes.FLUX["block_out_channels"])
+    file = weights.vae_inside(*weights.locate([("decoder or VAE", args.run, "--run")]))
+    state, config = weights.read_weights(file, "--run")
+    if any(k.startswith("decoder.up") for k in state):
+        if args.encoder:
+            raise UserError(f"--encoder {args.encoder}: {args.run} is a VAE, its own encoder; "
+                            "--features names the network of FD-enc")
+        vae = weights.load_vae(file, devices, "--run")
+        tiny = len(vae.config["block_out_channels"]) < len(vaes.FLUX["block_out_channels"])
         name = args.features or (weights.TINY_CODEC[0] if tiny else weights.HUB["siglip2"][0])
         path, = weights.locate([("encoder for the features", name, "--features")])
-        vae = weights.load_vae(file, devices, "--run")
         encoder = weights.load_encoder(path, devices)
         return lambda x: vae.decode(vae.encode(x)), 64 if tiny else 256, encoder, tiny
     by_width = {encoders.SO400M["hidden_size"]: weights.HUB["siglip2"][0],
@@ -197,6 +204,8 @@ def decoder(args):
     for spec in args.data:                              # bad data is said before weights are read
         name = data.parse_spec(spec)[0]
         mixtures[name] = data.Mixture([spec], 64, args.seed, crop="center", text=False)
+        if mixtures[name].size(0) == 1:
+            raise UserError(f"--data {name}: 1 picture; a covariance needs 2 or more")
     inception = load_inception(args.inception, devices) if args.inception else None
     reconstruct, resolution, features, tiny = load_codec(args, devices)
     vgg, note = None, "left out (--no-lpips)"
@@ -222,6 +231,9 @@ def decoder(args):
         count = min(args.count, mixture.size(0) or args.count)
         rows = measure(reconstruct, pictures(mixture, count, devices, args.batch), features, vgg,
                        inception)
+        if bad := [k for k, v in rows.items() if not v.isfinite().all()]:
+            raise UserError(f"--run {args.run}: its reconstructions of {name} are not finite "
+                            f"({', '.join(bad)})")
         for k, v in rows.items():
             everything.setdefault(k, []).append(v)
         show(name, rows)
@@ -301,8 +313,7 @@ def scene_pictures(prompts, size):
 def reconstruct(encoder, decoder, x, batch=64):
     """[P,3,S,S] -> the same through both, on the CPU."""
     device = next(encoder.parameters()).device
-    return torch.cat([decoder(decoder.normalise(encoder(part.to(device)))).float().cpu()
-                      for part in x.split(batch)])
+    return torch.cat([decoder(encoder(part.to(device))).float().cpu() for part in x.split(batch)])
 
 
 PARTS = {"seen": lambda p: not p.unseen, "unseen": lambda p: p.unseen,
@@ -333,6 +344,10 @@ def t2i(args):
         if args.sheet:
             raise UserError(f"--sheet {args.sheet} is for the built-in benchmark, whose judge says "
                             "what failed; leave it out with --prompts")
+        for flag in ("--per-category", "--batch"):
+            if (value := getattr(args, flag[2:].replace("-", "_"))) is not None:
+                raise UserError(f"{flag} {value} is for the built-in benchmark; leave it out with "
+                                "--prompts")
         if args.device == "xla":
             raise UserError("--device xla: not with --prompts, which sample.py draws; --device cpu")
         names = ("prompts", "layout", "out", "run", "n", "steps", "schedule", "guidance", "seed",
@@ -341,7 +356,8 @@ def t2i(args):
                      for word in (f"--{k}", str(getattr(args, k)))])
         return print(json.dumps({"task": "t2i", **{k: str(getattr(args, k)) for k in (
             "run", "prompts", "layout", "out")}}))
-    args.steps = args.steps or 25
+    args.steps, args.batch = args.steps or 25, args.batch or 32
+    args.per_category = args.per_category or 40
     sample.check_schedule(args)
     if args.sheet:
         sample.check_out(args.sheet, "--sheet", ".png")
@@ -459,6 +475,7 @@ def judge(args):
                             ("decoder", args.decoder or weights.TINY_CODEC[1], "--decoder")])
     encoder = weights.load_encoder(paths[0], devices)
     decoder = weights.load_decoder(paths[1], devices, encoder.channels, encoder.mean, encoder.std)
+    decoder.config["latent_stats"] = False                      # decode the latent as it is
     print(f"{'scenes':<12}{'picture':<16}{'true pass':>10}{'95 %':>16}{'changed pass':>14}")
     rows = {}
     for source in ("web", "synthetic", "text"):
@@ -503,8 +520,8 @@ def main():
     q.add_argument("--steps", type=runs.positive(), help="default 25; of --prompts 50")
     q.add_argument("--schedule", choices=["clean", "compat"], default="clean")
     q.add_argument("--guidance", type=runs.positive(float, zero=True), help="default: as sample.py")
-    q.add_argument("--per-category", type=runs.positive(), default=40, help="prompts a category")
-    q.add_argument("--batch", type=runs.positive(), default=32, help="pictures at a time")
+    q.add_argument("--per-category", type=runs.positive(), help="prompts a category (default 40)")
+    q.add_argument("--batch", type=runs.positive(), help="pictures at a time (default 32)")
     q.add_argument("--seed", type=runs.positive(zero=True), default=0, help="of the noise")
     q.add_argument("--sheet", type=Path, help="draw failures with the judge's reasons: a PNG")
     q.add_argument("--prompts", type=Path, help="instead: a .jsonl, a text file, a folder of .txt")
@@ -529,6 +546,8 @@ def main():
                            help="run folder, released folder or hub id")
         if name != "decoder":
             q.add_argument("--encoder", help="default: the one that belongs to the run")
+        q.set_defaults(decoder=None)
+        if name in ("t2i", "judge"):
             q.add_argument("--decoder", help="default: the one that belongs to the encoder")
     args = p.parse_args()
     args.function(args)

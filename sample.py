@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import best_of
+import data
 import flow
 import parallel
 import run as runs
@@ -86,9 +87,9 @@ def answer(llm, tokenizer, question, z=None, limit=512):
 # ------------------------------------------------------------------------------------------------
 
 def open_image(path):
-    """A picture file -> RGB Pillow image. Raises UserError."""
+    """A picture file -> RGB Pillow image, as training sees it. Raises UserError."""
     try:
-        return Image.open(path).convert("RGB")
+        return data.upright_rgb(Image.open(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file")
     except Exception as error:      # Pillow raises many kinds
@@ -152,9 +153,10 @@ def read_prompts(path, layout):
         for file in files:
             whole = file.read_text(encoding="utf-8-sig")
             if path.is_dir():
-                items.append((file.stem, " ".join(whole.split()), {}))
+                words = " ".join(whole.split())
+                items.append((file.stem, words, {"prompt": words}))
                 continue
-            for number, line in enumerate(whole.splitlines(), 1):
+            for number, line in enumerate(whole.split("\n"), 1):     # JSON may hold other breaks
                 if not line.strip():
                     continue
                 record = {"prompt": line.strip()}
@@ -275,6 +277,11 @@ def arguments(argv=None):
     args.out = args.out or Path("out" if args.prompts else "out.png")
     if not (mode == "image" or mode == "latent" and args.text):         # those print
         check_out(args.out, "--out", None if args.prompts else ".png")
+    if args.layout == "geneval":
+        more = [p for p in args.out.glob("*/samples/*.png") if p.stem >= f"{args.n:04d}"]
+        if more:
+            raise UserError(f"--out {args.out} holds {more[0]} of an earlier run with more pictures "
+                            "a prompt, which the scorer would count too; take another --out")
     if args.save_latent:
         check_out(args.save_latent, "--save-latent", ".safetensors")
     return args
@@ -288,6 +295,8 @@ def check_schedule(args):
 
 def check_text(words, flag, tokenizer, config, tokens):
     """Raises UserError for words that break the chat, or that leave no room in the context."""
+    if any("\ud800" <= c <= "\udfff" for c in words):
+        raise UserError(f"{flag} is not valid Unicode: {words[:40]!r}")
     for s in (*text.SPECIAL, "<image>"):
         if s in words:
             raise UserError(f"{flag} holds {s}, which the chat format uses; leave it out")
@@ -329,14 +338,18 @@ def ask(args, llm, tokenizer, z):
 
 
 def condition(args, llm, tokenizer, words, device):
-    """What the LLM makes of a prompt: cond [1,N,Z]. Raises UserError when it does not draw."""
-    if args.direct:
-        return direct_condition(llm, tokenizer, [words], device)
-    *said, cond = list(answer(llm, tokenizer, words)) or [""]
-    if isinstance(cond, str):
-        raise UserError(f"the model answered {''.join(said) + cond!r} instead of drawing; ask for "
-                        "a picture (\"Can you generate a photo of ...?\") or force one: --direct")
-    return cond
+    """What the LLM makes of a prompt: cond [1,N,Z]. When it does not draw: UserError, or of many
+    prompts, which should not end for one, a line that it was made to."""
+    if not args.direct:
+        *said, cond = list(answer(llm, tokenizer, words, limit=args.max_tokens)) or [""]
+        if not isinstance(cond, str):
+            return cond
+        said = f"the model answered {''.join(said) + cond!r} instead of drawing"
+        if not args.prompts:
+            raise UserError(f"{said}; ask for a picture (\"Can you generate a photo of ...?\") or "
+                            "force one: --direct")
+        tqdm.write(f"{words}: {said}; drawn as with --direct", file=sys.stderr)
+    return direct_condition(llm, tokenizer, [words], device)
 
 
 @torch.no_grad()
@@ -463,6 +476,9 @@ def main(argv=None):
         return ask(args, llm, tokenizer, z)
 
     alpha, guidance = alpha_and_guidance(args, dit, config)
+    if guidance == 1 and args.guidance_interval != (0.0, 1.0):
+        raise UserError(f"--guidance-interval {' '.join(map(str, args.guidance_interval))}: "
+                        "guidance is off; give --guidance too")
     _, decoder = weights.load_codec(config, args, devices, encoder=False)
     if args.latent:
         with torch.no_grad():

@@ -223,7 +223,7 @@ def config_of(path, flag="--run"):
 def read_latent(path, tokens, channels):
     """A file of --save-latent, ours or the authors' -> [n,N,C]. Raises UserError."""
     state, _ = read_weights(path, "--latent")
-    z = next(iter(state.values())).float()
+    z = next(iter(state.values()), torch.empty(0)).float()
     z = z[None] if z.dim() == 2 else z
     if list(z.shape[1:]) != [tokens, channels]:
         raise UserError(f"--latent {path}: latents of {list(z.shape[1:])}, the model's are "
@@ -292,13 +292,16 @@ def checksum(model):
     return digest.hexdigest()
 
 
+def vae_inside(path):
+    """Where a run folder or a published one has its VAE, if it has one, else its final weights."""
+    path = final_of(path)
+    return next((p for p in (path / "vae", path / "ae.safetensors") if p.exists()), path)
+
+
 def load_vae(path, devices, flag="--vae"):
     """FLUX's VAE: ae.safetensors, diffusers' file, a folder that holds either or vae/, or a run.
     A file without a config is FLUX.1's."""
-    path = final_of(path)
-    inside = (path / "vae", path / "ae.safetensors", path)
-    path = next((p for p in inside if p.exists()), path)
-    state, config = read_weights(path, flag)
+    state, config = read_weights(path := vae_inside(path), flag)
     if any(k.startswith("decoder.up.") for k in state):
         state = vaes.from_ldm(state)
     with user_errors(f"{flag} {path}"):
@@ -396,6 +399,9 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
     names = TINY_CODEC if tower == TINY_TOWER else (
         tower, next((d for e, d in HUB.values() if e == tower), "decoder"))
     if vae and decoder:
+        if encoder and args.encoder:
+            raise UserError(f"--encoder {args.encoder}: the latent of {args.run} is a VAE's, which "
+                            "is its own encoder; --decoder replaces it")
         name = args.decoder or (ASSETS / "vae.safetensors" if vae == TINY_VAE else vae)
         model = load_vae(*locate([("vae", name, "--decoder")]), devices, "--decoder")
         model.image_size = math.isqrt(N) * model.stride

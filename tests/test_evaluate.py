@@ -258,6 +258,30 @@ def test_t2i_from_end_to_end(call, capsys):
     assert sheet.width == 8 * 136 + 8 and np.asarray(sheet).std() > 20
 
 
+def test_a_run_on_a_vae_latent_and_a_published_vae(call, capsys, tmp_path):
+    """One step of training; its benchmark, questions and reconstruction; the VAE as FLUX ships it."""
+    import train_dit
+    vae = weights.ASSETS / "vae.safetensors"
+    assert call("--latent", "vae", "--steps", 1, "--batch", 2, "--workers", 0, "--sample-steps", 1,
+                "--out", "run", "--data", "builtin:hq", main=train_dit.main) == 0
+    capsys.readouterr()
+    assert call("t2i", "--run", "run", "--per-category", 1, "--n", 1, "--steps", 1) == 0
+    assert 0.5 < last_line(capsys)[1]["ceiling"] <= 1                   # the VAE passes most
+    assert call("vqa", "--run", "run", "--count", 2) == 0
+    assert call("t2i", "--run", "run", "--encoder", "absent") == 2
+    assert "--encoder absent" in capsys.readouterr().err
+    few = ["--count", 4, "--no-lpips", "--data", "builtin:web", "--features",
+           weights.ASSETS / "encoder.safetensors"]
+    assert call("decoder", "--run", vae, *few) == 0
+    want = last_line(capsys)[1]["psnr"]
+    state, config = weights.read_weights(vae)
+    (tmp_path / "flux/vae").mkdir(parents=True)
+    save_file(state, "flux/vae/diffusion_pytorch_model.safetensors")
+    Path("flux/vae/config.json").write_text(json.dumps(config))
+    assert call("decoder", "--run", "flux", *few) == 0
+    assert last_line(capsys)[1]["psnr"] == want > 20
+
+
 def test_pictures_of_the_benchmark_are_those_of_sample(call):
     """The same prompt, seed and settings, in a batch of 6 or alone: the same to the last bits."""
     import sample
@@ -344,6 +368,12 @@ def files(tmp_path_factory):
     (f / "half.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
     (f / "cut.safetensors").write_bytes((weights.ASSETS / "decoder.safetensors").read_bytes()[:999])
     save_file({"x": torch.zeros(1)}, f / "other.safetensors")
+    for name, count, broken in (("one", 1, 0), ("broken", 40, 14)):
+        (f / name).mkdir()
+        for i in range(count):
+            Image.new("RGB", (20, 20), (i, 0, 0)).save(f / name / f"{i:02d}.png")
+        for i in range(broken):
+            (f / name / f"{i:02d}.png").write_bytes(b"x")
     return f
 
 
@@ -357,6 +387,8 @@ BAD = [
     ("t2i --prompts {f}/good.txt", "--layout|--out"), ("t2i --layout dpg", "--prompts"),
     ("t2i --out x", "--prompts"), (PROMPTS, "--out"),
     (PROMPTS + " --out o --sheet s.png", "--sheet s.png|--prompts"),
+    (PROMPTS + " --out o --per-category 3", "--per-category 3|--prompts"),
+    (PROMPTS + " --out o --batch 3", "--batch 3|--prompts"),
     ("t2i --prompts {f}/good.txt --layout coco --out o", "--layout|coco|geneval"),
     ("t2i --prompts {f}/good.txt --layout dpg --out o --n 3", "--n 3|1 or 4"),
     (PROMPTS + " --out {f}/good.txt", "--out|good.txt|folder"),
@@ -379,6 +411,10 @@ BAD = [
     ("decoder --count 1", "--count 1|2 pictures"), ("decoder --data {f}/absent", "absent"),
     ("decoder --data builtin:cats", "builtin:cats|builtin:web"),
     ("decoder --run {f}/absent", "--run|absent"), ("decoder --vgg {f}/absent", "--vgg|absent"),
+    ("decoder --data {f}/one", "--data|1 picture"),
+    ("decoder --data {f}/broken --count 30 --no-lpips", "were broken|above 1 %"),
+    ("decoder --run {a}/vae.safetensors --encoder {f}/absent", "--encoder|VAE|--features"),
+    ("vqa --decoder {f}/absent", "--decoder"),
     ("decoder --inception {f}/absent", "--inception|absent"),
 ]
 
@@ -386,7 +422,7 @@ BAD = [
 @pytest.mark.parametrize("command, says", BAD, ids=[c for c, _ in BAD])
 def test_bad_input_is_one_clear_line(command, says, call, files, capsys, tmp_path):
     """Exit status 2; the value, and the flag that mends it; no traceback, nothing written."""
-    assert call(*command.replace("{f}", str(files)).split()) == 2
+    assert call(*command.format(f=files, a=weights.ASSETS).split()) == 2
     said = capsys.readouterr().err
     lines = said.strip().splitlines()
     assert said.count("error:") == 1, said              # missing weights are a list, a line each

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import best_of
+import data
 import dit as dits
 import encoder as encoders
 import flow
@@ -327,6 +328,50 @@ def test_layouts_for_the_official_scorers(call):
     assert Image.open("out/00001-1.png").info["prompt"] == "two cats"
 
 
+def test_one_prompt_that_is_answered_in_words_does_not_end_a_run(call, monkeypatch, capsys):
+    """Of several it is drawn all the same, and said; of one the user is told how."""
+    real, asked = sample.answer, []
+
+    def answer(llm, tokenizer, question, limit):
+        asked.append(limit)
+        return ["No", "."] if "cat" in question else real(llm, tokenizer, question, limit=limit)
+    monkeypatch.setattr(sample, "answer", answer)
+    Path("p.txt").write_text("a red circle\na cat\na blue star\n")
+    assert call("--prompts", "p.txt", "--steps", 2, "--max-tokens", 40) == 0
+    said = capsys.readouterr().err
+    assert said.count("instead of drawing") == 1 and "a cat: the model answered 'No.'" in said
+    assert len(list(Path("out").iterdir())) == 3 and asked == [40, 40, 40]
+    assert call("a cat", "--steps", 2) == 2 and "--direct" in capsys.readouterr().err
+    assert call("a cat", "--steps", 2, "--direct") == 0
+    assert Path("out.png").read_bytes() == Path("out/00001-0.png").read_bytes()
+
+
+def test_prompt_files_keep_the_prompt(call):
+    """A line separator that JSON allows inside a string; the record of a folder's text file."""
+    Path("u.jsonl").write_text(json.dumps({"prompt": "a red\u2028circle"}, ensure_ascii=False))
+    assert [p for _, p, _ in sample.read_prompts(Path("u.jsonl"), None)] == ["a red\u2028circle"]
+    Path("t").mkdir()
+    Path("t/a.txt").write_text("a red\ncircle\n")
+    assert sample.read_prompts(Path("t"), "geneval") == [("a", "a red circle",
+                                                          {"prompt": "a red circle"})]
+
+
+def test_pictures_are_read_as_in_training(tmp_path):
+    """Turned as the camera says, transparent on white."""
+    clear = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    clear.paste((255, 0, 0, 255), (0, 0, 20, 20))
+    clear.save(tmp_path / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                    # a quarter turn
+    Image.linear_gradient("L").resize((40, 20)).save(tmp_path / "phone.jpg", exif=exif)
+    for name, size in (("clear.png", (40, 20)), ("phone.jpg", (20, 40))):
+        image = sample.open_image(tmp_path / name)
+        assert image.size == size
+        seen = data.load_image((tmp_path / name).read_bytes(), 64, "squash", None)
+        assert np.abs(np.asarray(image.resize((64, 64), Image.BICUBIC)).astype(int) - seen).max() <= 1
+    assert sample.open_image(tmp_path / "clear.png").getpixel((39, 0)) == (255, 255, 255)
+
+
 def test_pictures_are_made_square_as_the_encoder_s_processor_does():
     """SigLIP-2 squashes; DINOv2 takes the middle of the picture with its short side at S."""
     x = np.zeros((20, 60, 3), np.uint8)
@@ -388,6 +433,10 @@ def files(tmp_path_factory):
     for name, shape in (("wide", (1, N, C + 1)), ("long", (1, N + 1, C)), ("flat", (C,)),
                         ("none", (0, N, C))):
         save_file({"latents": torch.zeros(shape)}, f / f"{name}.safetensors")
+    save_file({}, f / "nothing.safetensors")
+    (f / "more/00000/samples").mkdir(parents=True)
+    for i in range(2):
+        (f / f"more/00000/samples/{i:04d}.png").touch()
     save_file({"latents": torch.full((1, N, C), float("nan"))}, f / "nan.safetensors")
     (f / "cut.safetensors").write_bytes((f / "z.safetensors").read_bytes()[:300])
     for name, lines in {
@@ -395,7 +444,8 @@ def files(tmp_path_factory):
             "long.txt": "a cat\n" + "word " * 3000, "json.jsonl": '{"prompt": "a"}\n{"prompt": ',
             "list.jsonl": "[1]", "key.jsonl": '{"text": "a cat"}', "number.jsonl": '{"prompt": 3}',
             "blank.jsonl": '{"prompt": " "}', "same.jsonl": '{"prompt": "a", "item_id": 1}\n' * 2,
-            "path.jsonl": '{"prompt": "a", "item_id": "../a"}'}.items():
+            "path.jsonl": '{"prompt": "a", "item_id": "../a"}',
+            "half.jsonl": '{"prompt": "a \\ud83d circle"}'}.items():
         (f / name).write_text(lines)
     (f / "latin.txt").write_bytes("a \u00e9t\u00e9".encode("latin-1"))
 
@@ -422,6 +472,8 @@ BAD = [
     ("cat --guidance-interval -1 1", "--guidance-interval"),
     ("cat --guidance-interval 0 2", "--guidance-interval 0 2"),
     ("cat --guidance-interval nan 1", "--guidance-interval nan 1"),
+    ("cat --guidance 1 --guidance-interval 0.2 0.8", "--guidance-interval 0.2 0.8|--guidance"),
+    ("cat --schedule compat --guidance-interval 0.2 0.8", "--guidance-interval 0.2 0.8|off"),
     ("cat --best-of 0", "--best-of"), ("cat --best-of 2 --keep 3", "--keep 3|--best-of 2"),
     ("cat --keep 1", "--keep 1|needs --best-of"),
     ("cat --verifier yes", "--verifier yes|--best-of"),
@@ -458,6 +510,7 @@ BAD = [
     ("--latent {f}/flat.safetensors", "--latent|[64, 96]"),
     ("--latent {f}/none.safetensors", "--latent|no latent"),
     ("--latent {f}/nan.safetensors", "--latent|not finite"),
+    ("--latent {f}/nothing.safetensors", "--latent|[64, 96]"),
     ("--latent {f}/cut.safetensors", "cut.safetensors"),
     ("cat --latent {f}/text.png", "text.png"), ("--latent {f}/folder", "folder"),
     ("--prompts {f}/folder", "--prompts|folder|no prompt"),
@@ -472,6 +525,8 @@ BAD = [
     ("--prompts {f}/path.jsonl --layout dpg", "path.jsonl|item_id|../a"),
     ("--prompts {f}/chat.txt", "00001|<|im_end|>"),
     ("--prompts {f}/long.txt", "00001|too long|context"),
+    ("--prompts {f}/half.jsonl", "00000|not valid Unicode"), ("latin", "not valid Unicode"),
+    ("--prompts {f}/good.txt --layout geneval --n 1 --out {f}/more", "--out|0001.png|earlier run"),
     ("long", "too long|shorten"), ("long --image {f}/good.png", "too long|shorten"),
     ("image", "<image>|leave it out"), ("cat --template a+<image>+{}", "<image>|leave it out"),
     ("cat --out {f}/folder", "--out|folder|.png"), ("cat --out a.jpg", "--out a.jpg|.png"),
@@ -485,7 +540,8 @@ BAD = [
     ("cat --decoder {f}/absent", "absent|--decoder"),
     ("cat --decoder {f}/z.safetensors", "--decoder|decoder_embed"),
 ]
-WORDS = {"cat": "a cat", "blank": "  \n", "long": "word " * 3000, "image": "a <image> cat"}
+WORDS = {"cat": "a cat", "blank": "  \n", "long": "word " * 3000, "image": "a <image> cat",
+         "latin": "caf\udce9"}
 
 
 @pytest.mark.parametrize("command, says", BAD, ids=[c for c, _ in BAD])
