@@ -10,6 +10,8 @@ crop. So the whole state of the stream is the integer n, whatever the number of 
 rank takes its slice of n, a worker any of them. This is why a run does not change with its mesh.
 """
 import argparse
+import contextlib
+import fcntl
 import functools
 import glob
 import io
@@ -173,6 +175,8 @@ class Tars:
                 for m in tar:
                     tar.members = []                      # tarfile would keep them all
                     stem, extension = os.path.splitext(m.name)
+                    if not m.isfile() or extension.lower() not in (*IMAGES, ".json", ".txt"):
+                        continue                          # a folder, or what no record has
                     row = found.setdefault(stem, [0] * 5)
                     if extension.lower() in IMAGES:
                         row[:2] = m.offset_data, m.size
@@ -224,12 +228,19 @@ def open_source(name: str, text: bool = True, strict: bool = True):
     if missing or not paths:
         raise DataError(f"{name}: {len(missing)} files of {len(paths)} are missing, such as "
                         f"{(missing or [name])[0]}")
-    return JsonLines(paths[0], text, strict) if name.endswith(".jsonl") else Tars(paths, text)
+    if name.endswith(".tar"):
+        return Tars(paths, text)
+    if len(paths) > 1:
+        raise DataError(f"{name}: {len(paths)} .jsonl files; give each as a source of its own")
+    return JsonLines(paths[0], text, strict)
 
 
 def upright_rgb(image):
     """A Pillow image -> RGB, turned as its camera says, what is transparent on white."""
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                        # 16 bits, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
+                                .astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -261,6 +272,10 @@ def file_record(source, j: int, resolution: int, crop: str, text: bool, rand) ->
     data, fields = source.read(j)
     words = fields.get("caption") or fields.get("prompt") or fields.get("text")
     talk = fields.get("conversations")
+    for said in [words or "", *(t["value"] for t in talk or [])]:
+        if not isinstance(said, str):
+            raise ValueError(f"its text is a {type(said).__name__}, not a string")
+        said.encode()                                     # half of a surrogate pair is no text
     if talk:
         drawn = any("<image>" in t["value"] for t in talk if t["from"] == "gpt")
         if not any("<image>" in t["value"] for t in talk):            # some LLaVA sets leave it out
@@ -381,10 +396,14 @@ class Mixture:
         """Records of source s, None when it is endless."""
         return BUILTIN[self.names[s]] if self.files[s] is None else len(self.files[s])
 
+    def endless(self):
+        """Has another seed other pictures, from every source?"""
+        return all(self.size(s) is None for s in range(len(self.names)))
+
     def __len__(self):
         sizes = [self.size(s) for s in range(len(self.names))]
         if None in sizes:
-            raise TypeError(f"{self.names[sizes.index(None)]} is endless: give --steps, not epochs")
+            raise TypeError(f"{self.names[sizes.index(None)]} is endless")
         return sum(sizes)
 
     def describe(self) -> list:
@@ -457,7 +476,7 @@ class Latents:
             self.array = np.load(self.path, mmap_mode="r")
             if len(self.crcs) != len(self.array):
                 raise ValueError(f"{len(self.crcs)} sums for {len(self.array)} records")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise DataError(f"{folder}: a damaged cache of latents ({e})") from None
 
     def read(self, j: int) -> np.ndarray:
@@ -482,7 +501,7 @@ class Pictures:
         if files is None:
             return builtin_record(m.names[self.s], m.seed, j, m.resolution)["image"]
         try:                                              # train_dit.py's crops draw nothing
-            return file_record(files, j, m.resolution, m.crop, m.text, generator())["image"]
+            return load_image(files.read(j)[0], m.resolution, m.crop, None)
         except CORRUPT as e:
             return reason(e)
 
@@ -507,20 +526,35 @@ def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, 
         key = f"{hash64(what, name, mixture.resolution, mixture.crop, mixture.size(s), state):016x}"
         place = os.path.join(folder, key)
         try:
-            if write:
-                found.append(Latents(place))
-        except DataError as e:
-            print(f"{e}; making it again" if os.path.exists(place) else f"{name}: encoding "
-                  f"{mixture.size(s)} pictures once, into {place}", file=sys.stderr)
-            try:
-                write_latents(Pictures(mixture, s), mixture.size(s), place, encode, batch, workers)
-            except OSError as e:
-                raise DataError(f"--cache-latents {folder}: cannot write: {e}") from None
-            found.append(Latents(place))
+            with alone(place + ".lock") if write else contextlib.nullcontext():
+                try:
+                    if write:
+                        found.append(Latents(place))
+                except DataError as e:
+                    print(f"{e}; making it again" if os.path.exists(place) else f"{name}: encoding "
+                          f"{mixture.size(s)} pictures once, into {place}", file=sys.stderr)
+                    write_latents(Pictures(mixture, s), mixture.size(s), place, encode, batch,
+                                  workers)
+                    found.append(Latents(place))
+        except OSError as e:
+            raise DataError(f"--cache-latents {folder}: cannot write: {e}") from None
         wait()
         if not write:
             found.append(Latents(place))
     mixture.latents = found
+
+
+@contextlib.contextmanager
+def alone(path: str):
+    """One process at a time; another that fills the same folder is waited for."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as f:
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that fills {path[:-5]}", file=sys.stderr)
+            fcntl.lockf(f, fcntl.LOCK_EX)
+        yield
 
 
 def write_latents(pictures, size: int, place: str, encode, batch: int, workers: int):

@@ -49,9 +49,10 @@ TINY_VGG = weights.ASSETS / "vgg.safetensors"
 SMALL = " (small, trained on the built-in data by train_encoder.py; not the pretrained one)"
 
 
-def vgg_files(args, tiny):
-    """What weights.locate has to find for the perceptual net, by torchvision's and LPIPS' names."""
-    lpips = args.lpips_weights or (None if tiny or args.vgg else "vgg.pth")
+def vgg_files(args, tiny, lpips=True):
+    """What weights.locate has to find for the perceptual net, by torchvision's and LPIPS' names
+    (load_perceptual looks for the latter too). lpips False: Gram terms alone."""
+    lpips = lpips and (args.lpips_weights or (None if tiny or args.vgg else "vgg.pth"))
     return [("VGG16", args.vgg or (TINY_VGG if tiny else "vgg16-397923af.pth"), "--vgg")] + (
         [("LPIPS", lpips, "--lpips-weights")] if lpips else [])
 

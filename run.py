@@ -488,6 +488,9 @@ class Run:
                   f"{'there' if saved else self.latest or 'the start'}")
 
     def finish(self):
+        """After the loop: the last checkpoint is whole, so a signal may just end the process."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.main:
             self.bar.close()
 

@@ -328,11 +328,10 @@ def load_tokenizer(folder):
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    elif all((folder / f).is_file() for f in ("vocab.json", "merges.txt", "added_tokens.json")):
         tokenizer = _byte_level(Tokenizer(models.BPE.from_file(
             str(folder / "vocab.json"), str(folder / "merges.txt"))))
-        added = folder / "added_tokens.json"
-        added = json.loads(added.read_text()) if added.is_file() else {}
+        added = json.loads((folder / "added_tokens.json").read_text())
         for text, i in sorted(added.items(), key=lambda item: item[1]):
             tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True)])
             if tokenizer.token_to_id(text) != i:

@@ -9,6 +9,7 @@
     L_D = hinge(D(x), D(x_hat))                    D: heads on a frozen DINO (discriminator.py)
 """
 import argparse
+import functools
 import json
 import math
 import time
@@ -85,15 +86,16 @@ def arguments():
                    help="VGG stages of the Gram term")
     g.add_argument("--gan", type=number, help="weight; 10 (tiny: 0.1)")
     g.add_argument("--adaptive-gan", action=argparse.BooleanOptionalAction, default=True,
-                   help="balance the GAN term's gradient with the others' at the last layer")
+                   help="balance the GAN term's gradient with the others' at the last layer, a "
+                   "micro-batch at a time (so another --micro-batch is another run)")
     g.add_argument("--disc-loss", choices=["hinge", "vanilla"], default="hinge")
     g.add_argument("--disc-start", type=span, help="the discriminator trains from here (7e, 500)")
     g.add_argument("--gan-start", type=span, help="the decoder feels it from here (8e, 600)")
-    g.add_argument("--kl", type=number, default=1e-6, help="weight of the VAE's KL term")
+    g.add_argument("--kl", type=number, help="weight of the VAE's KL term (1e-6)")
     g.add_argument("--noise-tau", type=number, default=0.0,
                    help="noise on the latent while training (0: off)")
-    g.add_argument("--noise-dist", choices=["half-normal", "uniform"], default="half-normal",
-                   help="of its strength: |N(0,tau^2)| (paper) or tau U(0,1) (RAE)")
+    g.add_argument("--noise-dist", choices=["half-normal", "uniform"],
+                   help="of its strength: |N(0,tau^2)| (paper, default) or tau U(0,1) (RAE)")
     g.add_argument("--vgg", help="torchvision's VGG16 (tiny: assets/tiny/vgg.safetensors)")
     g.add_argument("--lpips-weights", help="LPIPS v0.1 lin0..4, where --vgg's file lacks them")
     g.add_argument("--dino", help="DINO ViT-S/16 (tiny: assets/tiny/dino.safetensors)")
@@ -105,6 +107,13 @@ def arguments():
     g.add_argument("--betas", type=runs.share, nargs=2, default=[0.9, 0.95], help="of both")
     g.add_argument("--ema", type=runs.share, help="decay; 0: off")
     args = p.parse_args()
+    for flag, value, needs, there in (
+            ("--kl", args.kl, "--latent vae", args.latent == "vae"),
+            ("--noise-dist", args.noise_dist, "--noise-tau", args.noise_tau),
+            ("--stats-images", args.stats_images, "--latent-stats auto",
+             args.latent_stats == "auto")):
+        if value is not None and not there:
+            raise UserError(f"{flag} {value} needs {needs}")
 
     defaults = dict(DEFAULTS["tiny" if args.size == "tiny" else args.latent])
     if args.size == "tiny":                 # a term whose small network is not there yet is off
@@ -117,8 +126,9 @@ def arguments():
             setattr(args, key, value)
     for key in ("steps", "warmup", "warmup_disc", "disc_start", "gan_start"):
         setattr(args, key, steps_of(str(getattr(args, key)), args.batch))
-    if not (args.l1 or args.lpips or args.gram or args.gan):
-        raise UserError("--l1 0 --lpips 0 --gram 0 --gan 0: nothing is left to train on")
+    if not (args.l1 or args.lpips or args.gram or args.gan and not args.adaptive_gan):
+        raise UserError("--l1 0 --lpips 0 --gram 0: nothing is left to train on"
+                        + ", for --adaptive-gan balances with these" * bool(args.gan))
     if args.gan and args.gan_start < args.disc_start:
         raise UserError(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}: "
                         "an untrained discriminator would steer the decoder")
@@ -126,6 +136,10 @@ def arguments():
                             ("--latent-stats", args.latent_stats), ("--noise-tau", args.noise_tau),
                             ("--layers", args.layers > 1), ("--remat", args.remat != "none"),
                             ("--compile", args.compile)) if v]
+    args.kl = 1e-6 if args.kl is None else args.kl
+    args.noise_dist = args.noise_dist or "half-normal"
+    if args.size == "tiny" and args.latent == "webssl" and not args.encoder:
+        raise UserError("--latent webssl: there is no tiny one; give --encoder, or a larger --size")
     if args.scan:
         raise UserError("--scan is for train_dit.py; the decoder's blocks are not run as a loop")
     if args.latent == "vae" and wrong:
@@ -148,16 +162,22 @@ def networks(args, devices):
     if args.dry_run and not tiny:
         shape = encoders.WEBSSL_300M if args.latent == "webssl" else encoders.SO400M
         with torch.device("meta"):
-            return (None if vae else encoders.build_encoder(shape, args.layers, devices.dtype),
+            with weights.user_errors("the encoder"):
+                encoder = None if vae else encoders.build_encoder(shape, args.layers, devices.dtype)
+            return (encoder,
                     perceptual.Perceptual(dtype=devices.dtype) if vgg else None,
                     gans.Discriminator() if args.gan else None, "published shapes")
     name = weights.TINY_CODEC[0] if tiny else weights.HUB.get(args.latent, [None])[0]
     wanted = [("encoder", args.encoder or name, "--encoder")] * (not vae)
-    wanted += vgg_files(args, tiny) if vgg else []
+    wanted += vgg_files(args, tiny, args.lpips) if vgg else []
     wanted += [("DINO", args.dino or (TINY_DINO if tiny else DINO), "--dino")] * (args.gan > 0)
     path = dict(zip((what for what, _, _ in wanted), weights.locate(wanted)))
     encoder = None if vae else weights.load_encoder(path["encoder"], devices, args.layers)
-    vgg = weights.load_perceptual(path["VGG16"], path.get("LPIPS"), devices) if vgg else None
+    if encoder and isinstance(encoder, encoders.DINOv2) != (args.latent == "webssl"):
+        raise UserError(f"--encoder {args.encoder} is a {type(encoder).__name__}, --latent is "
+                        f"{args.latent}; expected webssl with a DINOv2, else a SigLIP-2")
+    vgg = weights.load_perceptual(path["VGG16"], path.get("LPIPS"), devices,
+                                  args.lpips) if vgg else None
     disc = weights.load_discriminator(path["DINO"], devices, seed=args.seed) if args.gan else None
     small = {"VGG16": vgg and vgg.width < 1, "DINO": disc and disc.config["dim"] < 384}
     found = {k: str(p) + (SMALL if small.get(k) else "") for k, p in path.items()}
@@ -190,25 +210,32 @@ def gaussian(n, seed, shape):
     return torch.stack([torch.randn(shape, generator=g) for g in generators(n, seed)])
 
 
-def latent_noise(z, n, seed, tau, dist):
-    """z + s * noise, one strength s an image: noise-augmented decoding, paper section 2.1."""
-    if not tau:
-        return z
-    noise = torch.empty(z.shape)
-    for i, g in enumerate(generators(n, seed)):
+def latent_noise(n, seed, shape, tau, dist):
+    """[B,*shape]: s * noise, one strength s an image: noise-augmented decoding, paper section
+    2.1."""
+    def one(g):
         s = (torch.randn((), generator=g).abs() if dist == "half-normal"
              else torch.rand((), generator=g)) * tau
-        noise[i] = s * torch.randn(z.shape[1:], generator=g)
-    return z + noise.to(z.device, non_blocking=True)
+        return s * torch.randn(shape, generator=g)
+    return torch.stack([one(g) for g in generators(n, seed)])
 
 
 class Collate:
-    """Records -> images uint8 [B,3,S,S], their numbers n [B] and keys; in the loader's worker."""
+    """Records -> images uint8 [B,3,S,S], keys, and all that is drawn for them: fake_g, fake_d,
+    real_d [B,5] for the augmentations; noise, by the given function, for the latent. In the
+    loader's worker."""
+
+    def __init__(self, seed=0, noise=None):
+        self.seed, self.noise = seed, noise
 
     def __call__(self, records):
+        n = [r["n"] for r in records]
         images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
-        return {"images": images, "n": [r["n"] for r in records],
-                "keys": [r["key"] for r in records],
+        draws = {name: uniform(n, self.seed, stream) for name, stream in
+                 (("fake_g", FAKE_G), ("fake_d", FAKE_D), ("real_d", REAL_D))}
+        if self.noise:
+            draws["noise"] = self.noise(n)
+        return {"images": images, **draws, "keys": [r["key"] for r in records],
                 "skipped": [s for r in records for s in r["skipped"]]}
 
 
@@ -350,8 +377,16 @@ def main():
             parallel.fill(key, stats[key], lambda *_: value, devices)
     run.load(saved)
     accumulate = args.batch // args.micro_batch
-    batches = iter(data.loader(mixture, Collate(), args.micro_batch, run.start * args.batch,
-                               args.workers, devices.rank, devices.world))
+    noise = None
+    if vae:                                                                 # of the posterior
+        side = resolution // model.stride
+        noise = functools.partial(gaussian, seed=args.seed,
+                                  shape=(C // 4, 2 * side, 2 * side))       # [B,c,h,w]
+    elif args.noise_tau:
+        noise = functools.partial(latent_noise, seed=args.seed, shape=(N, C), tau=args.noise_tau,
+                                  dist=args.noise_dist)                     # [B,N,C]
+    batches = iter(data.loader(mixture, Collate(args.seed, noise), args.micro_batch,
+                               run.start * args.batch, args.workers, devices.rank, devices.world))
     unseen = data.Mixture(args.data, resolution, args.seed + 1000, crop="center", text=False)
     held = next(pictures(unseen, 64, devices))
     skips, meter = data.SkipCounter(), runs.Meter()
@@ -395,18 +430,17 @@ def main():
             wait = time.perf_counter() - t0
             keys += batch["keys"]
             skips.update(batch["skipped"], args.micro_batch // devices.world)
-            n, x = batch["n"], parallel.place(batch, devices)["images"].float() / 255   # [B,3,S,S]
-            log = {}
+            batch = parallel.place(batch, devices)
+            x, log = batch["images"].float() / 255, {}                      # [B,3,S,S]
             if vae:
                 z, (mean, logvar) = None, model.posterior(x)                # [B,c,h,w]
-                eps = gaussian(n, args.seed, mean.shape[1:]).to(mean, non_blocking=True)
-                x_hat = (model.decoder(mean + (0.5 * logvar).exp() * eps) + 1) / 2
+                x_hat = (model.decoder(mean + (0.5 * logvar).exp() * batch["noise"]) + 1) / 2
                 kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
                 log["kl"] = args.kl * kl
             else:
                 with torch.no_grad():
                     z = encoder(x)                                          # [B,N,C]
-                    noisy = latent_noise(z, n, args.seed, args.noise_tau, args.noise_dist)
+                    noisy = z + batch["noise"] if args.noise_tau else z
                 x_hat = model(model.normalise(noisy))                       # [B,3,S,S]
             log["l1"] = (x_hat - x).abs().mean()
             rec = args.l1 * log["l1"]
@@ -417,7 +451,7 @@ def main():
             g, = torch.autograd.grad(rec, x_hat)
             loss = rec.detach() + log.get("kl", 0)
             if adversarial:
-                gan = gans.g_loss(disc(gans.augment(x_hat, draws=uniform(n, args.seed, FAKE_G))))
+                gan = gans.g_loss(disc(gans.augment(x_hat, draws=batch["fake_g"])))
                 g_gan, = torch.autograd.grad(gan, x_hat)
                 last = model.decoder.conv_out.weight if vae else model.decoder_pred.weight
                 weight = gans.adaptive_weight(
@@ -430,7 +464,7 @@ def main():
             ends = [(x_hat, g * part)] + ([(log["kl"], torch.full_like(kl, part))] if vae else [])
             torch.autograd.backward(*zip(*ends))
             if judging:
-                kept.append((x, z, n))
+                kept.append((x, z, batch))
             meter.add(args.micro_batch, wait, work, part, loss=loss * part,
                       **{k: v * part for k, v in log.items()})
         norm = parallel.clip_grad(named.values(), math.inf, devices)        # the recipe has no clip
@@ -445,11 +479,11 @@ def main():
                 args.lr_disc_final / args.lr_disc)
             for group in d_optimizer.param_groups:
                 group["lr"] = parallel.scalar(lr_disc, devices.device)
-            disc.train()
-            for x, z, n in kept:
+            for i, (x, z, batch) in enumerate(kept):
+                disc.train(i == 0)      # a step of the spectral norms' power iteration: once
                 fake = (reconstruct(x, z).clamp(0, 1) * 255).round() / 255
-                pair = [gans.augment(image, draws=uniform(n, args.seed, stream))
-                        for image, stream in ((x, REAL_D), (fake, FAKE_D))]
+                pair = [gans.augment(x, draws=batch["real_d"]),
+                        gans.augment(fake, draws=batch["fake_d"])]
                 real, fake = disc(torch.cat(pair)).chunk(2)                 # logits, each [B,L*N]
                 d = d_loss(real, fake)
                 (d * part).backward()
@@ -466,7 +500,7 @@ def main():
         values = {"lr_disc": lr_disc} if judging else {}
         if run.due(done, args.sample_every, stopping=False):
             values["psnr"] = sample(done)
-        if run.due(done, args.log_every):
+        if run.due(done, args.log_every) or "psnr" in values:
             run.log(done, lr=lr, skipped_records=skips.count, **meter.read(devices), **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "l1", "lpips", "gram", "gan", "disc", "psnr"])
@@ -483,8 +517,9 @@ def main():
             run.export(name, model.state_dict(), config)
             runs.swap(named, average)
         score = sample(args.steps)
+        what = "unseen pictures" if mixture.endless() else "pictures of the data, which it has seen"
         if run.main:
-            print(f"{run.dir}/final: PSNR {score:.2f} dB on 64 unseen pictures (EMA weights)")
+            print(f"{run.dir}/final: PSNR {score:.2f} dB on 64 {what} (EMA weights)")
     parallel.finish(devices)
 
 

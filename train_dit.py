@@ -65,7 +65,8 @@ def arguments():
     runs.add_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None,
                    remat=None)
     a = p.add_argument
-    a("--epochs", type=positive, help="passes over finite --data, instead of --steps (finetuning)")
+    a("--epochs", type=positive, help="passes over finite --data, instead of --steps (finetuning); "
+      "of several sources over as many records as all have, each drawn by its weight")
     a("--export", action="store_true",
       help="write final/ from the latest checkpoint of an unfinished run, and stop")
     a("--overfit", action="store_true", help="train on the first batch only, a check: with "
@@ -101,7 +102,7 @@ def arguments():
     a("--cond-drop", type=share, default=0.1, help="share of images that train the null condition")
     a("--repa", type=runs.positive(), default=0, metavar="LAYER",
       help="align the tokens after this DiT block with the encoder's features")
-    a("--repa-weight", type=positive, default=0.5, help="of that, relative to the flow loss")
+    a("--repa-weight", type=positive, help="of that, relative to the flow loss (0.5)")
     a = p.add_argument_group("optimizer").add_argument
     a("--lr", type=positive, help="DiT and its projector")
     a("--lr-llm", type=positive, help="LLM, queries, mm_projector")
@@ -121,6 +122,8 @@ def arguments():
                         f"(or the paper's {', '.join(dits.PAPER_NAMES)})")
     if args.epochs and args.steps:
         raise UserError(f"--epochs {args.epochs} and --steps {args.steps}: give one of them")
+    if args.shift_base and args.shift != "auto":
+        raise UserError(f"--shift-base {args.shift_base:g} is for --shift auto, not {args.shift}")
     for key, value in DEFAULTS["tiny" if args.size == "tiny" else "paper"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -135,6 +138,15 @@ def arguments():
                         "trained to guide away from; use --guidance 1")
     if args.guidance is None:
         args.guidance = 3.0 if args.cond_drop else 1.0
+    if args.repa_weight and not args.repa:
+        raise UserError(f"--repa-weight {args.repa_weight:g} needs --repa LAYER")
+    args.repa_weight = args.repa_weight or 0.5
+    if args.random_init and args.size == "tiny":
+        raise UserError("--random-init is for the sizes from 0.5b on; tiny needs no download")
+    if args.bench and args.cache_latents:
+        raise UserError("--cache-latents writes, --bench writes nothing: give one of them")
+    if args.decoder and args.latent == "vae":
+        raise UserError(f"--decoder {args.decoder}: with --latent vae the VAE decodes; --vae")
     if args.vae and args.latent != "vae":
         raise UserError(f"--vae {args.vae} is for --latent vae, not --latent {args.latent}")
     if args.layers > 1 and args.latent == "vae":
@@ -342,6 +354,13 @@ def main():
     if before and not math.isclose(before, alpha, rel_tol=1e-6) and devices.main:
         print(f"note: --init {args.init} was trained with a time shift of {before:.4g}, this run "
               f"takes {alpha:.4g}; --shift {before:.4g} keeps the former", file=sys.stderr)
+    tower = weights.TINY_TOWER if tiny else weights.HUB[args.latent][0]
+    for flag, before, now in (("--layers", config.get("encoder_layers"), args.layers),
+                              ("--encoder", weights.tower_of(config), args.encoder or tower)
+                              ) if init else ():
+        if before and before != now and devices.main:
+            print(f"note: --init {args.init} was trained with {flag} {before}, this run takes "
+                  f"{now}", file=sys.stderr)
     if size.width <= C and not args.allow_narrow:
         raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the "
                         f"latent's {C} channels. Noise fills all C dimensions of a token, so a "
@@ -371,11 +390,14 @@ def main():
             raise
         print(f"planned without the data: {error}", file=sys.stderr)
         mixture = data.Mixture(MIXTURE, resolution, args.seed)              # texts of usual length
-    if args.epochs:
-        try:
+    try:
+        if args.epochs:
             args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
-        except TypeError as error:
-            raise UserError(f"--epochs {args.epochs}: {error}")
+        elif args.cache_latents:
+            len(mixture)
+    except TypeError as error:
+        raise UserError(f"--epochs {args.epochs:g}: {error}; give --steps" if args.epochs else
+                        f"--cache-latents: {error}; give finite sources to --data")
     if devices.target == "xla" and args.length is None: # another length is another program there
         args.length = 128 if tiny else 512
     collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length, vae is not None)
@@ -569,7 +591,7 @@ def main():
                 runs.save_grid(pictures, run.dir / "samples" / f"step-{done:07d}.png", columns=8)
             if tiny and done < args.steps:
                 values = check_colours(32)
-        if run.due(done, args.log_every):
+        if run.due(done, args.log_every) or values:
             values = {**meter.read(devices), "grad_norm": norm.item(), **values}
             values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
             run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor,
@@ -584,7 +606,6 @@ def main():
     run.finish()
     if args.bench:
         return parallel.finish(devices)
-    tower = weights.TINY_TOWER if tiny else weights.HUB[args.latent][0]
     codec = weights.TINY_VAE if tiny else weights.FLUX_VAE
     config = weights.model_config(llm, dit, args.encoder or tower, alpha,
                                   (args.vae or codec) if vae else None, args.layers, args.decoder,

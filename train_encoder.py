@@ -180,6 +180,12 @@ def effective_rank(z):
     return torch.exp(-(p * (p + 1e-12).log()).sum()).item()
 
 
+def said_of(record):
+    """The words about a picture that has no caption: the request for it, or question and answer."""
+    turns = [t["value"].replace("<image>", "").strip() for t in record["conversations"]]
+    return turns[0] if record["task"] == "t2i" else " ".join(turns)
+
+
 class Collate:
     """Records -> images uint8 [B,3,S,S], ids [B,L], last [B], keys; runs in the loader's worker."""
 
@@ -188,7 +194,7 @@ class Collate:
         self.pad = tokenizer.token_to_id("<|endoftext|>")
 
     def __call__(self, records):
-        texts = [r["caption"] or r["conversations"][-1]["value"] for r in records]
+        texts = [r["caption"] or said_of(r) for r in records]
         rows = [text.encode_text(self.tokenizer, t)[:63] + [self.pad] for t in texts]
         ids = torch.full((len(rows), max(map(len, rows))), self.pad)
         for row, i in zip(ids, rows):
@@ -244,7 +250,7 @@ def evaluate(model, batch):
 
 def main():
     args = arguments()
-    if args.resolution % args.patch:
+    if args.arch != "vgg" and args.resolution % args.patch:
         raise UserError(f"--resolution {args.resolution} is not a multiple of --patch {args.patch}")
     if args.width % args.heads:
         raise UserError(f"--width {args.width} is not a multiple of --heads {args.heads}")
@@ -263,10 +269,12 @@ def main():
     # Data
     # --------------------------------------------------------------------------------------------
     mixture = None if args.dry_run else data.Mixture(args.data, args.resolution, args.seed)
-    kept = not args.fresh and (args.out / "tokenizer.json").is_file()       # of a run that goes on
+    kept = (not (args.fresh or args.tokenizer)                              # of a run that goes on
+            and (args.out / "tokenizer.json").is_file())
     if args.dry_run and not args.tokenizer:
         args.tokenizer = weights.ASSETS                                     # none is trained for it
-    tokenizer = text.load_tokenizer(args.out) if kept else tokenizer_for(args)
+    with weights.user_errors(f"--out {args.out}: tokenizer.json"):
+        tokenizer = text.load_tokenizer(args.out) if kept else tokenizer_for(args)
     collate = Collate(tokenizer)
 
     # --------------------------------------------------------------------------------------------
@@ -297,6 +305,7 @@ def main():
     e = model.encoder
     count = {name: sum(p.numel() for p in child.parameters())
              for name, child in (("encoder", e), ("text", model.text))}
+    count["heads"] = sum(p.numel() for p in model.parameters()) - sum(count.values())
     latent = dict(latent=[e.tokens, e.channels]) if args.arch == "vit" else {}
     flops = {"encoder": 3 * forward_flops,                                  # some 24 tokens:
              "text": 6 * 24 * sum(p.numel() for p in model.text.model.layers.parameters())}
@@ -342,9 +351,9 @@ def main():
     # Loop: data, step, log, save
     # --------------------------------------------------------------------------------------------
     for step in run.progress(args.steps):
+        lr = args.lr * runs.cosine(step, args.steps, args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = parallel.scalar(args.lr * runs.cosine(step, args.steps, args.warmup),
-                                          devices.device)
+            group["lr"] = parallel.scalar(lr, devices.device)
         run.stop = parallel.total([run.asked], devices)[0] > 0     # all processes at the same step
         keys = []
         for micro in range(accumulate):
@@ -357,7 +366,7 @@ def main():
             images = batch["images"].float() / 255                          # [B,3,S,S]
             draw = torch.Generator().manual_seed(   # every process hides other patches
                 (args.seed * 10 ** 9 + step * accumulate + micro) * devices.world + devices.rank)
-            seen = hide(images, args.patch, args.mask, draw)
+            seen = images if args.arch == "vgg" else hide(images, args.patch, args.mask, draw)
             image, caption, mse, _ = model(images, seen, batch["ids"], batch["last"])
             contrast = sigmoid_loss(model.similarity(image, caption))
             loss = contrast + args.dense * mse
@@ -371,12 +380,11 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         parallel.step_done(devices)
 
-        done = step + 1
-        if run.due(done, args.log_every):
-            values = meter.read(devices)
-            if run.due(done, args.sample_every):
-                values.update(evaluate(model, unseen))
-            run.log(done, lr=optimizer.param_groups[0]["lr"], skipped_records=skips.count, **values)
+        done, values = step + 1, {}
+        if run.due(done, args.sample_every, stopping=False):
+            values = evaluate(model, unseen)
+        if run.due(done, args.log_every) or values:
+            run.log(done, lr=lr, skipped_records=skips.count, **meter.read(devices), **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "contrast", *["dense"] * (args.dense > 0), "retrieval", "probe_psnr"])
         if run.due(done, args.save_every):
@@ -388,6 +396,8 @@ def main():
         run.export("model", e.state_dict(), config)
         final = evaluate(model, unseen)
         words = f"retrieval among {len(unseen['ids'])} {final['retrieval']:.1%}"
+        if not mixture.endless():
+            words += " (pictures of the data, which it has seen)"
         if "probe_psnr" in final:
             words += (f", linear probe {final['probe_psnr']:.1f} dB, effective rank "
                       f"{final['effective_rank']:.0f}")

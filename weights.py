@@ -353,22 +353,26 @@ def load_towers(args, tiny, llm, devices):
     return encoder, *codec, tokenizer, files
 
 
-def load_perceptual(vgg, lpips, devices):
-    """torchvision's VGG16 and the `lin*` of LPIPS v0.1; lpips None: both are in `vgg`.
+def load_perceptual(vgg, lpips, devices, needed=True):
+    """torchvision's VGG16 and the `lin*` of LPIPS v0.1; lpips None: they are in `vgg`, or in their
+    usual place.
 
-    The width is that of the first convolution. Without `lin*` a net of full width is an error, a
-    narrower one keeps 1/C.
+    The width is that of the first convolution. A net of full width has to have `lin*`, unless they
+    are not `needed`; a narrower one, or one without, keeps 1/C.
     """
-    what = f"--vgg {vgg}" + (f", --lpips-weights {lpips}" if lpips else "")
     state = {k: v for k, v in read_weights(vgg, "--vgg")[0].items()
              if not k.startswith("classifier.")}
+    whole = len(state.get("features.0.weight", ())) >= perceptual.WIDTHS[0]
+    if needed and whole and not lpips and not any(k.startswith("lin") for k in state):
+        lpips, = locate([("LPIPS", "vgg.pth", "--lpips-weights")])
+    what = f"--vgg {vgg}" + (f", --lpips-weights {lpips}" if lpips else "")
     if lpips:
         state.update(read_weights(lpips, "--lpips-weights")[0])
     if "features.0.weight" not in state:
         raise UserError(f"{what}: no key features.0.weight, expected torchvision's VGG16 layout")
     width = len(state["features.0.weight"]) / perceptual.WIDTHS[0]
     model = perceptual.Perceptual(width, devices.dtype)
-    load_strict(model, state, what, optional=("lin",) if width < 1 else ())
+    load_strict(model, state, what, optional=() if needed and whole else ("lin",))
     return model.to(devices.device)
 
 
@@ -385,6 +389,17 @@ def load_discriminator(path, devices, config=None, seed=0):
     return discriminator.zero_k_bias(model).to(devices.device)
 
 
+def plain_name(tower):
+    """A tower's name without what the authors add: the size it runs at."""
+    return re.sub(r"-(interp|res)\d+$", "", tower)
+
+
+def tower_of(config):
+    """The encoder that a stage-2 config names, or None."""
+    towers = config.get("mm_vision_tower_aux_list")
+    return towers and plain_name(towers[0])
+
+
 def load_codec(config, args, devices, encoder=True, decoder=True):
     """The encoder and decoder that belong to a stage-2 config (None for one not asked for).
 
@@ -393,9 +408,8 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
     is the one that understands; with the decoder it is the VAE: the two are always one codec.
     """
     N, C = config["vision_tower_aux_token_len_list"][0], config["diffusion_model_channels"]
-    strip = (lambda name: re.sub(r"-(interp|res)\d+$", "", name))
-    tower = strip((config.get("mm_vision_tower_aux_list") or ["encoder"])[0])
-    vae = strip(config.get("generation_alignment_tower") or "")
+    tower = tower_of(config) or "encoder"
+    vae = plain_name(config.get("generation_alignment_tower") or "")
     names = TINY_CODEC if tower == TINY_TOWER else (
         tower, next((d for e, d in HUB.values() if e == tower), "decoder"))
     if vae and decoder:

@@ -76,6 +76,13 @@ BAD = [
     (f"{DECODER} --noise-tau -1", ["--noise-tau", "'-1'"]),
     (f"{DECODER} --stats-images 0", ["--stats-images", "'0'"]),
     (f"{DECODER} --l1 0 --lpips 0 --gram 0 --gan 0", ["--l1 0", "nothing"]),
+    (f"{DECODER} --l1 0 --lpips 0 --gram 0 --gan 1", ["--l1 0", "--adaptive-gan"]),
+    (f"{DECODER} --kl 5", ["--kl 5", "--latent vae"]),
+    (f"{DECODER} --noise-dist uniform", ["--noise-dist uniform", "--noise-tau"]),
+    (f"{DECODER} --stats-images 9", ["--stats-images 9", "--latent-stats auto"]),
+    (f"{DECODER} --latent webssl", ["--latent webssl", "--encoder"]),
+    (f"{DECODER} --latent webssl --encoder AT/encoder.safetensors", ["--encoder", "SigLIP2"]),
+    (f"{DECODER} --size xl --dry-run --layers 40", ["--layers 40", "27 blocks"]),
     (f"{ENCODER} --mask 1.5", ["--mask", "1.5"]),
     (f"{ENCODER} --warmup -1", ["--warmup", "'-1'"]),
     (f"{ENCODER} --dense -1", ["--dense", "'-1'"]),
@@ -88,6 +95,12 @@ BAD = [
     (f"{DIT} --layers 2", ["--layers 2", "--decoder"]),
     (f"{DIT} --layers 2 --latent vae", ["--layers 2", "--latent vae"]),
     (f"{DIT} --vae IN/empty", ["--vae", "--latent vae"]),
+    (f"{DIT} --latent vae --decoder IN/none", ["--decoder", "--latent vae", "--vae"]),
+    (f"{DIT} --repa-weight 3", ["--repa-weight 3", "--repa LAYER"]),
+    (f"{DIT} --shift 2 --shift-base 77", ["--shift-base 77", "--shift auto"]),
+    (f"{DIT} --random-init", ["--random-init", "tiny"]),
+    (f"{DIT} --bench 2 --cache-latents", ["--bench", "--cache-latents"]),
+    (f"{DIT} --cache-latents", ["--cache-latents", "builtin:synthetic", "endless"]),
     (f"{DIT} --latent webssl", ["--latent webssl", "--encoder"]),
     (f"{DIT} --latent clip", ["--latent", "'clip'", "siglip2"]),
     (f"{DIT} --freeze dit", ["--freeze", "'dit'", "llm"]),
@@ -120,6 +133,7 @@ BAD = [
     (f"{DIT} --encoder IN/shape.safetensors", ["--encoder", "shape.safetensors", "[3, 5]"]),
     (f"{DIT} --decoder AT/encoder.safetensors", ["--decoder", "not a decoder"]),
     (f"{DIT} --llm IN/empty", ["--llm", "IN/empty", "tokenizer.json"]),
+    (f"{DIT} --llm IN/slow", ["--llm", "IN/slow", "added_tokens.json"]),
     (f"{DIT} --latent vae --vae AT/encoder.safetensors", ["--vae", "encoder.safetensors"]),
     (f"{DIT} --init IN/none", ["--init", "IN/none"]),
     (f"{DIT} --init AT/decoder.safetensors", ["--init", "decoder.safetensors"]),
@@ -128,6 +142,7 @@ BAD = [
     (f"{DIT} --init IN/size.safetensors", ["--init", "size.safetensors", "160", "96"]),
     (f"{DECODER} --init AT/encoder.safetensors", ["--init", "encoder.safetensors", "missing"]),
     (f"{DECODER} --gram 1 --vgg IN/none.safetensors", ["--vgg", "none.safetensors"]),
+    (f"{DECODER} --lpips 1 --vgg IN/wide.safetensors", ["--lpips-weights", "vgg.pth"]),
     (f"{DECODER} --lpips 1 --vgg AT/encoder.safetensors", ["--vgg", "features.0.weight"]),
     (f"{DECODER} --gan 1 --dino AT/encoder.safetensors", ["--dino", "encoder.safetensors"]),
     (f"{DECODER} --latent-stats AT/encoder.safetensors", ["--latent-stats", "mean"]),
@@ -135,6 +150,8 @@ BAD = [
     (f"{DECODER} --size b --encoder AT/encoder.safetensors",
      ["--vgg", "--lpips-weights", "--dino", "weights/"]),
     (f"{ENCODER} --tokenizer IN/empty", ["--tokenizer", "IN/empty"]),
+    (f"{ENCODER} --out IN/oldtok", ["IN/oldtok", "tokenizer.json"]),
+    (f"{ENCODER} --tokenizer IN/empty --out IN/oldtok", ["--tokenizer", "IN/empty"]),
     (f"{ENCODER} --init IN/none --tokenizer AT/", ["--init", "IN/none"]),
     (f"{ENCODER} --init AT/decoder.safetensors --tokenizer AT/", ["--init", "decoder.safetensors"]),
     # data
@@ -156,6 +173,9 @@ BAD = [
     (f"{DIT} --data IN/lost.jsonl", ["--data", "lost.jsonl", "No such file"]),
     (f"{DIT} --data IN/binary.jsonl", ["--data", "binary.jsonl:1"]),
     (f"{DIT} --data IN/odd.jsonl", ["--data", "odd.jsonl", "broken records"]),
+    (f"{DIT} --data IN/captions.jsonl", ["--data", "captions.jsonl", "is a list, not a string"]),
+    (f"{DIT} --data IN/surrogate.jsonl", ["--data", "surrogate.jsonl", "surrogates not allowed"]),
+    (f"{DIT} --data IN/o*d*.jsonl", ["--data", "2 .jsonl files", "source of its own"]),
     (f"{DIT} --data IN/meta", ["--data", "metadata.jsonl:1", "file_name"]),
     (f"{DIT} --data IN/metastring", ["--data", "metadata.jsonl:1", "not a JSON object"]),
     (f"{DIT} --data IN/noise.tar", ["--data", "noise.tar", "unreadable as a tar"]),
@@ -220,6 +240,12 @@ def inputs(tmp_path_factory):
     (f / "lost.jsonl").write_text('{"image": "gone.png", "caption": "x"}')
     (f / "binary.jsonl").write_bytes(bytes(range(256)))
     (f / "odd.jsonl").write_text('{"image": "plain/a.png", "conversations": "what?"}')
+    (f / "old.jsonl").write_text('{"image": "plain/a.png", "caption": "x"}')
+    (f / "captions.jsonl").write_text('{"image": "plain/a.png", "caption": ["a", "b"]}')
+    (f / "surrogate.jsonl").write_text('{"image": "plain/a.png", "caption": "a \\ud83d"}')
+    (f / "slow").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (f / "slow" / name).write_text("{}")
     (f / "meta/metadata.jsonl").write_text('{"file": "a.png", "text": "x"}')
     (f / "metastring/metadata.jsonl").write_text('"a.png"')
     (f / "noise.tar").write_bytes(random.Random(0).randbytes(4096))
@@ -239,6 +265,10 @@ def inputs(tmp_path_factory):
             save_file({**load_file(file), key: value}, f / f"{out}.safetensors", opened.metadata())
     vgg = perceptual.Perceptual(perceptual.TINY_WIDTH)
     save_file(vgg.state_dict(), f / "vgg.safetensors")
+    wide = perceptual.Perceptual().state_dict()                         # torchvision's VGG16: no lin*
+    save_file({k: v for k, v in wide.items() if not k.startswith("lin")}, f / "wide.safetensors")
+    (f / "oldtok").mkdir()
+    (f / "oldtok/tokenizer.json").write_text("{broken")
     torch.save({"a": print}, f / "code.pt")
     for name, args in (("run", {}), ("clash", {"lr": 0.1, "seed": 7})):
         step = f / name / "checkpoints/step-0000002"

@@ -366,6 +366,53 @@ def test_formats(form, tmp_path):
     assert got == collate([mixture[n] for n in range(16)])
 
 
+def test_a_tar_of_a_folder(tmp_path):
+    """As `tar cf` packs one: with the folder itself, and files that no record has."""
+    pictures(tmp_path / "in", 2)
+    for k in range(2):
+        (tmp_path / f"in/00{k}.txt").write_text("a cat")
+    (tmp_path / "in/notes.md").write_text("of no use")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "in", "in")
+    done = run("check", tmp_path / "a.tar")
+    assert done.returncode == 0, done.stdout
+    assert len(Mixture([str(tmp_path / "a.tar")], 16)) == 2
+
+
+def test_a_mended_caption_is_used_with_cached_latents(tmp_path):
+    """The cache keeps what the pictures are, not what their texts were."""
+    folder = tmp_path / "in"
+    pictures(folder, 2)
+    for k, words in enumerate(("a cat", "")):
+        (folder / f"00{k}.txt").write_text(words)
+
+    def cached():
+        mixture = Mixture([str(folder)], 8)
+        data.cache_latents(mixture, str(tmp_path / "cache"), "x",
+                           lambda x: x.reshape(len(x), 1, -1).astype(np.float32), 2, 0)
+        return mixture
+    skipped = [s for n in range(4) for s in cached()[n]["skipped"]]
+    assert {k[-7:] for k, _ in skipped} == {"001.png"} and "no caption" in skipped[0][1]
+    (folder / "001.txt").write_text("a dog")
+    assert {cached()[n]["caption"] for n in range(2)} == {"a cat", "a dog"}
+
+
+def test_two_processes_fill_one_cache(tmp_path):
+    """The second waits for the first, and reads what it made."""
+    pictures(tmp_path / "in", 4)
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data, numpy as np\n"
+            f"m = data.Mixture([{str(tmp_path / 'in')!r}], 8, text=False)\n"
+            "def slow(x):\n    time.sleep(1)\n"
+            "    return x.reshape(len(x), 1, -1).astype(np.float32)\n"
+            f"data.cache_latents(m, {str(tmp_path / 'cache')!r}, 'x', slow, 2, 0)\n"
+            "print(m[0]['latent'].sum())")
+    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=60) for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert said[0][0] == said[1][0] and sum("encoding" in err for _, err in said) == 1
+
+
 def test_conversations(tmp_path):
     pictures(tmp_path, 2)
     ask = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
@@ -403,6 +450,10 @@ def test_jpeg_rotation_and_transparency(tmp_path):
     images = {mixture[n]["key"][-5:]: mixture[n]["image"] for n in range(2)}
     assert images["a.jpg"][3].min() > 240 and images["a.jpg"][12].max() < 15
     assert images["b.png"].min() == 255
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(256, 0)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")               # 16 bits
+    seen = data.load_image((tmp_path / "deep.png").read_bytes(), 16, "squash", None)
+    assert 120 < seen.mean() < 136 and seen[0, 0, 0] < 20 and seen[0, -1, 0] > 235
 
 
 @pytest.mark.parametrize("source", ["builtin:web", "builtin:qa"])

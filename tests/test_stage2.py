@@ -382,6 +382,13 @@ def test_finetuning(plain, tmp_path, capsys):
     assert "time shift" not in capsys.readouterr().err
     train(tmp_path / "shift", "--init", out, "--shift", 3)
     assert "was trained with a time shift of 6.928, this run takes 3" in capsys.readouterr().err
+    state, config = weights.read_weights(out / "final/ema.safetensors")
+    config.update(encoder_layers=3, mm_vision_tower_aux_list=["my/tower-interp64"])
+    save_file(state, tmp_path / "other.safetensors", metadata={"config": json.dumps(config)})
+    train(tmp_path / "tower", "--init", tmp_path / "other.safetensors")
+    said = capsys.readouterr().err
+    assert "was trained with --layers 3, this run takes 1" in said
+    assert "was trained with --encoder my/tower, this run takes" in said
     got, want = (load_file(path) for path in (tmp_path / "a/final/model.safetensors",
                                               out / "final/ema.safetensors"))
     assert got.keys() == want.keys()
@@ -428,13 +435,14 @@ def test_cached_latents_give_the_same_losses(tmp_path, vae_file, capsys):
     assert losses(train(tmp_path / "b", *options)) == pytest.approx(want, rel=1e-5)
     again, said = errors()
     assert again == broken and "encoding 8 pictures once" in said
-    entry, = cache.iterdir()
+    entry, = (p for p in cache.iterdir() if p.is_dir())
     made = (entry / "latents.npy").stat().st_mtime_ns
     assert losses(train(tmp_path / "c", *options, "--workers", 1)) == pytest.approx(want, rel=1e-5)
     assert (entry / "latents.npy").stat().st_mtime_ns == made               # read, by a worker
-    os.truncate(entry / "latents.npy", 10_000)
-    train(tmp_path / "d", *options, "--steps", 1)
-    assert "making it again" in errors()[1] and (entry / "latents.npy").stat().st_size > 10_000
+    for k, size in enumerate((10_000, 0)):
+        os.truncate(entry / "latents.npy", size)
+        train(tmp_path / f"d{k}", *options, "--steps", 1)
+        assert "making it again" in errors()[1] and (entry / "latents.npy").stat().st_size > 10_000
     array = np.load(entry / "latents.npy", mmap_mode="r+")
     array[:, 0, 0] += 1
     array.flush()
@@ -446,7 +454,7 @@ def test_cached_latents_give_the_same_losses(tmp_path, vae_file, capsys):
     save_file({**state, key: state[key] + 1}, tmp_path / "other.safetensors",
               metadata={"config": json.dumps(config)})
     train(tmp_path / "f", *options, "--steps", 1, "--vae", tmp_path / "other.safetensors")
-    assert len(list(cache.iterdir())) == 2
+    assert len([p for p in cache.iterdir() if p.is_dir()]) == 2
 
 
 # ------------------------------------------------------------------------------------------------
