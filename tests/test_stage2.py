@@ -384,8 +384,10 @@ def test_finetuning(plain, tmp_path, capsys):
     assert "was trained with a time shift of 6.928, this run takes 3" in capsys.readouterr().err
     state, config = weights.read_weights(out / "final/ema.safetensors")
     config.update(encoder_layers=3, mm_vision_tower_aux_list=["my/tower-interp64"])
-    save_file(state, tmp_path / "other.safetensors", metadata={"config": json.dumps(config)})
-    train(tmp_path / "tower", "--init", tmp_path / "other.safetensors")
+    (tmp_path / "other").mkdir()
+    save_file(state, tmp_path / "other/model.safetensors", metadata={"config": json.dumps(config)})
+    shutil.copy(out / "final/tokenizer.json", tmp_path / "other")
+    train(tmp_path / "tower", "--init", tmp_path / "other")
     said = capsys.readouterr().err
     assert "was trained with --layers 3, this run takes 1" in said
     assert "was trained with --encoder my/tower, this run takes" in said
