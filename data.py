@@ -525,23 +525,25 @@ def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, 
         state = [(p, stat.st_size, stat.st_mtime_ns) for p, stat in stats]
         key = f"{hash64(what, name, mixture.resolution, mixture.crop, mixture.size(s), state):016x}"
         place = os.path.join(folder, key)
-        try:
-            with alone(place + ".lock") if write else contextlib.nullcontext():
-                try:
-                    if write:
-                        found.append(Latents(place))
-                except DataError as e:
-                    print(f"{e}; making it again" if os.path.exists(place) else f"{name}: encoding "
-                          f"{mixture.size(s)} pictures once, into {place}", file=sys.stderr)
-                    write_latents(Pictures(mixture, s), mixture.size(s), place, encode, batch,
-                                  workers)
-                    found.append(Latents(place))
-        except OSError as e:
-            raise DataError(f"--cache-latents {folder}: cannot write: {e}") from None
+        if write:
+            try:
+                with alone(place + ".lock"):
+                    fill_latents(mixture, s, place, encode, batch, workers)
+            except OSError as e:
+                raise DataError(f"--cache-latents {folder}: cannot write: {e}") from None
         wait()
-        if not write:
-            found.append(Latents(place))
+        found.append(Latents(place))
     mixture.latents = found
+
+
+def fill_latents(mixture: Mixture, s: int, place: str, encode, batch: int, workers: int):
+    """Make the latents of source s in `place`, unless they are there and whole."""
+    try:
+        Latents(place)
+    except DataError as e:
+        print(f"{e}; making it again" if os.path.exists(place) else f"{mixture.names[s]}: encoding "
+              f"{mixture.size(s)} pictures once, into {place}", file=sys.stderr)
+        write_latents(Pictures(mixture, s), mixture.size(s), place, encode, batch, workers)
 
 
 @contextlib.contextmanager

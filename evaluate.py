@@ -475,8 +475,8 @@ def judge(args):
     paths = weights.locate([("encoder", args.encoder or weights.TINY_CODEC[0], "--encoder"),
                             ("decoder", args.decoder or weights.TINY_CODEC[1], "--decoder")])
     encoder = weights.load_encoder(paths[0], devices)
-    decoder = weights.load_decoder(paths[1], devices, encoder.channels, encoder.mean, encoder.std)
-    decoder.config["latent_stats"] = False                      # decode the latent as it is
+    decoder = weights.load_decoder(paths[1], devices, encoder.channels, encoder.mean, encoder.std,
+                                   as_it_is=True)
     print(f"{'scenes':<12}{'picture':<16}{'true pass':>10}{'95 %':>16}{'changed pass':>14}")
     rows = {}
     for source in ("web", "synthetic", "text"):

@@ -173,9 +173,8 @@ def networks(args, devices):
     wanted += [("DINO", args.dino or (TINY_DINO if tiny else DINO), "--dino")] * (args.gan > 0)
     path = dict(zip((what for what, _, _ in wanted), weights.locate(wanted)))
     encoder = None if vae else weights.load_encoder(path["encoder"], devices, args.layers)
-    if encoder and isinstance(encoder, encoders.DINOv2) != (args.latent == "webssl"):
-        raise UserError(f"--encoder {args.encoder} is a {type(encoder).__name__}, --latent is "
-                        f"{args.latent}; expected webssl with a DINOv2, else a SigLIP-2")
+    if encoder:
+        weights.check_encoder(encoder, args)
     vgg = weights.load_perceptual(path["VGG16"], path.get("LPIPS"), devices,
                                   args.lpips) if vgg else None
     disc = weights.load_discriminator(path["DINO"], devices, seed=args.seed) if args.gan else None

@@ -247,11 +247,12 @@ def load_encoder(path, devices, layers=1):
     return model.requires_grad_(False).eval().to(devices.device)
 
 
-def load_decoder(path, devices, channels, mean, std, layers=None):
+def load_decoder(path, devices, channels, mean, std, layers=None, as_it_is=False):
     """A decoder in the compute dtype for latents of `channels` channels, which sum `layers` blocks
     of the encoder (None: do not check). mean, std: of the encoder's normalisation, because a
     published decoder's config does not hold them; nor need its hidden_size and patch_size be right:
-    the weights' win. Raises UserError."""
+    the weights' win. as_it_is: takes the encoder's latent, also where it was trained on a latent
+    normalised by its statistics. Raises UserError."""
     what = f"--decoder {path}"
     state, config = read_weights(final_of(path), "--decoder")
     ends = ("decoder_embed.weight", "decoder_layers.0.intermediate.dense.weight",
@@ -279,7 +280,16 @@ def load_decoder(path, devices, channels, mean, std, layers=None):
     with user_errors(what), torch.device("meta"):
         model = decoders.Decoder(config, devices.dtype)
     load_strict(model, state, what, optional=("decoder_pos_embed",))
+    if as_it_is:
+        model.config["latent_stats"] = False
     return model.requires_grad_(False).eval().to(devices.device)
+
+
+def check_encoder(encoder, args):
+    """Raises UserError when --encoder is of another kind than --latent says."""
+    if isinstance(encoder, encoders.DINOv2) != (args.latent == "webssl"):
+        raise UserError(f"--encoder {args.encoder} is a {type(encoder).__name__}, --latent is "
+                        f"{args.latent}; expected webssl with a DINOv2, else a SigLIP-2")
 
 
 def checksum(model):
@@ -337,17 +347,14 @@ def load_towers(args, tiny, llm, devices):
               ("llm", ASSETS if llm in ("tiny", "random") else llm, "--llm"), codec]
     files = dict(zip((w[0] for w in wanted), locate(wanted)))
     encoder = load_encoder(files["encoder"], devices, args.layers)
-    if isinstance(encoder, encoders.DINOv2) != (args.latent == "webssl"):
-        raise UserError(f"--encoder {args.encoder} is a {type(encoder).__name__}, --latent is "
-                        f"{args.latent}; expected webssl with a DINOv2, else a SigLIP-2")
+    check_encoder(encoder, args)
     with user_errors(f"--llm {files['llm']}"):
         tokenizer = text.load_tokenizer(files["llm"])
     if vae:
         codec = load_vae(files["vae"], devices), None
     else:
         codec = None, load_decoder(files["decoder"], devices, encoder.channels, encoder.mean,
-                                   encoder.std, args.layers)
-        codec[1].config["latent_stats"] = False             # decode the encoder's latent as it is
+                                   encoder.std, args.layers, as_it_is=True)
     files = {k: "random weights" if (k, llm) == ("llm", "random") else str(v)
              for k, v in files.items()}
     return encoder, *codec, tokenizer, files
@@ -429,9 +436,7 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
         return e, None
     dino = "dino" in f"{tower} {args.encoder}".lower()
     kind = e or (encoders.DINOv2 if dino else encoders.SigLIP2)
-    decoder = load_decoder(paths[-1], devices, C, kind.mean, kind.std, layers)
-    decoder.config["latent_stats"] = False                  # decode the encoder's latent as it is
-    return e, decoder
+    return e, load_decoder(paths[-1], devices, C, kind.mean, kind.std, layers, as_it_is=True)
 
 # ------------------------------------------------------------------------------------------------
 # Stage 2: the language model and the DiT
