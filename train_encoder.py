@@ -93,64 +93,48 @@ def arguments():
 # ------------------------------------------------------------------------------------------------
 
 class Trainee(nn.Module):
-    """`encoder` is what the run is for; the rest exists only to train it."""
+    """`encoder` is what the run is for: a SigLIP2, a Dino or a Perceptual. The rest exists only to
+    train it. features: channels of what `look` pools; patch: of the dense term, None without one.
+    """
 
-    def __init__(self, config, vocab_size, dtype):
+    def __init__(self, encoder, features, patch, vocab_size, dtype, embedding=96):
         super().__init__()
-        self.encoder = encoders.SigLIP2(config, dtype=dtype)
-        C = self.encoder.channels
+        self.encoder, self.patch_size = encoder.requires_grad_(True), patch
+        own = isinstance(encoder, encoders.SigLIP2)                     # its pooling ends in C
+        E = features if own else embedding
         self.text = text.TextModel(dict(text.TINY, vocab_size=vocab_size), dtype=dtype)
-        self.text_projection = nn.Linear(self.text.width, C)
-        self.pixels = nn.Linear(C, 3 * self.encoder.patch_size ** 2)    # the dense term's probe
+        self.text_projection = nn.Linear(self.text.width, E)
+        self.image_projection = nn.Identity() if own else nn.Linear(features, E)
+        if patch:
+            self.pixels = nn.Linear(features, 3 * patch ** 2)           # the dense term's probe
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))   # SigLIP's t' and b
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
+    def look(self, images):
+        """[B,3,S,S] -> features of the whole [B,F] and, but for VGG, of tokens [B,N,F]; fp32."""
+        e = self.encoder
+        if isinstance(e, encoders.SigLIP2):
+            x = e.blocks(images)[-1].float()                                # [B,N,C]
+            return (e.pool(x.to(e.dtype)).float(),
+                    F.layer_norm(x, (e.channels,), eps=1e-6))               # this is the latent
+        if isinstance(e, perceptual.Perceptual):
+            return torch.cat([f.mean((2, 3)) for f in e.maps(images)], 1), None
+        z = e.norm(e(images)[0].mT)                                         # [B,N,d]
+        return z.mean(1), z
+
     def forward(self, images, seen, ids, last):
-        """images [B,3,S,S], seen (same: some patches grey), ids [B,L], last [B] -> embeddings and
-        the dense error: image [B,C], text [B,C], mse (pixels in [-1,1]), latent [B,N,C]."""
-        x = self.encoder.blocks(seen)[-1].float()                           # [B,N,C]
-        z = F.layer_norm(x, (self.encoder.channels,), eps=1e-6)             # the latent
-        mse = (self.pixels(z) - patchify(images, self.encoder.patch_size)).square().mean()
+        """images [B,3,S,S], seen (same: some patches grey), ids [B,L], last [B] -> embeddings of
+        image and text [B,E], the dense error (pixels in [-1,1]; 0 without it), tokens [B,N,F]."""
         h = self.text(self.text.embed(ids))                                 # [B,L,W]
         h = h[torch.arange(len(ids), device=ids.device), last].float()      # [B,W], last token
-        image = F.normalize(self.encoder.pool(x.to(self.encoder.dtype)).float(), dim=-1)
-        return image, F.normalize(self.text_projection(h), dim=-1), mse, z
+        pooled, z = self.look(seen)
+        mse = ((self.pixels(z) - patchify(images, self.patch_size)).square().mean()
+               if self.patch_size else images.new_zeros(()))
+        return (F.normalize(self.image_projection(pooled), dim=-1),
+                F.normalize(self.text_projection(h), dim=-1), mse, z)
 
     def similarity(self, image, caption):
         return image @ caption.T * self.logit_scale.exp() + self.logit_bias
-
-
-class LossNet(nn.Module):
-    """The same for a network of the decoder's loss: `encoder` is a Perceptual or a Dino, whose
-    features are pooled over space and projected. DINO has the dense term, VGG has no tokens."""
-
-    def __init__(self, encoder, features, vocab_size, dtype, embedding=96):
-        super().__init__()
-        self.encoder = encoder.requires_grad_(True)
-        self.text = text.TextModel(dict(text.TINY, vocab_size=vocab_size), dtype=dtype)
-        self.text_projection = nn.Linear(self.text.width, embedding)
-        self.image_projection = nn.Linear(features, embedding)
-        if isinstance(encoder, discriminator.Dino):
-            self.patch_size = encoder.patch_embed["proj"].kernel_size[0]
-            self.pixels = nn.Linear(features, 3 * self.patch_size ** 2)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
-
-    def forward(self, images, seen, ids, last):
-        """As Trainee's; for VGG, which has no tokens, the error and the latent are zeros."""
-        h = self.text(self.text.embed(ids))                                 # [B,L,W]
-        h = h[torch.arange(len(ids), device=ids.device), last].float()      # [B,W], last token
-        if isinstance(self.encoder, perceptual.Perceptual):
-            z, mse = images.new_zeros(1, 1, 1), images.new_zeros(())
-            pooled = torch.cat([f.mean((2, 3)) for f in self.encoder.maps(images)], 1)  # [B,F]
-        else:
-            z = self.encoder.norm(self.encoder(seen)[0].mT)                 # [B,N,d]
-            mse = (self.pixels(z) - patchify(images, self.patch_size)).square().mean()
-            pooled = z.mean(1)                                              # [B,d]
-        image = F.normalize(self.image_projection(pooled), dim=-1)
-        return image, F.normalize(self.text_projection(h), dim=-1), mse, z
-
-    similarity = Trainee.similarity
 
 
 def patchify(images, p):
@@ -205,23 +189,31 @@ class Collate:
                 "skipped": [s for r in records for s in r["skipped"]]}
 
 
-def loss_net(args, vocab_size, dtype):
-    """The initialised LossNet of --arch vgg | dino -> (network, config, forward FLOPs an image).
-    Its `encoder` is exported as weights.load_perceptual and load_discriminator read it."""
-    if args.arch == "vgg":
-        width = args.width / perceptual.WIDTHS[0]
-        net = perceptual.Perceptual(width)
+def build(args, vocab_size, dtype):
+    """The Trainee of --arch, its encoder initialised -> (it, the encoder's config, forward FLOPs an
+    image). weights.load_encoder, load_perceptual and load_discriminator read what is exported."""
+    patch = args.patch
+    if args.arch == "vit":
+        config = dict(encoders.TINY, hidden_size=args.width, intermediate_size=4 * args.width,
+                      num_hidden_layers=args.depth, num_attention_heads=args.heads,
+                      image_size=args.resolution, patch_size=patch)
+        net, features = encoders.SigLIP2(config, dtype=dtype), args.width
+        encoders.init_weights(net, args.seed)
+        config, flops = net.config, net.forward_flops()
+    elif args.arch == "vgg":
+        width, patch = args.width / perceptual.WIDTHS[0], None
+        net, features = perceptual.Perceptual(width), sum(round(c * width)
+                                                          for c in perceptual.WIDTHS)
         perceptual.init_weights(net, args.seed)
-        features = sum(round(c * width) for c in perceptual.WIDTHS)
         config, flops = dict(width=width), net.forward_flops(args.resolution)
     else:
         config = dict(discriminator.TINY, dim=args.width, depth=args.depth, num_heads=args.heads,
-                      key_depths=[i for i in range(args.depth) if i % 2], patch=args.patch,
+                      key_depths=[i for i in range(args.depth) if i % 2], patch=patch,
                       image_size=args.resolution)
         whole = discriminator.Discriminator(config)
         discriminator.init_weights(whole, args.seed)
         net, features, flops = whole.dino, args.width, whole.forward_flops()[0]
-    return LossNet(net, features, vocab_size, dtype), config, flops
+    return Trainee(net, features, patch, vocab_size, dtype), config, flops
 
 
 def tokenizer_for(args):
@@ -281,20 +273,10 @@ def main():
     # Model
     # --------------------------------------------------------------------------------------------
     vocab = tokenizer.get_vocab_size()
-    if args.arch == "vit":
-        config = dict(encoders.TINY, hidden_size=args.width, intermediate_size=4 * args.width,
-                      num_hidden_layers=args.depth, num_attention_heads=args.heads,
-                      image_size=args.resolution, patch_size=args.patch)
-        model = Trainee(config, vocab, devices.dtype)
-        encoders.init_weights(model.encoder, args.seed)
-        config, forward_flops = model.encoder.config, model.encoder.forward_flops()
-        heads = [model.text_projection, model.pixels]
-    else:
-        model, config, forward_flops = loss_net(args, vocab, devices.dtype)
-        heads = [m for k, m in model.named_children() if k.endswith("projection") or k == "pixels"]
+    model, config, forward_flops = build(args, vocab, devices.dtype)
     text.init_weights(model.text, args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    for module in heads:
+    for module in (m for m in model.children() if isinstance(m, nn.Linear)):
         module.weight.data.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
         module.bias.data.zero_()
     if args.init:
