@@ -338,7 +338,6 @@ class DiT(nn.Module):
         time = 512 * Z + Z * Z
         return 6 * (macs * self.tokens + time)
 
-
     def activation_bytes(self):
         """What the backward pass keeps of one image, eager: 40 D values a token and block (counted
         with saved_tensors_hooks, bf16); with remat a block's input, and one block in full."""

@@ -306,6 +306,17 @@ def buckets(t, each, answer):
     return inside.T @ torch.stack([each, answer.float()], 1)
 
 
+def note_changes(name, config, now):
+    """Say in what this run {flag: value} differs from the one that --init comes from."""
+    theirs = {"--shift": config.get("shift_alpha"), "--layers": config.get("encoder_layers"),
+              "--encoder": weights.tower_of(config)}
+    for flag, value in theirs.items():
+        before, after = (f"{v:.7g}" if isinstance(v, float) else v for v in (value, now[flag]))
+        if value and before != after:
+            print(f"note: --init {name} was trained with {flag} {before}, this run takes {after}; "
+                  f"{flag} {before} keeps the former", file=sys.stderr)
+
+
 def main():
     args = arguments()
 
@@ -350,17 +361,10 @@ def main():
     decode = None if planned else vae.decode if vae else decoder
     alpha = (flow.shift_alpha(N, C, args.shift_base) if args.shift == "auto" else
              1.0 if args.shift == "none" else float(args.shift))
-    before = config.get("shift_alpha") if init else None
-    if before and not math.isclose(before, alpha, rel_tol=1e-6) and devices.main:
-        print(f"note: --init {args.init} was trained with a time shift of {before:.4g}, this run "
-              f"takes {alpha:.4g}; --shift {before:.4g} keeps the former", file=sys.stderr)
-    tower = weights.TINY_TOWER if tiny else weights.HUB[args.latent][0]
-    for flag, before, now in (("--layers", config.get("encoder_layers"), args.layers),
-                              ("--encoder", weights.tower_of(config), args.encoder or tower)
-                              ) if init else ():
-        if before and before != now and devices.main:
-            print(f"note: --init {args.init} was trained with {flag} {before}, this run takes "
-                  f"{now}", file=sys.stderr)
+    tower = args.encoder or (weights.TINY_TOWER if tiny else weights.HUB[args.latent][0])
+    if init and devices.main:
+        note_changes(args.init, config,
+                     {"--shift": alpha, "--layers": args.layers, "--encoder": tower})
     if size.width <= C and not args.allow_narrow:
         raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the "
                         f"latent's {C} channels. Noise fills all C dimensions of a token, so a "
@@ -607,7 +611,7 @@ def main():
     if args.bench:
         return parallel.finish(devices)
     codec = weights.TINY_VAE if tiny else weights.FLUX_VAE
-    config = weights.model_config(llm, dit, args.encoder or tower, alpha,
+    config = weights.model_config(llm, dit, tower, alpha,
                                   (args.vae or codec) if vae else None, args.layers, args.decoder,
                                   args.cond_drop)
     for name in ("model", "ema"):
