@@ -247,26 +247,28 @@ def upright_rgb(image):
     return image.convert("RGB")
 
 
-def load_image(data: bytes, resolution: int, crop: str, rand) -> np.ndarray:
+def load_image(data: bytes, resolution: int, crop: str, rand, resample=3) -> np.ndarray:
     """uint8 [R, R, 3] RGB from a file's bytes. `squash` resizes to a square (as the authors do for
-    SigLIP), `center` is ADM's centre crop, `random` cuts R x R from a short side of 1.5 R."""
+    SigLIP), `center` is ADM's centre crop, `random` cuts R x R from a short side of 1.5 R.
+    resample: Pillow's number of a filter, 3 is bicubic."""
     image = Image.open(io.BytesIO(data))
     short = resolution * 3 // 2 if crop == "random" else resolution
     image.draft("RGB", (short, short))                    # JPEG: decodes at 1/2, 1/4 or 1/8
     image = upright_rgb(image)
     if crop == "squash":
         return np.array(image if image.size == (resolution, resolution) else
-                        image.resize((resolution, resolution), Image.BICUBIC))
+                        image.resize((resolution, resolution), resample))
     while min(image.size) >= 2 * short:
         image = image.resize([v // 2 for v in image.size], Image.BOX)
     size = [max(short, round(v * short / min(image.size))) for v in image.size]
     at = [int(rand() * (v - resolution + 1)) if crop == "random" else (v - resolution) // 2
           for v in size]                                  # only what the crop shows is resized
     box = [(a + side) * v / w for side in (0, resolution) for a, v, w in zip(at, image.size, size)]
-    return np.array(image.resize((resolution, resolution), Image.BICUBIC, box=box))
+    return np.array(image.resize((resolution, resolution), resample, box=box))
 
 
-def file_record(source, j: int, resolution: int, crop: str, text: bool, rand) -> dict:
+def file_record(source, j: int, resolution: int, crop: str, text: bool, rand,
+                resample=3) -> dict:
     """Record j of the user's files. Raises one of CORRUPT when it is broken. resolution 0: no
     picture."""
     data, fields = source.read(j)
@@ -287,7 +289,7 @@ def file_record(source, j: int, resolution: int, crop: str, text: bool, rand) ->
     if (images := sum(t["value"].count("<image>") for t in talk)) > 1:
         raise ValueError(f"{images} images in one sample; at most 1")
     out = {"key": source.key(j), "task": "t2i" if drawn else "qa", "caption": words, "scene": None,
-           "image": load_image(data, resolution, crop, rand) if resolution else None,
+           "image": load_image(data, resolution, crop, rand, resample) if resolution else None,
            "conversations": talk}
     return {**out, "question": fields["question"]} if "question" in fields else out
 
@@ -358,13 +360,14 @@ class Mixture:
     """
 
     def __init__(self, specs: list, resolution: int, seed: int = 0, crop: str = "squash",
-                 text: bool = True):
+                 text: bool = True, resample: int = 3):
         if crop not in CROPS:
             raise DataError(f"crop {crop!r} is unknown; expected one of {', '.join(CROPS)}")
         if not specs or resolution < 1:
             raise DataError(f"--data {specs} at {resolution} pixels; expected one source or more, "
                             "such as builtin:web, and a positive resolution")
         self.resolution, self.seed, self.crop, self.text = resolution, seed, crop, text
+        self.resample = resample
         self.latents = None                             # one Latents a source; see `cache_latents`
         self.names, weights = zip(*map(parse_spec, specs))
         self.weights = [w / sum(weights) for w in weights]
@@ -430,7 +433,8 @@ class Mixture:
             j = i if files.in_order and i < size else shuffled(size, i, self.seed, name)
             rand = generator("sample", self.seed, n, attempt)
             try:
-                record = file_record(files, j, pixels, self.crop, self.text, rand)
+                record = file_record(files, j, pixels, self.crop, self.text, rand,
+                                     self.resample)
                 if self.latents:
                     record["latent"] = self.latents[s].read(j)
                 return {"n": n, "source": name, **record, "skipped": skipped}
@@ -501,7 +505,7 @@ class Pictures:
         if files is None:
             return builtin_record(m.names[self.s], m.seed, j, m.resolution)["image"]
         try:                                              # train_dit.py's crops draw nothing
-            return load_image(files.read(j)[0], m.resolution, m.crop, None)
+            return load_image(files.read(j)[0], m.resolution, m.crop, None, m.resample)
         except CORRUPT as e:
             return reason(e)
 
@@ -512,9 +516,9 @@ def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, 
     where they are not there or damaged.
 
     encode: uint8 [B,R,R,3] -> float32 [B,N,F]. what: names encode, up to its weights; a source's
-    subfolder is a hash of it, resolution, crop, and the names, sizes and times of the source's
-    files. Of several processes one is to `write`, the others wait(). The texts are not kept: their
-    form changes from epoch to epoch. Raises DataError.
+    subfolder is a hash of it, resolution, crop, filter, and the names, sizes and times of the
+    source's files. Of several processes one is to `write`, the others wait(). The texts are not
+    kept: their form changes from epoch to epoch. Raises DataError.
     """
     mixture.latents, found = None, []
     for s, name in enumerate(mixture.names):
@@ -523,7 +527,9 @@ def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, 
         parts = mixture.files[s].parts() if mixture.files[s] else [world.__file__, world.SPRITES]
         stats = [(p, os.stat(p)) for p in parts if os.path.exists(p)]
         state = [(p, stat.st_size, stat.st_mtime_ns) for p, stat in stats]
-        key = f"{hash64(what, name, mixture.resolution, mixture.crop, mixture.size(s), state):016x}"
+        key = hash64(what, name, mixture.resolution, mixture.crop, mixture.resample,
+                     mixture.size(s), state)
+        key = f"{key:016x}"
         place = os.path.join(folder, key)
         if write:
             try:
@@ -717,7 +723,8 @@ def main():
         q.add_argument("--source", default="builtin:web", help="as in --data of the trainers")
         q.add_argument("--out", default=out, help="what to write")
         q.add_argument("--count", type=positive, default=count, help="number of samples")
-        q.add_argument("--resolution", type=positive, default=224, help="pixels a side")
+        q.add_argument("--resolution", type=positive, default=224, help="pixels a side; "
+                       "of an export: those of the training to come (tiny: 64)")
         q.add_argument("--crop", choices=CROPS, default="squash", help="how to make it a square")
         q.add_argument("--seed", type=int, default=0, help="seed of the stream")
         if command is show:

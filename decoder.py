@@ -71,7 +71,7 @@ class Block(nn.Module):
                    for n in ("query", "key", "value"))                      # [B,H,1+N,W/H]
         y = attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.attention.output["dense"](y)
-        y = F.gelu(self.intermediate["dense"](self.layernorm_after(x)))
+        y = F.gelu(self.intermediate["dense"](self.layernorm_after(x)))     # the erf form
         return x + self.output["dense"](y)
 
 

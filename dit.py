@@ -2,6 +2,7 @@
 
     s   = x_embedder(x_t) + pos_embed                                   # [B,N,D]
     c   = SiLU(t_embedder(t) + cond)                                    # [B,N,Z], one per token
+    shift, scale, gate, ... = Linear(SiLU(c))                       # a second SiLU: the authors'
     s  += gate * Attn(modulate(RMSNorm(s)));  s += gate * SwiGLU(modulate(RMSNorm(s)))   # depth x
     v   = linear(modulate(RMSNorm(s)))                                  # [B,N,C]
 
@@ -234,7 +235,10 @@ class DiT(nn.Module):
 
     channels C, tokens N (a square grid), width D, cond_width Z (default D). head_width/head_depth
     add the DiT-DH head; equal to width it is the single-width DDT. null: whether the checkpoint has
-    a null condition. remat: recompute each block's activations in the backward pass.
+    a null condition. remat: recompute each block's activations in the backward pass. dtype: of the
+    whole stream: tokens, positions, modulation, rotation, residuals; fp32 are the weights, which
+    are cast as they are used, the norms' statistics and the time and its SiLUs up to their cast in
+    `modulation_input`.
     """
 
     def __init__(self, channels, tokens, width, depth, heads, cond_width=None, head_width=0,
@@ -311,7 +315,7 @@ class DiT(nn.Module):
             s = self.run(self.dit_blocks, s, c, self.feat_rope, m)
             return self.final_layer(s, c, m and next(m))
         s = self.run(self.dit_blocks[:self.depth], s, c, self.enc_rope, m)  # trunk
-        s = F.silu(self.s_projector(F.silu(s)))                             # [B,N,D2]
+        s = F.silu(self.s_projector(F.silu(s)))     # [B,N,D2]; the outer is that of each adaLN
         h = self.s_embedder(x_t)                                # no positions: only RoPE here
         h = self.run(self.dit_blocks[self.depth:], h, s, self.dec_rope)     # wide head
         return self.final_layer(h, s)

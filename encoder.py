@@ -1,10 +1,15 @@
 """The frozen encoder: an image becomes N latent tokens of C channels.
 
-    images [B,3,H,W] in [0,1]  ->  latent z [B,N,C],  z = LayerNorm(ViT(x)) without affine
+    images [B,3,H,W] in [0,1]  ->  latent z [B,N,C],  z = LayerNorm(ViT(x))
 
 Two networks, in the key layout of their published weights, so that files load without a mapping:
 SigLIP2 (google/siglip2-so400m-patch14-224: C = 1152, N = 16 x 16) and DINOv2, the architecture of
-WebSSL-DINO (facebook/webssl-dino300m-full2b-224: C = 1024). Paper section 2; arXiv 2510.11690.
+WebSSL-DINO (facebook/webssl-dino300m-full2b-224: C = 1024). The norm is without affine for SigLIP2, DINOv2's
+own for the other.
+Paper section 2; arXiv 2510.11690.
+
+dtype is that of the whole stream: tokens, positions, residuals. In fp32 are the weights, which are
+cast as they are used, the pictures, the norms' statistics and z.
 """
 import torch
 import torch.nn as nn
@@ -44,7 +49,8 @@ def attention(q, k, v, heads):
 
 
 def resize(images, size):
-    """Bicubic resize to size x size, only when it differs (the RAE code's rule; no antialias)."""
+    """Bicubic resize to size x size, only when it differs (the RAE code's rule). Not Pillow's or
+    jax.image's: a = -0.75 where they have -0.5, and no antialiasing."""
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode="bicubic", align_corners=False)
@@ -123,6 +129,7 @@ class SigLIP2(nn.Module):
     mean = (0.5, 0.5, 0.5)
     std = (0.5, 0.5, 0.5)
     crop = "squash"             # how its processor makes a picture square
+    resample = 3                # by Pillow's number, bicubic; weights.load_encoder may know better
 
     def __init__(self, config, layers=1, dtype=torch.float32):
         super().__init__()
@@ -202,7 +209,7 @@ class DinoBlock(nn.Module):
         y, qkv = self.norm1(x), self.attention.attention
         y = attention(qkv["query"](y), qkv["key"](y), qkv["value"](y), self.heads)
         x = x + self.attention.output["dense"](y) * self.layer_scale1["lambda1"].to(x.dtype)
-        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))            # the erf form
         return x + y * self.layer_scale2["lambda1"].to(x.dtype)
 
 
@@ -216,6 +223,7 @@ class DINOv2(nn.Module):
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
     crop = "center"             # the short side resized, then the middle
+    resample = 3
 
     def __init__(self, config, layers=1, dtype=torch.float32, image_size=None):
         super().__init__()

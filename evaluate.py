@@ -14,7 +14,8 @@ pictures. --inception PATH adds the Frechet distance of the field, rFID, in thos
 
 t2i: the built-in compositional benchmark (benchmark.py), or pictures for the official scorers; vqa:
 built-in questions, answered greedily, by kind. Intervals are of 95 %, by bootstrap over
-prompts or questions. Pictures are drawn in batches: their last bits may differ from sample.py's.
+prompts or questions. Pictures are drawn as with sample.py's --direct, in batches: their last bits
+may differ from its.
 """
 import argparse
 import collections
@@ -276,7 +277,8 @@ def draw(args, prompts, device, llm, dit, tokenizer, decoder, alpha, guidance):
                       disable=not sys.stderr.isatty()):
         some = prompts[start:start + several]
         cond = sample.direct_condition(llm, tokenizer, some, device)                    # [b,N,Z]
-        noise = torch.stack([flow.noise_for(p, args.seed + i, dit.tokens, dit.channels)
+        noise = torch.stack([flow.noise_for(p, args.seed + i, dit.tokens, dit.channels,
+                                            args.schedule, device)
                              for p in some for i in range(args.n)]).to(device)          # [bn,N,C]
         z = flow.generate(dit, cond.repeat_interleave(args.n, 0), noise, alpha, args.steps,
                           guidance, args.schedule)

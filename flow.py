@@ -129,7 +129,11 @@ def candidates_together(tokens, device):
     return max(1, 256 // tokens) if device.type == "cpu" else None
 
 
-def noise_for(prompt, seed, tokens, channels):
-    """[N,C] from (prompt, seed) alone: the batch it is sampled in never changes a picture."""
+def noise_for(prompt, seed, tokens, channels, schedule="clean", device="cpu"):
+    """[N,C] from (prompt, seed) alone: the batch it is sampled in never changes a picture. With
+    `compat` the authors', of the device's own generator, whatever the prompt."""
+    if schedule == "compat":
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.randn(channels, tokens, generator=generator, device=device).T
     key = int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:7], "big")
     return torch.randn(tokens, channels, generator=torch.Generator().manual_seed(key))

@@ -12,6 +12,7 @@ start (`setup`), place (`shard`, `mark`, `place`), step (`adamw`, `clip_grad`, `
 import contextlib
 import datetime
 import functools
+import logging
 import math
 import os
 import re
@@ -84,6 +85,8 @@ class Devices:
 
 
 def device_name(devices):
+    if devices.kind == "planned":
+        return f"planned for {devices.target}"
     return torch.cuda.get_device_name() if devices.kind == "cuda" else devices.kind
 
 
@@ -147,6 +150,9 @@ def setup_xla(dtype, mesh):
     import numpy as np
     import torch_xla
     import torch_xla.distributed.spmd as xs
+    import torch_xla.backends
+    logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)     # warns of setting it twice
+    torch_xla.backends.set_mat_mul_precision("highest")     # fp32 means fp32 here too; bf16 as it is
     if os.environ.get("PJRT_DEVICE") == "CPU":      # virtual devices wait for each other in threads
         os.environ.setdefault("NPROC", "64")        # of one pool, by default of the machine's size:
     xr.use_spmd()                                   # with few cores the last of them finds none

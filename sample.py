@@ -9,8 +9,8 @@
     python sample.py "a cat" --save-latent z.safetensors;  python sample.py --latent z.safetensors
 
 Schedules: `clean` is 50 Euler steps from t = 1 to 0, with guidance that works (off at scale 1);
-`compat` is the authors' sampler, stray last step and all, for their numbers (guidance, which does
-nothing in theirs, is off unless given).
+`compat` is the authors' sampler, stray last step and all, for their numbers, with their noise for
+a seed on the same kind of device (guidance, which does nothing in theirs, is off unless given).
 
 The same prompt, seed and settings give the same bytes whatever is drawn beside them: images go
 through the matrix products one at a time. Only --best-of draws its candidates several at a time,
@@ -103,7 +103,7 @@ def to_tensor(image, encoder):
         w, h = S, S
     else:                                               # the short side, then the middle
         w, h = (max(S, int(S * v / min(w, h))) for v in (w, h))
-    image = image.resize((w, h), Image.Resampling.BICUBIC)
+    image = image.resize((w, h), encoder.resample)
     left, top = (w - S) // 2, (h - S) // 2
     image = np.asarray(image.crop((left, top, left + S, top + S)))
     return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
@@ -119,11 +119,13 @@ def sheet(images, columns, space=2):
 
 
 def save_png(image, path, **info):
-    """image [3,H,W] in [0,1] -> PNG with the settings in its metadata."""
+    """image [3,H,W] in [0,1] -> PNG with the settings in its metadata. Rounded to 8 bits; with the
+    schedule `compat` cut off, as the authors do it."""
     meta = PngImagePlugin.PngInfo()
     for key, value in info.items():
         meta.add_itxt(key, str(value))
-    x = (image.float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    x = image.float().cpu().clamp(0, 1) * 255
+    x = (x if info.get("schedule") == "compat" else x.round()).byte().permute(1, 2, 0).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(x).save(path, pnginfo=meta)
 
@@ -234,6 +236,8 @@ def arguments(argv=None):
     if len(inputs) > 1:
         raise UserError(f"--{inputs[0]} and --{inputs[1]} cannot go together; give one of them")
     mode = inputs[0] if inputs else "prompt"
+    if args.latent and not (args.text or "").strip():
+        args.text = None                                # no question: decode
     if args.text is not None and not args.text.strip():
         raise UserError("the prompt is empty; expected some words in quotes")
     if args.text is None and mode == "prompt":
@@ -344,7 +348,7 @@ def condition(args, llm, tokenizer, words, device):
         *said, cond = list(answer(llm, tokenizer, words, limit=args.max_tokens)) or [""]
         if not isinstance(cond, str):
             return cond
-        said = f"the model answered {''.join(said) + cond!r} instead of drawing"
+        said = f"the model answered {''.join(said) + cond!r:.200} instead of drawing"
         if not args.prompts:
             raise UserError(f"{said}; ask for a picture (\"Can you generate a photo of ...?\") or "
                             "force one: --direct")
@@ -370,7 +374,8 @@ def draw(args, items, llm, dit, tokenizer, decoder, alpha, guidance, device):
         words = (args.template or "{}").replace("{}", prompt)
         cond = condition(args, llm, tokenizer, words, device)               # [1,N,Z]
         drawn = [args.seed + i for i in range(count)]
-        noise = torch.stack([noise_for(prompt, seed, N, dit.channels) for seed in drawn])
+        noise = torch.stack([noise_for(prompt, seed, N, dit.channels, args.schedule, device)
+                             for seed in drawn])
         z = generate(dit, cond, noise.to(device), alpha, args.steps, guidance, args.schedule,
                      progress, args.guidance_interval, together)            # [n,N,C]
         info = dict(prompt=prompt, steps=args.steps, guidance=guidance, schedule=args.schedule,

@@ -388,7 +388,8 @@ def main():
     # Data, and what follows from all of that
     # --------------------------------------------------------------------------------------------
     try:
-        mixture = data.Mixture(args.data, resolution, args.seed, encoder.crop)
+        mixture = data.Mixture(args.data, resolution, args.seed, encoder.crop,
+                               resample=(vae or encoder).resample)
     except data.DataError as error:
         if not args.dry_run or args.epochs:
             raise
@@ -492,7 +493,8 @@ def main():
 
     def look(batch):
         """A batch's latents z [B,N,C], and what the LLM sees of its images u [B,N,C']: the same, or
-        with a VAE, whose latent says little of what is in the picture, a second tower's."""
+        with a VAE, whose latent says little of what is in the picture, a second tower's. That one
+        resizes the VAE's 256 pixels to its own, a little sharper than its processor would."""
         f = batch["latent"] if args.cache_latents else encode(batch["images"])      # [B,N,F]
         if not vae:
             return f, f

@@ -87,7 +87,8 @@ class Level(nn.Module):
         if self.resample == "down":                             # pads on the right and below only
             return self.downsamplers[0]["conv"](F.pad(x, (0, 1, 0, 1)))         # [.., h/2, w/2]
         if self.resample == "up":
-            x = self.upsamplers[0]["conv"](F.interpolate(x, scale_factor=2.0))  # [.., 2h, 2w]
+            x = self.upsamplers[0]["conv"](F.interpolate(
+                x, scale_factor=2.0, mode="nearest"))                           # [.., 2h, 2w]
         return x
 
 
@@ -155,7 +156,7 @@ class VAE(nn.Module):
     `channels` is C, `stride` the pixels on a token's side (16). Before they are trained the weights
     are PyTorch's defaults, as in the original. Raises ValueError for another form's config.
     """
-    crop = "squash"                                             # diffusers' VaeImageProcessor
+    crop, resample = "squash", 1                    # diffusers' VaeImageProcessor: 1 is Lanczos
 
     def __init__(self, config=None):
         super().__init__()

@@ -244,6 +244,10 @@ def load_encoder(path, devices, layers=1):
         model = encoders.build_encoder(config, layers, devices.dtype)
     headless = () if any(".head." in k for k in state) else ("vision_model.head.",)
     load_strict(model, state, what, optional=("mask_token", *headless))     # neither is in z's way
+    processor = Path(path) / "preprocessor_config.json"
+    if processor.is_file():                                     # of a published folder
+        with user_errors(f"{what}: {processor.name}"):
+            model.resample = int(json.loads(processor.read_text()).get("resample", 3))
     return model.requires_grad_(False).eval().to(devices.device)
 
 

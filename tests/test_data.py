@@ -456,6 +456,14 @@ def test_jpeg_rotation_and_transparency(tmp_path):
     assert 120 < seen.mean() < 136 and seen[0, 0, 0] < 20 and seen[0, -1, 0] > 235
 
 
+def test_pictures_are_resized_by_the_processor_s_filter(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8))
+    image.save(tmp_path / "a.png")
+    for given, used in (({}, Image.BICUBIC), ({"resample": 2}, Image.BILINEAR)):
+        seen = Mixture([str(tmp_path)], 16, text=False, **given)[0]["image"]
+        assert np.array_equal(seen, image.resize((16, 16), used))
+
+
 @pytest.mark.parametrize("source", ["builtin:web", "builtin:qa"])
 def test_export_is_the_same_stream(source, tmp_path):
     done = run("export", "--source", source, "--count", 25, "--out", tmp_path, "--resolution", 32,

@@ -11,9 +11,12 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
@@ -484,7 +487,9 @@ def test_encoder_folders(tmp_path):
     model = weights.load_encoder(tmp_path / "siglip", CPU)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert (model.tokens, model.channels, model.image_size) == (16, 24, 224)
-    assert model.vision_model.encoder.layers[0].self_attn.heads == 12
+    assert model.vision_model.encoder.layers[0].self_attn.heads == 12 and model.resample == 3
+    (tmp_path / "siglip/preprocessor_config.json").write_text('{"resample": 2}')
+    assert weights.load_encoder(tmp_path / "siglip", CPU).resample == 2
 
     keys = dino_keys(24, 2, 16, 14)
     state = random_state(keys, seed=3)
@@ -539,7 +544,7 @@ def test_compat_sampler_from_a_released_folder(tmp_path):
     folder = write(tmp_path / "model", *released(), form="shards")
     decoder_folder(tmp_path / "decoder")
     encoder_folder(tmp_path / "encoder")
-    llm, dit, tokenizer, _ = weights.load_model(folder, CPU)
+    llm, dit, tokenizer, config = weights.load_model(folder, CPU)
     alpha = flow.shift_alpha(16, 24)
 
     # the same weights through the same function give the golden file's sample
@@ -559,10 +564,15 @@ def test_compat_sampler_from_a_released_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.png").is_file()
     cond = sample.direct_condition(llm, tokenizer, [prompt], CPU.device)
-    noise = flow.noise_for(prompt, 3, 16, 24)[None]
+    torch.manual_seed(3)
+    noise = torch.randn(1, 24, 4, 4).flatten(2).mT      # as theirs
     z = flow.euler(lambda x, t: dit(x, t, cond), noise, flow.compat_schedule(50, alpha))
     saved = weights.read_latent(tmp_path / "z.safetensors", 16, 24)
     assert torch.allclose(saved, z, atol=1e-5)
+    args = SimpleNamespace(encoder=str(tmp_path / "encoder"), decoder=str(tmp_path / "decoder"))
+    _, decoder = weights.load_codec(config, args, CPU)
+    picture = np.asarray(Image.open(tmp_path / "out.png"))
+    assert (picture == (decoder(saved)[0].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()).all()
     torch.save(z[0].detach(), tmp_path / "theirs.pt")   # the authors' --save-latent: [N,C], bare
     assert torch.equal(weights.read_latent(tmp_path / "theirs.pt", 16, 24), z)
 

@@ -377,18 +377,19 @@ def test_pictures_are_made_square_as_the_encoder_s_processor_does():
     x = np.zeros((20, 60, 3), np.uint8)
     x[:, 20:40, 0], x[:, :20, 1] = 255, 255             # green, red, black
     for kind, ends in (("squash", [1, 0]), ("center", [0, 0])):
-        z = sample.to_tensor(Image.fromarray(x), SimpleNamespace(image_size=8, crop=kind))
+        z = sample.to_tensor(Image.fromarray(x), SimpleNamespace(image_size=8, crop=kind,
+                                                                resample=3))
         assert z.shape == (1, 3, 8, 8) and z[0, 0, :, 4].min() == 1         # the middle is red
         assert z[0, 1, 4, [0, -1]].tolist() == pytest.approx(ends, abs=0.1)
     assert (encoders.SigLIP2.crop, encoders.DINOv2.crop) == ("squash", "center")
     tall = sample.to_tensor(Image.fromarray(x.swapaxes(0, 1)), SimpleNamespace(
-        image_size=7, crop="center"))
+        image_size=7, crop="center", resample=3))
     assert tall.shape == (1, 3, 7, 7) and tall[0, 0, 3].min() > 0.98
 
 
 def test_stored_latents_decode_to_the_same_picture_and_answer(call, capsys):
     assert call("a red circle", "--steps", 4, "--n", 2, "--save-latent", "z.safetensors") == 0
-    assert call("--latent", "z.safetensors", "--out", "again.png") == 0
+    assert call("--latent", "z.safetensors", "", "--out", "again.png") == 0    # no question: decode
     sheet = Image.open("again.png")
     assert sheet.size == (130, 64)
     assert sheet.crop((66, 0, 130, 64)).tobytes() == Image.open("out-1.png").tobytes()

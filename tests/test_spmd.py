@@ -46,6 +46,8 @@ def observed(script, *argv):
     parallel.step_done = watch
     sys.argv = [script, *argv]
     __import__(script).main()
+    import torch_xla.backends
+    assert torch_xla.backends.get_mat_mul_precision() == "highest"      # fp32 is fp32 on a TPU too
     out = Path(argv[argv.index("--out") + 1])
     (out / "counts.json").write_text(json.dumps(counts))
 

@@ -379,9 +379,10 @@ def test_finetuning(plain, tmp_path, capsys):
     passes over finite data, rounded up; with the paper's rates, from cached latents."""
     out, lines = plain
     train(tmp_path / "a", "--init", out, "--lr", 1e-12, "--lr-llm", 1e-12)
-    assert "time shift" not in capsys.readouterr().err
+    assert "was trained with" not in capsys.readouterr().err
     train(tmp_path / "shift", "--init", out, "--shift", 3)
-    assert "was trained with --shift 6.928203, this run takes 3; --shift 6.928203 keeps" in capsys.readouterr().err
+    assert ("was trained with --shift 6.928203, this run takes 3; --shift 6.928203 keeps"
+            in capsys.readouterr().err)
     state, config = weights.read_weights(out / "final/ema.safetensors")
     config.update(encoder_layers=3, mm_vision_tower_aux_list=["my/tower-interp64"])
     (tmp_path / "other").mkdir()
