@@ -625,7 +625,9 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
 
     def one_line():                                     # a worker's error comes with its traceback
         try:
-            yield from started
+            for sent in started:                        # each tensor of a worker's is an open file
+                yield {k: v.clone() if workers and hasattr(v, "clone") else v    # until it is freed
+                       for k, v in sent.items()}
         except DataError as e:
             line = str(e).strip().splitlines()[-1]
             raise DataError(line.removeprefix("world.DataError: ")) from None

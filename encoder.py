@@ -3,10 +3,9 @@
     images [B,3,H,W] in [0,1]  ->  latent z [B,N,C],  z = LayerNorm(ViT(x))
 
 Two networks, in the key layout of their published weights, so that files load without a mapping:
-SigLIP2 (google/siglip2-so400m-patch14-224: C = 1152, N = 16 x 16) and DINOv2, the architecture of
-WebSSL-DINO (facebook/webssl-dino300m-full2b-224: C = 1024). The norm is without affine for SigLIP2, DINOv2's
-own for the other.
-Paper section 2; arXiv 2510.11690.
+SigLIP2 (google/siglip2-so400m-patch14-224: C = 1152, N = 16 x 16), whose LayerNorm has no affine,
+and DINOv2, the architecture of WebSSL-DINO (facebook/webssl-dino300m-full2b-224: C = 1024), with
+its own. Paper section 2; arXiv 2510.11690.
 
 dtype is that of the whole stream: tokens, positions, residuals. In fp32 are the weights, which are
 cast as they are used, the pictures, the norms' statistics and z.

@@ -44,7 +44,9 @@ WHOLE = 2 ** 14
 # What scan.py keeps stacked, [n,...], has a name that says which blocks: `dit_blocks.0-31.attn...`
 STACK = re.compile(r"\.(\d+)-(\d+)\.")
 
-PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0, "4090": 165.2}   # bf16
+# bf16, by what is in the device's name; the first counts
+PEAK_TFLOPS = {"H100 PCIe": 756.5, "H100 NVL": 835.5, "H100": 989.4, "H200": 989.4, "A100": 312.0,
+               "L40S": 362.0, "4090": 165.2}
 
 
 class UserError(Exception):
@@ -152,7 +154,7 @@ def setup_xla(dtype, mesh):
     import torch_xla.distributed.spmd as xs
     import torch_xla.backends
     logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)     # warns of setting it twice
-    torch_xla.backends.set_mat_mul_precision("highest")     # fp32 means fp32 here too; bf16 as it is
+    torch_xla.backends.set_mat_mul_precision("highest")     # fp32 means fp32 here too
     if os.environ.get("PJRT_DEVICE") == "CPU":      # virtual devices wait for each other in threads
         os.environ.setdefault("NPROC", "64")        # of one pool, by default of the machine's size:
     xr.use_spmd()                                   # with few cores the last of them finds none
@@ -407,7 +409,8 @@ def mean(values, devices):
 
 
 def barrier(devices):
-    """Wait for every process, as long as it takes: one may be encoding a data set alone."""
+    """Wait for every process, as long as it takes (xla: half an hour): one may be encoding a data
+    set alone."""
     if devices.replicas == 1:
         total([0.0], devices)
     else:
@@ -451,6 +454,6 @@ def peak_tflops(devices):
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in device_name(devices)), None)
 
 
-def finish(devices):
+def finish():
     if dist.is_initialized():
         dist.destroy_process_group()

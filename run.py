@@ -2,9 +2,9 @@
 
     runs/dit-tiny/  args.json  log.jsonl  loss.png  samples/  checkpoints/step-0001000/  final/
 
-A checkpoint is a folder of `state.safetensors` (model, EMA, both moments) and `meta.json` (step and
-arguments). It is written under another name, synced to disk and then renamed, so a save that is cut
-short never hides the one before. The data position, the learning rates and every random draw are
+A checkpoint is a folder of `state.safetensors` (model, EMA, both moments; of several processes one
+each, with its rows) and `meta.json` (step and arguments). It is written under another name, synced
+to disk and then renamed, so a save that is cut short never hides the one before. The data position, the learning rates and every random draw are
 functions of (seed, step): no global generator is used, so there is no state of one to save, and a
 resumed run repeats the uninterrupted one bit for bit.
 """
@@ -47,6 +47,7 @@ def main(function):
     """Run a script's main: bad input is one line on stderr and exit status 2, a full disk 1."""
     try:
         function()
+        parallel.finish()
     except BaseException as error:
         end_workers()
         if isinstance(error, (UserError, DataError)):
@@ -218,8 +219,8 @@ class Run:
     """Opens `args.out` (made when missing), refuses a second process and contradicting arguments.
 
     `start`: the step to go on from, 0 for a new run. Use as: run.load(named) once, then in the loop
-    run.log(...), run.due(...), run.save(...); run.stop is set by SIGTERM or Ctrl-C. free: arguments
-    that may change besides FREE.
+    run.log(...), run.due(...), run.save(...). SIGTERM or Ctrl-C set run.asked, from which the loop
+    makes run.stop, in all processes at once. free: arguments that may change besides FREE.
     """
 
     def __init__(self, args, devices, free=()):
@@ -250,6 +251,12 @@ class Run:
             raise UserError(f"--out {self.dir}: cannot make the run folder: {error.strerror}")
         parallel.barrier(devices)                       # the old folder is aside, the new one there
         self.latest = next(reversed(self._whole()), None)
+        self.start = int(self.latest.name[5:]) if self.latest else 0
+        here, step, square = parallel.total(
+            [self.dir.is_dir(), self.start, self.start ** 2], devices)
+        if here < devices.world or devices.world * square != step ** 2:
+            raise UserError(f"--out {self.dir} is not the same folder in every process: give one "
+                            "on a disk that all hosts see")
         args.dtype = str(devices.dtype).removeprefix("torch.")  # the one taken, typed or not
         mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
                 if k not in FREE and k not in free}
@@ -267,14 +274,20 @@ class Run:
         elif any((self.dir / "samples").iterdir()) or (self.dir / "final").exists():
             if self.main:
                 print(f"{self.dir} holds a run without a checkpoint: it is started again")
-        self.start = int(self.latest.name[5:]) if self.latest else 0
         self.saved_args = mine
-        if args.wandb and self.main:
-            import wandb                                        # only when asked
-            self.wandb = wandb.init(project=args.wandb, config=mine, name=self.dir.name)
 
     def _ask_to_stop(self, *_):
-        self.asked = True               # the loop makes it self.stop, in all processes at once
+        self.asked = True
+
+    def _start_wandb(self):
+        import uuid
+
+        import wandb                                            # only when asked
+        path = self.dir / "wandb-id"                            # a resumed run goes on there too
+        if not path.exists():
+            write_text(path, uuid.uuid4().hex)
+        self.wandb = wandb.init(project=self.args.wandb, config=self.saved_args,
+                                name=self.dir.name, id=path.read_text(), resume="allow")
 
     def _lock(self):
         """One process a run folder. A POSIX lock: it dies with this process, even by kill -9, and
@@ -330,12 +343,14 @@ class Run:
         if self.latest:
             self._read(named)
         if self.main:
-            write_text(self.dir / "args.json", json.dumps(self.saved_args, indent=1))
+            write_text(self.dir / "args.json", json.dumps(vars(self.args), indent=1, default=str))
             self._trim_log()
             self.file = open(self.dir / "log.jsonl", "a")
             if self.latest:
                 self._sweep()                           # of what a cut deletion left
                 print(f"resumed {self.dir} at step {self.start}")
+            if self.args.wandb:
+                self._start_wandb()
 
     def _read(self, named):
         before = next(reversed(self._whole()[:-1]), None)
@@ -493,19 +508,20 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.main:
             self.bar.close()
+            if self.wandb:
+                self.wandb.finish()
 
 
 class Bench:
-    """Stands in for Run under --bench: the same loop, nothing written, N steps timed at the end.
-
-    The first fifth of the steps warms up and is not counted.
-    """
+    """Stands in for Run under --bench: the same loop, nothing written. After a fifth of the steps,
+    at least one where there are two, the clock starts; from then on the host waits for the device
+    only at the end."""
     start, stop, asked, dir, latest = 0, False, False, None, None
 
     def __init__(self, args, devices):
         self.args, self.devices, self.main = args, devices, devices.main
-        self.seen, self.norms = [], []
-        args.sample_every = args.save_every = 0
+        self.warm = min(args.steps - 1, max(1, args.steps // 5))
+        self.norms, args.sample_every, args.save_every = [], 0, 0
 
     def load(self, named):
         pass
@@ -515,23 +531,22 @@ class Bench:
         return self.bar
 
     def due(self, step, every, stopping=True):
-        return every == self.args.log_every == 1    # every step is logged, none sampled or saved
+        return every == self.args.log_every == 1 and step in (self.warm, self.args.steps)
 
     def log(self, step, **values):
-        self.seen.append(values)
+        self.values = values                                    # the last ones count
 
     def print(self, text):
         self.bar.write(text)
 
     def finish(self):
         self.bar.close()
-        counted = self.seen[len(self.seen) // 5:]
-        middle = {k: sorted(v[k] for v in counted)[len(counted) // 2] for k in
-                  ("images_per_s", "tflops", "mfu", "memory_gb", "data_wait_s", "step_s")
-                  if all(isinstance(v[k], float) for v in counted)}
+        counted = self.args.steps - self.warm
+        means = {k: self.values[k] for k in ("images_per_s", "tflops", "mfu", "memory_gb",
+                                             "data_wait_s", "step_s")}
         if self.main:
-            table(f"bench: median of {len(counted)} steps", list(middle.items()))
-            print(json.dumps({"steps": len(counted), "mfu": None, **middle}))
+            table(f"bench: mean of {counted} steps", list(means.items()))
+            print(json.dumps({"steps": counted, **means}))
 
 
 def stored_shape(key, parts):
@@ -659,6 +674,10 @@ class Meter:
 
     def __init__(self):
         self.values, self.images, self.flops, self.wait = [], 0, 0.0, 0.0
+        self.start()
+
+    def start(self):
+        """The clock, again where something else than training came between."""
         self.since = time.perf_counter()
 
     def add(self, images, wait, flops, share=1.0, **values):

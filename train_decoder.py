@@ -495,16 +495,22 @@ def main():
         parallel.step_done(devices)
         runs.check_finite(run, step, norm + d_norm if judging else norm, keys)  # of either network
 
-        done = step + 1
-        values = {"lr_disc": lr_disc} if judging else {}
-        if run.due(done, args.sample_every, stopping=False):
+        done, values = step + 1, {"lr_disc": lr_disc} if judging else {}
+        sampling = run.due(done, args.sample_every, stopping=False)
+        saving = run.due(done, args.save_every)
+        logging = run.due(done, args.log_every) or sampling or saving
+        if logging:                             # the speed is of what came before
+            values.update(meter.read(devices))
+        if sampling:
             values["psnr"] = sample(done)
-        if run.due(done, args.log_every) or "psnr" in values:
-            run.log(done, lr=lr, skipped_records=skips.count, **meter.read(devices), **values)
+        if logging:
+            run.log(done, lr=lr, skipped_records=skips.count, **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "l1", "lpips", "gram", "gan", "disc", "psnr"])
-        if run.due(done, args.save_every):
+        if saving:
             run.save(done, saved)
+        if logging:
+            meter.start()
         if run.stop and done < args.steps:
             return run.say_how_to_resume(done)
     run.finish()
@@ -519,7 +525,6 @@ def main():
         what = "unseen pictures" if mixture.endless() else "pictures of the data, which it has seen"
         if run.main:
             print(f"{run.dir}/final: PSNR {score:.2f} dB on 64 {what} (EMA weights)")
-    parallel.finish(devices)
 
 
 if __name__ == "__main__":

@@ -239,12 +239,10 @@ class ScaleRAE(nn.Module):
         """Latents z [B,N,C], what the LLM sees of the images u [B,N,C'] (the same, but for a VAE)
         and a batch of `Collate` -> cross-entropy summed over the labelled tokens; flow loss and (or
         None) 1 - cosine of REPA of each image [B], zero for those that are not answers; times t
-        [B]; the spread of the condition.
+        [B]; sums of the condition for `spread`.
 
         Images in questions pass through the DiT too and count zero: one graph for every batch.
-        draws=False: the whole batch asks, so the DiT is left out and there is no spread. The spread
-        is the standard deviation of the condition across the batch over its rms; near 0 the text is
-        not heard.
+        draws=False: the whole batch asks, so the DiT is left out and there are no sums.
         """
         h = self.llm(self.llm.embed(batch["ids"], batch["start"], batch["answer"], u))  # [B,L,H]
         ce = self.llm.text_loss(h, batch["where"], batch["targets"])
@@ -261,9 +259,15 @@ class ScaleRAE(nn.Module):
             y = self.repa(self.tokens).float()                              # [B,N,C']
             apart = (1 - F.cosine_similarity(y, u, dim=-1).mean(1)) * mask
         w, c = mask[:, None, None], cond.detach().float()
-        mean = (c * w).sum(0, keepdim=True) / w.sum().clamp(min=1)
-        spread = (((c - mean).square() * w).sum() / (c.square() * w).sum().clamp(min=1e-12)).sqrt()
-        return ce, mse, apart, t, spread
+        sums = torch.cat([(c * w).sum(0).flatten(), (c.square() * w).sum()[None], mask.sum()[None]])
+        return ce, mse, apart, t, sums                                      # sums [N*Z+2]
+
+
+def spread(sums):
+    """Sums over a batch of the condition c, of |c|^2 and of 1 [N*Z+2] -> the standard deviation of
+    c across the batch over its rms. Near 0 the text is not heard."""
+    c, square, n = sums[:-2], sums[-2], sums[-1]
+    return (1 - c.square().sum() / (n * square).clamp(min=1e-12)).clamp(min=0).sqrt()
 
 
 def train_step(model, look, optimizer, named, ema, batches, tokens, answers, draws, weight, args,
@@ -274,15 +278,15 @@ def train_step(model, look, optimizer, named, ema, batches, tokens, answers, dra
     does it hold an image to draw (else what draws is not touched); weight: of this step in the
     average. -> the step's values {name: tensor}; losses by time [10,2]; the gradient's norm.
     """
-    values, by_time = {}, 0
+    values, by_time, conditions = {}, 0, 0
     for batch in batches:
         z, u = look(batch)                                                  # [B,N,C], [B,N,C']
-        ce, each, apart, t, spread = model(z, u, batch, draws)
+        ce, each, apart, t, sums = model(z, u, batch, draws)
         parts = dict(text=ce / tokens)
         loss = parts["text"]
         if draws:
             parts["flow"] = each.sum() / answers
-            parts["cond_spread"] = spread * args.micro_batch / args.batch
+            conditions = conditions + sums
             loss = loss + args.diffusion_weight * parts["flow"]
         if apart is not None:
             parts["repa"] = apart.sum() / answers
@@ -291,7 +295,9 @@ def train_step(model, look, optimizer, named, ema, batches, tokens, answers, dra
         parts["loss"] = loss
         values = {k: values.get(k, 0) + v.detach() for k, v in parts.items()}
         by_time = by_time + buckets(t, each.detach(), batch["answer"])
-    if not draws:                       # zeros, with which AdamW would still follow its momentum
+    if draws:
+        values["cond_spread"] = spread(parallel.average(conditions, devices))
+    else:                               # zeros, with which AdamW would still follow its momentum
         named["llm.model.latent_queries"].grad = None
     norm = parallel.clip_grad(named.values(), args.clip, devices)
     parallel.guarded_step(optimizer, norm, devices)
@@ -325,6 +331,10 @@ def main():
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices, None if args.size == "tiny" else 8)     # 8 images a device
+    if args.compile and devices.target == "xla":
+        raise UserError("--compile: not on xla, whose compiler takes the whole step; leave it out")
+    if args.scan and devices.target != "xla":
+        raise UserError(f"--scan is for --device xla, not {devices.target}; leave it out")
     if args.cache_latents and devices.kind == "xla" and devices.world > 1:
         raise UserError("--cache-latents: not on several XLA hosts, where one alone cannot run the "
                         "encoder; fill the folder on one host")
@@ -586,32 +596,40 @@ def main():
             *divisors, draws, parallel.scalar(runs.ema_weight(args.ema, step), devices.device),
             args, devices)
         parallel.step_done(devices)
+        if answers < 2:                                         # one image has no spread
+            values.pop("cond_spread", None)
         work = sum(v for k, v in flops.items() if draws or k not in ("dit", "repa"))
         meter.add(args.batch, wait, work, by_time=by_time, **values)
         runs.check_finite(run, step, norm, [k for b in micros for k in b["keys"]])
 
-        done, values = step + 1, {}
-        if decode and run.due(done, args.sample_every, stopping=False):
+        done = step + 1
+        sampling = decode and run.due(done, args.sample_every, stopping=False)
+        saving = run.due(done, args.save_every)
+        logging = run.due(done, args.log_every) or sampling or saving
+        if logging:                             # the speed is of what came before
+            values = {**meter.read(devices), "grad_norm": norm.item()}
+            values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
+        if sampling:
             pictures = draw(benchmark.FIXED, 0)
             if run.main:
                 runs.save_grid(pictures, run.dir / "samples" / f"step-{done:07d}.png", columns=8)
             if tiny and done < args.steps:
-                values = check_colours(32)
-        if run.due(done, args.log_every) or values:
-            values = {**meter.read(devices), "grad_norm": norm.item(), **values}
-            values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
+                values.update(check_colours(32))
+        if logging:
             run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor,
                     skipped_records=skips.count, **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "flow", "text", "repa", "cond_spread", "background_right",
                       "colour_right"])
-        if run.due(done, args.save_every):
+        if saving:
             run.save(done, saved)
+        if logging:
+            meter.start()
         if run.stop and done < args.steps:
             return run.say_how_to_resume(done)
     run.finish()
     if args.bench:
-        return parallel.finish(devices)
+        return
     codec = weights.TINY_VAE if tiny else weights.FLUX_VAE
     config = weights.model_config(llm, dit, tower, alpha,
                                   (args.vae or codec) if vae else None, args.layers, args.decoder,
@@ -628,7 +646,6 @@ def main():
             print(f"128 unseen single shapes, guidance {args.guidance}: background right "
                   f"{score['background_right']:.1%}, object colour right "
                   f"{score['colour_right']:.1%}")
-    parallel.finish(devices)
 
 
 if __name__ == "__main__":

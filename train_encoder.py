@@ -171,16 +171,17 @@ def said_of(record):
 
 
 class Collate:
-    """Records -> images uint8 [B,3,S,S], ids [B,L], last [B], keys; runs in the loader's worker."""
+    """Records -> images uint8 [B,3,S,S], ids [B,L], last [B], keys; runs in the loader's worker.
+    length: the same L for all (another one is another program on XLA), else the batch's longest."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, length=None):
+        self.tokenizer, self.length = tokenizer, length
         self.pad = tokenizer.token_to_id("<|endoftext|>")
 
     def __call__(self, records):
         texts = [r["caption"] or said_of(r) for r in records]
         rows = [text.encode_text(self.tokenizer, t)[:63] + [self.pad] for t in texts]
-        ids = torch.full((len(rows), max(map(len, rows))), self.pad)
+        ids = torch.full((len(rows), self.length or max(map(len, rows))), self.pad)
         for row, i in zip(ids, rows):
             row[:len(i)] = torch.tensor(i)
         images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
@@ -267,7 +268,7 @@ def main():
         args.tokenizer = weights.ASSETS                                     # none is trained for it
     with weights.user_errors(f"--out {args.out}: tokenizer.json"):
         tokenizer = text.load_tokenizer(args.out) if kept else tokenizer_for(args)
-    collate = Collate(tokenizer)
+    collate = Collate(tokenizer, 64 if devices.kind == "xla" else None)
 
     # --------------------------------------------------------------------------------------------
     # Model
@@ -358,19 +359,26 @@ def main():
                       contrast=contrast * part, dense=mse * part)
         norm = parallel.clip_grad(named.values(), 1.0, devices)
         parallel.guarded_step(optimizer, norm, devices)
-        runs.check_finite(run, step, norm, keys)
         optimizer.zero_grad(set_to_none=True)
         parallel.step_done(devices)
+        runs.check_finite(run, step, norm, keys)
 
-        done, values = step + 1, {}
-        if run.due(done, args.sample_every, stopping=False):
-            values = evaluate(model, unseen)
-        if run.due(done, args.log_every) or values:
-            run.log(done, lr=lr, skipped_records=skips.count, **meter.read(devices), **values)
+        done = step + 1
+        sampling = run.due(done, args.sample_every, stopping=False)
+        saving = run.due(done, args.save_every)
+        logging = run.due(done, args.log_every) or sampling or saving
+        if logging:                             # the speed is of what came before
+            values = meter.read(devices)
+        if sampling:
+            values.update(evaluate(model, unseen))
+        if logging:
+            run.log(done, lr=lr, skipped_records=skips.count, **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "contrast", *["dense"] * (args.dense > 0), "retrieval", "probe_psnr"])
-        if run.due(done, args.save_every):
+        if saving:
             run.save(done, saved)
+        if logging:
+            meter.start()
         if run.stop and done < args.steps:
             return run.say_how_to_resume(done)
     run.finish()
@@ -385,7 +393,6 @@ def main():
                       f"{final['effective_rank']:.0f}")
         if devices.main:
             print(f"{run.dir}/final: {words}")
-    parallel.finish(devices)
 
 
 if __name__ == "__main__":

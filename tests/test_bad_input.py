@@ -48,6 +48,8 @@ BAD = [
     (f"{DIT} --keep 0", ["--keep", "'0'"]),
     (f"{DIT} --save-every 0", ["--save-every", "'0'"]),
     (f"{DIT} --bench 0", ["--bench", "'0'"]),
+    (f"{DIT} --scan", ["--scan", "xla"]),
+    (f"{DIT} --dry-run --device xla --compile", ["--compile", "xla"]),
     (f"{DIT} --epochs 2 --steps 5", ["--epochs 2", "--steps 5"]),
     (f"{DIT} --epochs 2 --data builtin:web", ["--epochs 2", "builtin:web", "endless"]),
     (f"{DIT} --lr 0", ["--lr", "'0'"]),

@@ -65,6 +65,7 @@ def check_stage_two(curve, processes):
     out, found = curve("train_dit", processes)
     whole, expected = curve("train_dit", 1)
     same(found, expected, ("loss", "flow", "text", "grad_norm"))
+    same(found, expected, ("cond_spread",), 1e-3)       # of the whole batch, by sums that cancel
     assert len({line["loss"] for line in expected}) == 6
     close(out, whole)
 
@@ -130,7 +131,7 @@ def test_steps_of_questions_alone_leave_the_dit_out_on_every_process(curve):
     more = "--data", "builtin:qa=12", "builtin:synthetic=1"
     (out, found), (whole, expected) = (curve("train_dit", n, None, more) for n in (2, 1))
     assert 0 < sum("flow" in line for line in expected) < 6
-    same(found, expected, ("loss", "flow", "text", "grad_norm", "cond_spread"))
+    same(found, expected, ("loss", "flow", "text", "grad_norm"))
     close(out, whole)
 
 
@@ -170,7 +171,7 @@ def test_a_barrier_waits_longer_than_a_collective(tmp_path):
         "time.sleep(8 * devices.main)\n"
         "parallel.barrier(devices)\n"
         "print('here', parallel.total([1.0], devices))\n"
-        "parallel.finish(devices)\n")
+        "parallel.finish()\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc-per-node=2", str(tmp_path / "waits.py")], text=True, timeout=120,
                           cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)

@@ -128,6 +128,9 @@ def test_one_step_by_hand(tmp_path, encoder):
         rows = torch.arange(8)[:, None].expand_as(known)[known]
         ce = F.cross_entropy(llm.logits(h)[rows, batch["where"][known]],
                              batch["targets"][known]).item()
+        c = llm.condition(h, batch["start"])[batch["answer"]]               # of all that are drawn
+        spread = (c.var(0, correction=0).sum() / c.square().mean(0).sum()).sqrt().item()
+    assert line["cond_spread"] == pytest.approx(spread, rel=1e-3)
     assert batch["targets"][known].equal(batch["ids"][rows, batch["where"][known] + 1])
     tenths, flow = by_time(batch, z, math.sqrt(64 * 96 / 128))
     assert line["flow_by_t"] == tenths and line["flow"] == flow
@@ -501,6 +504,9 @@ class Run:
     def log(self, values, step):
         told.append((step, values["loss"]))
 
+    def finish(self):
+        told.append("finished")
+
 def init(**options):
     told.append(options)
     return Run()
@@ -510,7 +516,8 @@ def init(**options):
     lines = train(tmp_path / "b", "--wandb", "rae", "--steps", 2)
     told = sys.modules.pop("wandb").told
     assert told[0]["project"] == "rae" and told[0]["config"]["steps"] == 2
-    assert told[1:] == [(line["step"], line["loss"]) for line in lines]
+    assert told[1:-1] == [(line["step"], line["loss"]) for line in lines] and told[-1] == "finished"
+    assert told[0]["id"] == (tmp_path / "b/wandb-id").read_text() and told[0]["resume"] == "allow"
 
 
 @pytest.mark.parametrize("flags, latent, alpha, parameters", [
