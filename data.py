@@ -23,6 +23,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import sys
 import tarfile
 import textwrap
@@ -30,7 +31,7 @@ import zlib
 from dataclasses import asdict
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 import world
 from world import BUILTIN, DataError, builtin_record, drawing, generator, hash64
@@ -42,8 +43,9 @@ from world import BUILTIN, DataError, builtin_record, drawing, generator, hash64
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 # What Pillow, json and a record of the wrong form raise. Anything else is a bug and stops the run.
-CORRUPT = (OSError, ValueError, LookupError, TypeError, SyntaxError, AttributeError,
+CORRUPT = (OSError, ValueError, LookupError, TypeError, SyntaxError, AttributeError, struct.error,
            Image.DecompressionBombError)
+TEXTS = ("caption", "prompt", "text", "conversations")      # of a record: one of them
 
 
 def reason(error: Exception) -> str:
@@ -81,14 +83,23 @@ class Folder:
             for number, line in enumerate(read_bytes(meta).splitlines(), 1):
                 if line.strip():
                     fields = parse_line(line, f"{meta}:{number}", ("file_name",))
-                    found.append((fields["file_name"], fields.get("text") or fields.get("caption")))
+                    if not isinstance(fields["file_name"], str):
+                        raise DataError(f"{meta}:{number}: file_name is {fields['file_name']!r}, "
+                                        "not a string")
+                    found.append((fields["file_name"], fields.get("text") or fields.get("caption"),
+                                  None))
         else:
+            seen = set()                                  # a link to a folder above has no end
             for root, folders, files in os.walk(path, followlinks=True):
-                folders.sort()                            # os.walk goes into them in this order
-                stems = {f[:-4] for f in files if f.endswith(".txt")}
-                found += [(os.path.relpath(os.path.join(root, f), path), os.path.splitext(f)[0]
-                           in stems) for f in sorted(files) if f.lower().endswith(IMAGES)]
-        self.entries = [e for e in found if e[1] or not text]         # (name, text or "it has one")
+                folders[:] = [f for f in sorted(folders) if os.path.realpath(
+                    os.path.join(root, f)) not in seen]   # os.walk goes into them in this order
+                seen.update(os.path.realpath(os.path.join(root, f)) for f in ("", *folders))
+                name = lambda f: os.path.relpath(os.path.join(root, f), path)
+                texts = {f[:-4]: name(f) for f in files if f.lower().endswith(".txt")}
+                found += [(name(f), None, texts.get(os.path.splitext(f)[0]))
+                          for f in sorted(files) if f.lower().endswith(IMAGES)]
+        # (image, its text or None, the file of its text or None)
+        self.entries = [e for e in found if e[1] or e[2] or not text]
         if not self.entries:
             raise DataError(f"{path}: {len(found)} images, 0 of them with a caption; "
                             f"expected a folder of {', '.join(IMAGES)} files with a "
@@ -104,9 +115,9 @@ class Folder:
         return os.path.join(self.path, self.entries[j][0])
 
     def read(self, j):
-        text = self.entries[j][1]
-        if text is True:
-            text = read_bytes(os.path.splitext(self.key(j))[0] + ".txt").decode().strip()
+        _, text, file = self.entries[j]
+        if file:
+            text = read_bytes(os.path.join(self.path, file)).decode("utf-8-sig").strip()
         return read_bytes(self.key(j)), {"caption": text or None}
 
 
@@ -117,7 +128,7 @@ class JsonLines:
 
     def __init__(self, path: str, text: bool, strict: bool):
         self.path, rows, offset = path, [], 0
-        need = [("image",)] + [("conversations", "caption")] * text
+        need = [("image",)] + [TEXTS] * text
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
@@ -151,37 +162,43 @@ class JsonLines:
 
 
 class Tars:
-    """WebDataset shards: members `<key>.jpg|png|webp` with a `<key>.json` or `<key>.txt`, found by
-    one pass over the headers, which keeps 48 bytes a record."""
+    """WebDataset shards: members `<key>.jpg|png|webp` with a `<key>.json`, a `<key>.txt`, or both
+    (then the .txt is the caption, where the other has no words), found by one pass over the
+    headers, which keeps 56 bytes a record."""
 
     def __init__(self, paths: list, text: bool):
-        self.paths, rows = paths, []
-        for shard, path in enumerate(paths):
-            rows += [(shard, *row) for row in self.index(path)]
-        self.rows = np.array([r for r in rows if r[1] and (r[3] or not text)])
-        self.lonely = sum(not r[1] for r in rows)                     # texts without an image
+        self.paths = paths
+        rows = np.concatenate([
+            np.array([(shard, *row) for row in self.index(path)], np.int64).reshape(-1, 7)
+            for shard, path in enumerate(paths)])
+        images, texts = rows[:, 1] > 0, (rows[:, 3] > 0) | (rows[:, 5] > 0)
+        self.rows = rows[images & texts if text else images]
+        self.lonely = int((~images).sum())                            # texts without an image
         if not len(self.rows):
-            raise DataError(f"{paths[0]}: {sum(r[1] > 0 for r in rows)} images, 0 with a caption, "
+            raise DataError(f"{paths[0]}: {images.sum()} images, 0 with a caption, "
                             f"in {len(paths)} shards; expected members <key>.jpg, .png or .webp "
                             "with <key>.txt or .json")
         # What `export` wrote is a stream already: its first epoch keeps the order of the file.
-        self.in_order = b'"stream": {"n": 0,' in self.member(0, 3)
+        self.in_order = b'"stream": {"n": 0,' in self.member(0, 5)
 
     def index(self, path):
-        """(image offset, size, text offset, size, is JSON) by key; offset 0 where there is none."""
+        """By key the offset and size of its image, .txt and .json; 0 where there is none."""
         found = {}
         try:
             with tarfile.open(path, "r:") as tar:
                 for m in tar:
                     tar.members = []                      # tarfile would keep them all
                     stem, extension = os.path.splitext(m.name)
-                    if not m.isfile() or extension.lower() not in (*IMAGES, ".json", ".txt"):
+                    extension = extension.lower()
+                    if not m.isfile() or extension not in (*IMAGES, ".json", ".txt"):
                         continue                          # a folder, or what no record has
-                    row = found.setdefault(stem, [0] * 5)
-                    if extension.lower() in IMAGES:
-                        row[:2] = m.offset_data, m.size
-                    elif extension == ".json" or extension == ".txt" and not row[4]:
-                        row[2:] = m.offset_data, m.size, extension == ".json"
+                    at = 0 if extension in IMAGES else 2 if extension == ".txt" else 4
+                    row = found.setdefault(stem, [0] * 6)
+                    row[at:at + 2] = m.offset_data, m.size
+                tar.fileobj.seek(tar.offset)              # a damaged header looks like the end
+                while rest := tar.fileobj.read(2 ** 20):
+                    if rest.strip(b"\0"):
+                        raise tarfile.ReadError(f"no header at byte {tar.offset}, and it goes on")
         except (tarfile.TarError, OSError) as e:
             raise DataError(f"{path}: unreadable as a tar after {len(found)} records ({e}); "
                             "fetch it again, or leave it out of --data") from None
@@ -202,8 +219,9 @@ class Tars:
         return f"{self.paths[self.rows[j, 0]]}/{name.rstrip(bytes(1)).decode(errors='replace')}"
 
     def read(self, j):
-        text = self.member(j, 3) if self.rows[j, 3] else b""
-        fields = json.loads(text) if self.rows[j, 5] else {"caption": text.decode().strip() or None}
+        fields = dict(json.loads(self.member(j, 5))) if self.rows[j, 5] else {}
+        if self.rows[j, 3] and not any(fields.get(k) for k in TEXTS):
+            fields["caption"] = self.member(j, 3).decode("utf-8-sig").strip() or None
         return self.member(j, 1), fields
 
 
@@ -235,9 +253,16 @@ def open_source(name: str, text: bool = True, strict: bool = True):
     return JsonLines(paths[0], text, strict)
 
 
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+
 def upright_rgb(image):
-    """A Pillow image -> RGB, turned as its camera says, what is transparent on white."""
-    image = ImageOps.exif_transpose(image)
+    """A Pillow image -> RGB, turned as its camera says, what is transparent on white. (Pillow's
+    exif_transpose writes all tags anew and fails where one has another type than it should.)"""
+    turn = TURNS.get(image.getexif().get(0x0112))
+    image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):                        # 16 bits, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
                                 .astype(np.uint8))
@@ -279,9 +304,13 @@ def file_record(source, j: int, resolution: int, crop: str, text: bool, rand,
             raise ValueError(f"its text is a {type(said).__name__}, not a string")
         said.encode()                                     # half of a surrogate pair is no text
     if talk:
-        drawn = any("<image>" in t["value"] for t in talk if t["from"] == "gpt")
+        drawn = any("<image>" in t["value"] for t in talk if t["from"] in ("gpt", "assistant"))
         if not any("<image>" in t["value"] for t in talk):            # some LLaVA sets leave it out
-            talk = [{**talk[0], "value": "<image>\n" + talk[0]["value"]}] + talk[1:]
+            asked = [k for k, t in enumerate(talk) if t["from"] in ("human", "user")]
+            if not asked:
+                raise ValueError("no turn of the human, who shows the picture")
+            k = asked[0]
+            talk = [*talk[:k], {**talk[k], "value": "<image>\n" + talk[k]["value"]}, *talk[k + 1:]]
     elif text and not words:
         raise ValueError("no caption, prompt or conversations")
     else:
@@ -312,10 +341,10 @@ def permutation(n: int, *key) -> np.ndarray:
     return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
 
 
-_window = functools.lru_cache(maxsize=32)(permutation)
+_window = functools.lru_cache(maxsize=BLOCK)(permutation)      # one for each source, at the most
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=BLOCK)
 def _chunks(size: int, *key) -> tuple:
     """The chunks of a source in the order of an epoch, and where each starts in it."""
     order = permutation(-(-size // CHUNK), *key)
@@ -625,9 +654,9 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
 
     def one_line():                                     # a worker's error comes with its traceback
         try:
-            for sent in started:                        # each tensor of a worker's is an open file
-                yield {k: v.clone() if workers and hasattr(v, "clone") else v    # until it is freed
-                       for k, v in sent.items()}
+            for sent in started:        # a worker's tensor is an open file until it is freed: copied
+                yield {k: v.clone() if hasattr(v, "clone") else v for k, v in sent.items()} \
+                    if workers and isinstance(sent, dict) else sent
         except DataError as e:
             line = str(e).strip().splitlines()[-1]
             raise DataError(line.removeprefix("world.DataError: ")) from None

@@ -327,8 +327,12 @@ def build_encoder(config, layers=1, dtype=torch.float32, image_size=None):
     """
     config = config.get("vision_config", config)            # the full SigLIP file nests it
     kind = config.get("model_type", "siglip_vision_model")
-    if kind.startswith("siglip"):
-        return SigLIP2({**(HF_SIGLIP if config else {}), **config}, layers, dtype)
-    if kind.startswith("dinov2"):
-        return DINOv2({**HF_DINOV2, **config}, layers, dtype, image_size)
-    raise ValueError(f"encoder model_type is {kind!r}; known: siglip_vision_model, dinov2")
+    if not kind.startswith(("siglip", "dinov2")):
+        raise ValueError(f"encoder model_type is {kind!r}; known: siglip_vision_model, dinov2")
+    model = (SigLIP2({**(HF_SIGLIP if config else {}), **config}, layers, dtype)
+             if kind.startswith("siglip") else
+             DINOv2({**HF_DINOV2, **config}, layers, dtype, image_size))
+    if model.channels % (heads := model.config["num_attention_heads"]):
+        raise ValueError(f"hidden_size {model.channels} is not a multiple of "
+                         f"num_attention_heads {heads}")
+    return model

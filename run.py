@@ -4,9 +4,9 @@
 
 A checkpoint is a folder of `state.safetensors` (model, EMA, both moments; of several processes one
 each, with its rows) and `meta.json` (step and arguments). It is written under another name, synced
-to disk and then renamed, so a save that is cut short never hides the one before. The data position, the learning rates and every random draw are
-functions of (seed, step): no global generator is used, so there is no state of one to save, and a
-resumed run repeats the uninterrupted one bit for bit.
+to disk and then renamed, so a save that is cut short never hides the one before. The data position,
+the learning rates and every random draw are functions of (seed, step): no global generator is used,
+so there is no state of one to save, and a resumed run repeats the uninterrupted one bit for bit.
 """
 import argparse
 import collections

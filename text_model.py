@@ -139,6 +139,10 @@ class TextModel(nn.Module):
         c = self.config = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, **config}
         H, V = c["hidden_size"], c["vocab_size"]
         self.width, self.tokens, self.dtype, self.remat = H, tokens, dtype, False
+        for key in ("rope_scaling", "rope_parameters"):
+            scaling = c.get(key) or {}
+            if (kind := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
+                raise ValueError(f"{key} asks for {kind}: only plain rotary angles are built here")
         self.rope_theta = (c.get("rope_parameters") or {}).get("rope_theta",
                                                                c.get("rope_theta", 1e6))
         m = self.model = nn.Module()

@@ -263,14 +263,16 @@ def main():
     # --------------------------------------------------------------------------------------------
     tiny, vae = args.size == "tiny", args.latent == "vae"
     encoder, vgg, disc, found = networks(args, devices)
+    init = None if args.dry_run or not args.init else weights.final_of(
+        *weights.locate([("weights", args.init, "--init")]))
     if vae:
         resolution = 64 if tiny else 256
         torch.manual_seed(args.seed)                                        # PyTorch's default init
         with torch.device("meta" if args.dry_run else "cpu"):
             model = vaes.VAE(dict(vaes.TINY if tiny else vaes.FLUX, scaling_factor=1.0,
                                   shift_factor=0.0))
-        if args.init and not args.dry_run:
-            model = weights.load_vae(weights.final_of(args.init), devices, "--init")
+        if init:
+            model = weights.load_vae(init, devices, "--init")
             model.requires_grad_(True)
         config, C = model.config, model.channels
         N, parts = (resolution // model.stride) ** 2, (model.encoder, model.decoder)
@@ -288,8 +290,8 @@ def main():
         model.remat = args.remat == "block"
         if not args.dry_run:
             decoders.init_weights(model, args.seed)
-        if args.init and not args.dry_run:
-            state, _ = weights.read_weights(weights.final_of(args.init))
+        if init:
+            state, _ = weights.read_weights(init, "--init")
             weights.load_strict(model, state, f"--init {args.init}",
                                 optional=("decoder_pos_embed", "latent_"))
         if args.latent_stats not in (None, "auto"):

@@ -281,7 +281,8 @@ def main():
         module.weight.data.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
         module.bias.data.zero_()
     if args.init:
-        state, _ = weights.read_weights(weights.final_of(args.init))
+        init, = weights.locate([("weights", args.init, "--init")])
+        state, _ = weights.read_weights(weights.final_of(init), "--init")
         weights.load_strict(model.encoder, state, f"--init {args.init}")
     model = parallel.shard(model, devices)
 

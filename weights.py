@@ -145,6 +145,10 @@ def load_strict(module, state, what, ignore=(), optional=()):
     want = {k: v.shape for k, v in own.items()
             if k in have or not (skip(k) or any(o in k for o in optional))}
     check_keys(want, have, what)
+    if other := [k for k in have if k in own and own[k].is_floating_point()
+                 and not state[k].is_floating_point()]:
+        raise UserError(f"{what}: {other[0]} holds {state[other[0]].dtype}, expected floating "
+                        "point (quantised weights are not read)")
     state = {k: state[k].to(own[k].dtype) for k in have if not skip(k)}
     state.update((k, torch.zeros(v.shape, dtype=v.dtype)) for k, v in own.items()
                  if v.is_meta and k not in state)       # optional ones that the file lacks
@@ -172,7 +176,7 @@ def depth_of(state, blocks):
 def locate(wanted):
     """[(what, path or hub id, flag), ...] -> paths that exist.
 
-    A hub id is looked for in weights/NAME and in the local hub cache, then downloaded. Raises one
+    A hub id is looked for in weights/NAME, then downloaded into the local hub cache. Raises one
     UserError that lists every missing one, where it was looked for, and its flag.
     """
     paths, missing = [], []
@@ -185,12 +189,8 @@ def locate(wanted):
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
             from huggingface_hub import snapshot_download
             part = ["vae/*"] if what == "vae" else None         # FLUX's other files are 50 GB
-            try:
-                try:
-                    found = snapshot_download(name, allow_patterns=part, local_files_only=True)
-                except Exception:                       # not in the cache: ask the network
-                    found = snapshot_download(name, allow_patterns=part)
-                paths.append(Path(found))
+            try:                                        # without a network: what is in the cache
+                paths.append(Path(snapshot_download(name, allow_patterns=part)))
                 continue
             except Exception as error:                  # no network, no such repository, ...
                 looked += f", the hub cache, the hub ({type(error).__name__})"
@@ -371,7 +371,7 @@ def load_perceptual(vgg, lpips, devices, needed=True):
     The width is that of the first convolution. A net of full width has to have `lin*`, unless they
     are not `needed`; a narrower one, or one without, keeps 1/C.
     """
-    state = {k: v for k, v in read_weights(vgg, "--vgg")[0].items()
+    state = {k: v for k, v in read_weights(final_of(vgg), "--vgg")[0].items()
              if not k.startswith("classifier.")}
     whole = len(state.get("features.0.weight", ())) >= perceptual.WIDTHS[0]
     if needed and whole and not lpips and not any(k.startswith("lin") for k in state):
@@ -390,7 +390,7 @@ def load_perceptual(vgg, lpips, devices, needed=True):
 def load_discriminator(path, devices, config=None, seed=0):
     """A DINO trunk's file with new heads, or a whole discriminator's. config: None takes the file's
     own, else DINO ViT-S/16. The k biases become zero, as in the RAE code."""
-    state, found = read_weights(path, "--dino")
+    state, found = read_weights(final_of(path), "--dino")
     whole = any(k.startswith("dino.") for k in state)
     with user_errors(f"--dino {path}"):
         model = discriminator.Discriminator(config or found)

@@ -8,6 +8,7 @@ import itertools
 import json
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -591,7 +592,7 @@ def test_bad_files(tmp_path):
     for text, message in (("", "0 records"), ("[1]", ":1: not"),
                           ('{"caption": "x"}', ":1: no image"),
                           ('{"image": "a.png", "caption": "x"}\n{"image', ":2: not"),
-                          ('{"image": "a.png"}', ":1: no conversations or caption")):
+                          ('{"image": "a.png"}', ":1: no caption or prompt or text or conv")):
         lines.write_text(text)
         refused(lines, message)
     tar = tmp_path / "t" / "a.tar"
@@ -615,3 +616,92 @@ def test_commands(tmp_path):
                  ("show", "--out", "/nowhere/s.png"), ("show", "--count", "0")):
         done = run(*args)
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr
+
+
+# ------------------------------------------------------------------------------------------------
+# What users' files are like
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("damage", ["zeros", "flipped", "two in one"])
+def test_a_tar_that_ends_early_is_an_error(damage, tmp_path):
+    """tarfile takes zeros, or a header whose sum is wrong, for the end of the archive."""
+    whole = tmp_path / "a.tar"
+    write_tar(whole, [m for k in range(9) for m in
+                                        ((f"{k}.png", png(1)), (f"{k}.txt", b"a cat"))])
+    assert len(Mixture([str(whole)], 8)) == 9
+    content = bytearray(whole.read_bytes())
+    at = content.index(b"4.png")
+    if damage == "zeros":
+        content[at:at + 512] = bytes(512)
+    elif damage == "flipped":
+        content[at] ^= 1
+    else:
+        content *= 2
+    whole.write_bytes(content)
+    with pytest.raises(DataError, match="unreadable as a tar .*no header at byte"):
+        Mixture([str(whole)], 8)
+    assert run("check", whole).returncode == 1
+
+
+def test_a_photo_with_odd_exif_is_read(tmp_path):
+    """Pillow's exif_transpose writes the tags anew, and fails where one has the wrong type."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0100] = 6, 5
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "a.jpg", exif=exif)
+    content = bytearray((tmp_path / "a.jpg").read_bytes())
+    at = content.index(b"Exif") + 6
+    tag = content.index(struct.pack(">H" if content[at:at + 2] == b"MM" else "<H", 0x0100), at + 8)
+    content[tag + 2:tag + 4] = struct.pack(">H" if content[at:at + 2] == b"MM" else "<H", 2)
+    (tmp_path / "a.jpg").write_bytes(content)
+    from PIL import ImageOps
+    with pytest.raises(Exception):
+        ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
+    assert data.upright_rgb(Image.open(tmp_path / "a.jpg")).size == (20, 40)
+
+
+def test_metadata_beside_a_caption_in_a_tar(tmp_path):
+    """img2dataset's: .json with url and size, .txt with the words; names in capitals, a BOM."""
+    path = tmp_path / "a.tar"
+    write_tar(path, [
+        ("0.png", png(1)), ("0.txt", b"a cat"), ("0.json", b'{"url": "x", "caption": null}'),
+        ("1.PNG", png(1)), ("1.TXT", b"\xef\xbb\xbfa dog"),
+        ("2.png", png(1)), ("2.json", b'{"caption": "a bird"}'), ("2.txt", b"else")])
+    assert {r["key"][-5]: r["caption"] for r in map(Mixture([str(path)], 8).__getitem__, range(3))} \
+        == {"0": "a cat", "1": "a dog", "2": "a bird"}
+
+
+def test_folders_with_capitals_a_loop_and_a_wrong_name(tmp_path):
+    (tmp_path / "in/below").mkdir(parents=True)
+    (tmp_path / "in/A.JPG").write_bytes(png(1))
+    (tmp_path / "in/A.TXT").write_bytes(b"\xef\xbb\xbfa cat")
+    (tmp_path / "in/below/up").symlink_to(tmp_path / "in")
+    mixture = Mixture([str(tmp_path / "in")], 8)
+    assert len(mixture) == 1 and mixture[0]["caption"] == "a cat"
+    (tmp_path / "in/metadata.jsonl").write_text('{"file_name": 5, "text": "a"}\n')
+    with pytest.raises(DataError, match="metadata.jsonl:1: file_name is 5"):
+        Mixture([str(tmp_path / "in")], 8)
+
+
+@pytest.mark.parametrize("talk, task, where", [
+    ([("system", "Be brief."), ("human", "What?"), ("gpt", "A cat.")], "qa", 1),
+    ([("user", "Draw."), ("assistant", "<image>")], "t2i", 1),
+    ([("gpt", "A cat.")], None, None)])
+def test_the_picture_is_in_the_turn_that_has_it(talk, task, where, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    talk = [{"from": who, "value": said} for who, said in talk]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.png", "conversations": talk}))
+    if task is None:
+        with pytest.raises(DataError, match="no turn of the human"):
+            Mixture([str(tmp_path / "a.jsonl")], 8)[0]
+        return
+    record = Mixture([str(tmp_path / "a.jsonl")], 8)[0]
+    assert record["task"] == task
+    assert ["<image>" in t["value"] for t in record["conversations"]].index(True) == where
+
+
+def test_many_sources_do_not_slow_the_stream():
+    data.shuffled(5000, 0, 0, "a")
+    made = data._window.cache_info().misses
+    for n in range(300):
+        data.shuffled(5000, n // 100, 0, f"source {n % 100}")
+    assert data._window.cache_info().misses - made <= 100

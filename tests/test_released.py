@@ -500,6 +500,12 @@ def test_encoder_folders(tmp_path):
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
     assert torch.equal(model.embeddings.mask_token, torch.zeros_like(mask))
     assert model(torch.rand(1, 3, 56, 56)).shape == (1, 16, 24)
+    with pytest.raises(UserError, match="hidden_size 24 is not a multiple of num_attention_heads 7"):
+        weights.load_encoder(write(tmp_path / "7", {**config, "num_attention_heads": 7}, state,
+                                   tokenizer=False), CPU)
+    with pytest.raises(UserError, match="holds torch.int8, expected floating point"):
+        weights.load_encoder(write(tmp_path / "int8", config, {
+            **state, "layernorm.weight": torch.ones(24, dtype=torch.int8)}, tokenizer=False), CPU)
     with pytest.raises(UserError, match="model_type is 'clip_vision_model'"):
         weights.load_encoder(write(tmp_path / "clip", {"model_type": "clip_vision_model"}, state,
                                    tokenizer=False), CPU)
@@ -613,6 +619,8 @@ WRONG = {           # changes to the config, keys dropped, keys added or replace
                              ["1 missing (first: y_embedder.dropout_embedding)"]),
     "null condition too many": ({"diffusion_class_dropout_prob": 0.0}, [], {},
                                 ["1 unexpected (first: y_embedder.dropout_embedding)"]),
+    "stretched angles": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, [], {},
+                         ["rope_scaling asks for yarn"]),
     "another mode": ({"vision_loss_mode": "block"}, [], {}, ["vision_loss_mode is 'block'"]),
     "not a stage-2 config": ({"diffusion_model_depth": None}, [], {},
                              ["config lacks diffusion_model_depth"]),

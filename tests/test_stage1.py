@@ -515,10 +515,10 @@ def test_train_encoder_makes_the_loss_networks(arch, tmp_path, capsys):
     exported = load_file(file)
     assert not torch.equal(before[f"encoder.{first}"], exported[first])
     if arch == "vgg":
-        net = weights.load_perceptual(file, None, DEVICES)
+        net = weights.load_perceptual(out, None, DEVICES)
         assert net.width == perceptual.TINY_WIDTH and net.lin0["model"][1].weight.unique() == 1 / 8
     else:
-        net = weights.load_discriminator(file, DEVICES)
+        net = weights.load_discriminator(out, DEVICES)
         assert net.config["patch"] == 8 and net.config["image_size"] == 64
         assert torch.equal(net.dino.patch_embed["proj"].weight, exported[first])
 
