@@ -422,7 +422,7 @@ def main():
         raise UserError(f"--length {args.length}: none of the first 16 samples fits, such as "
                         f"{': '.join(first['long'][-1])}")
 
-    with torch.device("meta"):                          # shapes only: the table takes no memory
+    with weights.user_errors("the LLM"), torch.device("meta"):  # shapes: the table takes no memory
         model = networks(text.TextModel(llm_config, N, encoder.channels, size.width, devices.dtype))
     llm, dit = model.llm, model.dit
     parts = {"dit": dit, "llm": llm, "encoder (frozen)": encoder, "vae (frozen)": vae,

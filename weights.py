@@ -561,9 +561,9 @@ def stage2_config(config, state, what):
     return {**found, **given, "vocab_size": size("model.embed_tokens.weight")}
 
 
-def build_model(config, dtype):
+def build_model(config, dtype, what="stage-2 config"):
     """The LLM and the DiT of a stage-2 config, weights not yet meaningful. Raises UserError."""
-    with user_errors("stage-2 config"):
+    with user_errors(what):
         N, Z = config["vision_tower_aux_token_len_list"][0], config["diffusion_model_z_channels"]
         D, depth, heads, D2, depth2, heads2 = dit_sizes(config)
         llm = text.TextModel(config, N, config["mm_hidden_size"], Z, dtype)
@@ -599,7 +599,7 @@ def load_model(path, devices, flag="--run", ema=True):
     state, config = read_weights(file, flag)
     config = stage2_config(config, state, what)
     with torch.device("meta"):
-        llm, dit = build_model(config, devices.dtype)
+        llm, dit = build_model(config, devices.dtype, what)
     load_model_state(llm, dit, state, what)
     for model in (llm, dit):
         for name, module in model.named_modules():
