@@ -520,6 +520,8 @@ class Bench:
 
     def __init__(self, args, devices):
         self.args, self.devices, self.main = args, devices, devices.main
+        if args.wandb:
+            raise UserError(f"--wandb {args.wandb}: --bench logs nothing; leave one of them out")
         self.warm = min(args.steps - 1, max(1, args.steps // 5))
         self.norms, args.sample_every, args.save_every = [], 0, 0
 

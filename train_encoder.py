@@ -334,6 +334,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, save
     # --------------------------------------------------------------------------------------------
+    parallel.step_done(devices)             # what was only recorded so far is not part of a step
     for step in run.progress(args.steps):
         lr = args.lr * runs.cosine(step, args.steps, args.warmup)
         for group in optimizer.param_groups:

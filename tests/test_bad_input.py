@@ -49,6 +49,7 @@ BAD = [
     (f"{DIT} --save-every 0", ["--save-every", "'0'"]),
     (f"{DIT} --bench 0", ["--bench", "'0'"]),
     (f"{DIT} --scan", ["--scan", "xla"]),
+    (f"{DECODER} --bench 2 --wandb project", ["--wandb project", "--bench"]),
     (f"{DIT} --dry-run --device xla --compile", ["--compile", "xla"]),
     (f"{DIT} --epochs 2 --steps 5", ["--epochs 2", "--steps 5"]),
     (f"{DIT} --epochs 2 --data builtin:web", ["--epochs 2", "builtin:web", "endless"]),

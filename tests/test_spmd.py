@@ -25,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 COMMON = ["--dtype", "float32", "--batch", "8", "--workers", "0", "--log-every", "5",
           "--sample-every", "99", "--save-every", "10", "--steps", "20"]
 SCRIPTS = {"train_dit": ["--sample-steps", "1", "--guidance", "1"],
-           "train_decoder": ["--disc-start", "2", "--gan-start", "5"]}
+           "train_decoder": ["--disc-start", "2", "--gan-start", "5"],
+           "train_encoder": ["--width", "48", "--depth", "2", "--tokenizer", "assets/tiny"]}
 # LLVM without its slow passes: the programs run a few steps only, and their compilation is the cost
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -164,6 +165,16 @@ def test_stage_one_on_four_devices(curve, devices):
     same(found, expected, ("l1", "lpips", "gram", "loss", "disc"), 1e-3)
     compiles = [c for c, _ in counts[:21]]              # another program with D, and one with GAN
     assert len(set(compiles[7:11])) == 1 and len(set(compiles[11:21])) == 1, compiles
+
+
+def test_the_encoder_s_training_is_one_program(curve):
+    """Captions of all lengths; lines are logged on the way."""
+    more = ("--steps", "6", "--log-every", "2")
+    _, expected, _ = curve("train_encoder", 0, "", None, more)
+    _, found, counts = curve("train_encoder", 2, "", None, more)
+    same(found, expected, ("loss", "contrast", "dense"), 1e-4)
+    compiles = [c for c, _ in counts[:7]]
+    assert len(set(compiles[1:7])) == 1, compiles
 
 
 if __name__ == "__main__":
