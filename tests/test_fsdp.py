@@ -154,6 +154,17 @@ def test_blocks_that_travel_in_bf16(curve):
 
 
 @pytest.mark.slow
+def test_compiled_blocks_on_two_processes(curve):
+    """As CUDA has it by default: steps, and sampling with guidance by blocks that are compiled."""
+    more = ("--compile", "--remat", "block", "--steps", "3", "--guidance", "3", "--sample-steps", "2",
+            "--sample-every", "3")
+    (out, found), (whole, expected) = (curve("train_dit", n, None, more) for n in (2, 1))
+    same(found, expected, ("loss", "flow", "text", "grad_norm"))
+    grids = [np.asarray(Image.open(o / "samples/step-0000003.png"), np.int16) for o in (out, whole)]
+    assert np.abs(grids[0] - grids[1]).max() <= 1 and grids[0].std() > 1
+
+
+@pytest.mark.slow
 def test_four_processes(curve, tmp_path):
     check_stage_two(curve, 4)
     check_pieces(curve("train_dit", 4)[0], curve("train_dit", 1)[0], 4)
