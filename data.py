@@ -654,7 +654,7 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
 
     def one_line():                                     # a worker's error comes with its traceback
         try:
-            for sent in started:        # a worker's tensor is an open file until it is freed: copied
+            for sent in started:        # copied, as a worker's tensor stays an open file else
                 yield {k: v.clone() if hasattr(v, "clone") else v for k, v in sent.items()} \
                     if workers and isinstance(sent, dict) else sent
         except DataError as e:

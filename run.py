@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -138,8 +139,10 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500, remat="n
 
 
 def check_batch(args, devices, each=None):
-    """Sizes that must divide. Fills --micro-batch: the whole batch, or at most `each` images a
-    device. Raises UserError."""
+    """Sizes that must divide, and what the devices cannot do. Fills --micro-batch: the whole batch,
+    or at most `each` images a device. Raises UserError."""
+    if args.compile and devices.target == "xla":
+        raise UserError("--compile: not on xla, whose compiler takes the whole step; leave it out")
     n = devices.axes["fsdp"]
     most = min(args.batch, each * n if each else args.batch)
     args.micro_batch = args.micro_batch or next(
@@ -280,8 +283,6 @@ class Run:
         self.asked = True
 
     def _start_wandb(self):
-        import uuid
-
         import wandb                                            # only when asked
         path = self.dir / "wandb-id"                            # a resumed run goes on there too
         if not path.exists():

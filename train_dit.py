@@ -331,8 +331,6 @@ def main():
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices, None if args.size == "tiny" else 8)     # 8 images a device
-    if args.compile and devices.target == "xla":
-        raise UserError("--compile: not on xla, whose compiler takes the whole step; leave it out")
     if args.scan and devices.target != "xla":
         raise UserError(f"--scan is for --device xla, not {devices.target}; leave it out")
     if args.cache_latents and devices.kind == "xla" and devices.world > 1:

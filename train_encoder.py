@@ -40,6 +40,7 @@ from parallel import UserError
 # Arguments
 # ------------------------------------------------------------------------------------------------
 
+LENGTH = 64         # tokens of a caption, at the most
 TINY_DATA = ["builtin:web=3", "builtin:synthetic=2", "builtin:text=1"]
 ARCH = {    # width: C of the vit, channels of VGG's first stage, d of DINO
     "vit": dict(width=encoders.TINY["hidden_size"], depth=encoders.TINY["num_hidden_layers"],
@@ -180,7 +181,7 @@ class Collate:
 
     def __call__(self, records):
         texts = [r["caption"] or said_of(r) for r in records]
-        rows = [text.encode_text(self.tokenizer, t)[:63] + [self.pad] for t in texts]
+        rows = [text.encode_text(self.tokenizer, t)[:LENGTH - 1] + [self.pad] for t in texts]
         ids = torch.full((len(rows), self.length or max(map(len, rows))), self.pad)
         for row, i in zip(ids, rows):
             row[:len(i)] = torch.tensor(i)
@@ -268,7 +269,7 @@ def main():
         args.tokenizer = weights.ASSETS                                     # none is trained for it
     with weights.user_errors(f"--out {args.out}: tokenizer.json"):
         tokenizer = text.load_tokenizer(args.out) if kept else tokenizer_for(args)
-    collate = Collate(tokenizer, 64 if devices.kind == "xla" else None)
+    collate = Collate(tokenizer, LENGTH if devices.kind == "xla" else None)
 
     # --------------------------------------------------------------------------------------------
     # Model

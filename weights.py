@@ -247,7 +247,8 @@ def load_encoder(path, devices, layers=1):
     processor = Path(path) / "preprocessor_config.json"
     if processor.is_file():                                     # of a published folder
         with user_errors(f"{what}: {processor.name}"):
-            model.resample = int(json.loads(processor.read_text()).get("resample", 3))
+            found = json.loads(processor.read_text())
+            model.resample = int(found.get("resample", model.resample))
     return model.requires_grad_(False).eval().to(devices.device)
 
 

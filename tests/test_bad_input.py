@@ -51,6 +51,7 @@ BAD = [
     (f"{DIT} --scan", ["--scan", "xla"]),
     (f"{DECODER} --bench 2 --wandb project", ["--wandb project", "--bench"]),
     (f"{DIT} --dry-run --device xla --compile", ["--compile", "xla"]),
+    (f"{DECODER} --dry-run --device xla --compile", ["--compile", "xla"]),
     (f"{DIT} --epochs 2 --steps 5", ["--epochs 2", "--steps 5"]),
     (f"{DIT} --epochs 2 --data builtin:web", ["--epochs 2", "builtin:web", "endless"]),
     (f"{DIT} --lr 0", ["--lr", "'0'"]),

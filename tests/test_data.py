@@ -16,7 +16,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -626,8 +626,7 @@ def test_commands(tmp_path):
 def test_a_tar_that_ends_early_is_an_error(damage, tmp_path):
     """tarfile takes zeros, or a header whose sum is wrong, for the end of the archive."""
     whole = tmp_path / "a.tar"
-    write_tar(whole, [m for k in range(9) for m in
-                                        ((f"{k}.png", png(1)), (f"{k}.txt", b"a cat"))])
+    write_tar(whole, [m for k in range(9) for m in ((f"{k}.png", png(1)), (f"{k}.txt", b"a cat"))])
     assert len(Mixture([str(whole)], 8)) == 9
     content = bytearray(whole.read_bytes())
     at = content.index(b"4.png")
@@ -650,10 +649,10 @@ def test_a_photo_with_odd_exif_is_read(tmp_path):
     Image.new("RGB", (40, 20), "red").save(tmp_path / "a.jpg", exif=exif)
     content = bytearray((tmp_path / "a.jpg").read_bytes())
     at = content.index(b"Exif") + 6
-    tag = content.index(struct.pack(">H" if content[at:at + 2] == b"MM" else "<H", 0x0100), at + 8)
-    content[tag + 2:tag + 4] = struct.pack(">H" if content[at:at + 2] == b"MM" else "<H", 2)
+    order = ">H" if content[at:at + 2] == b"MM" else "<H"
+    tag = content.index(struct.pack(order, 0x0100), at + 8)
+    content[tag + 2:tag + 4] = struct.pack(order, 2)                    # a number, said to be text
     (tmp_path / "a.jpg").write_bytes(content)
-    from PIL import ImageOps
     with pytest.raises(Exception):
         ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
     assert data.upright_rgb(Image.open(tmp_path / "a.jpg")).size == (20, 40)
