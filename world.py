@@ -6,7 +6,9 @@ Scene i of a source is a pure function of (source, seed, i): a structure of back
 that renders at any resolution. It stands in for the paper's data (arXiv 2601.16208): `builtin:web`
 for web images, `builtin:synthetic` for FLUX-generated ones, `builtin:text` for RenderedText,
 `builtin:hq` for BLIP3o-60k, `builtin:qa` for Cambrian-7M; `builtin:align` asks, about shapes alone,
-what the verifiers of best_of.py ask. Who trains on pictures of their own needs only `prompt`.
+what the verifiers of best_of.py ask, and `builtin:brief` says of one or two shapes no more than
+people type: seldom where they are, not always on what. Who trains on pictures of their own needs
+only `prompt`.
 """
 import collections
 import functools
@@ -263,7 +265,7 @@ def write_words(rand) -> Scene:
 
 BUILTIN = {"builtin:web": None, "builtin:synthetic": None, "builtin:text": None,
            "builtin:hq": 600, "builtin:qa": None,
-           "builtin:align": None}   # source -> number of scenes; None: endless
+           "builtin:align": None, "builtin:brief": None}    # source -> scenes; None: endless
 
 
 def scene(source: str, seed: int, i: int) -> Scene:
@@ -281,6 +283,9 @@ def scene(source: str, seed: int, i: int) -> Scene:
             s = compose(rand, True, False, ("plain", "two-tone", "gradient", "textured"))
         elif source == "builtin:synthetic":
             s = compose(rand, False, False, ("plain",))
+        elif source == "builtin:brief":     # two different ones, or more seldom one
+            s = compose(rand, False, False, ("plain",))
+            s = s if s and len(s.things) == len(groups(s)) == (1 if rand() < 0.25 else 2) else None
         elif source == "builtin:hq":
             s = compose(rand, rand() < 0.7, True, ("plain", "plain", "gradient"))
         else:                           # qa; align without sprites, which want far longer training
@@ -596,6 +601,10 @@ def builtin_record(source: str, seed: int, i: int, resolution: int) -> dict:
         out["question"], q, a = question(s, rand, other, source == "builtin:align")
         out["conversations"] = [{"from": "human", "value": f"<image>\n{q}"},
                                 {"from": "gpt", "value": a}]
+    elif source == "builtin:brief":
+        where = relation_of(s) if rand() < 0.2 else None
+        out["caption"] = describe(groups(s), where, s.background if rand() < 0.7 else None)
+        out["conversations"] = drawing(out["caption"], rand)
     else:
         complete = source == "builtin:hq"
         out["caption"] = caption(s, None if complete else rand, source == "builtin:web")

@@ -243,6 +243,22 @@ def test_verifiers_questions_are_those_of_best_of():
     assert set(asked) == {"describe", "align"} and 0.4 < asked["align"] / 400 < 0.6
 
 
+def test_brief_captions_say_less():
+    """builtin:brief: one or two different shapes, all named in the order of the scene; a relation
+    seldom, and then the true one; a background seven times in ten."""
+    said = collections.Counter()
+    for i in range(400):
+        r = world.builtin_record("builtin:brief", 1, i, 0)
+        s, text = r["scene"], r["caption"]
+        assert len(world.groups(s)) == len(s.things) <= 2 and not world.is_held_out(s)
+        where = [w for w in world.RELATIONS if f" {w} " in text]
+        assert where in ([], [world.relation_of(s)])
+        on = s.background if text.endswith(" background") else None
+        assert text == world.describe(world.groups(s), *(where or [None]), on)
+        said.update(two=len(s.things) == 2, where=bool(where), on=bool(on))
+    assert 200 < said["two"] < 300 and 15 < said["where"] < 60 and 250 < said["on"] < 310
+
+
 @pytest.mark.parametrize("others, low, high", [(True, 0.4, 0.6), (False, 1, 1)])
 def test_half_of_the_wrong_prompts_change_one_attribute(others, low, high):
     """One attribute changed leaves most words of the caption in place. Without other scenes to
@@ -477,6 +493,9 @@ def test_export_is_the_same_stream(source, tmp_path):
     again = [digest(copy[n]) for n in range(25, 50)]                # the next epoch is reshuffled
     assert sorted(again) == sorted(digest(live[n]) for n in range(25))
     assert again != [digest(live[n]) for n in range(25)]
+    for crop in ("random", "center"):                               # what is written stays as it is
+        other = Mixture([str(tmp_path)], 32, seed=2, crop=crop)
+        assert [digest(other[n]) for n in range(25)] == [digest(live[n]) for n in range(25)]
     assert run("check", tmp_path).returncode == 0
     assert "holds tars already" in run("export", "--out", tmp_path).stderr
 
@@ -541,6 +560,30 @@ def test_broken_records_are_skipped_and_counted(tmp_path, capsys):
     assert done.returncode == 1 and "4 of 300 records are broken" in done.stdout
 
 
+def test_check_reads_every_file_of_a_pattern(tmp_path):
+    """Also after one that is cut, and where one is missing."""
+    good = [(f"{k}.{e}", c) for k in range(4) for e, c in (("png", png(k)), ("txt", b"a cat"))]
+    for k in range(3):
+        write_tar(tmp_path / f"{k}.tar", good)
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
+    for pattern, found in (("*.tar", "1 of 9"), ("{0..2}.tar", "1 of 9"), ("{1..3}.tar", "1 of 9"),
+                           ("", "1 of 9"), ("{1..2}.tar", "0 of 8")):
+        done = run("check", tmp_path / pattern)
+        assert f"{found} records are broken" in done.stdout and done.returncode == (found[0] == "1")
+
+
+def test_a_turn_without_a_speaker_is_a_broken_record(tmp_path):
+    """The first turn alone tells that the picture is drawn; the others are read all the same."""
+    pictures(tmp_path, 2)
+    drawn = {"from": "gpt", "value": "<image>"}
+    rows = [[drawn, {"value": "b"}], [drawn, {"from": ["human"], "value": "b"}], [drawn]]
+    (tmp_path / "a.jsonl").write_text("\n".join(
+        json.dumps({"image": sorted(tmp_path.glob("*.png"))[0].name, "conversations": row})
+        for row in rows))
+    done = run("check", tmp_path / "a.jsonl")
+    assert "2 of 3 records are broken" in done.stdout and done.stdout.count("a.jsonl:") == 2
+
+
 def test_above_one_percent_the_run_stops():
     counter = SkipCounter()
     counter.update([], 0, [(f"long{j}", "of no use") for j in range(50)])   # whole, so not counted
@@ -574,7 +617,8 @@ def test_nothing_but_broken_records(tmp_path):
     ("builtin:web=0", "'0' is not a positive"), ("builtin:web=-1", "'-1'"),
     ("builtin:web=much", "'much'"), ("builtin:web=nan", "'nan'"), ("builtin:web=", "''"),
     ("/nowhere/at/all", "'/nowhere/at/all' is neither"), ("/nowhere/{0..2}.tar", "3 files of 3"),
-    ("/nowhere/*.tar", r"/nowhere/\*.tar: 0 files"), ("/nowhere/a.jsonl", "a.jsonl")])
+    ("/nowhere/*.tar", r"/nowhere/\*.tar: there is no"), ("/nowhere/a.jsonl", "a.jsonl: there is no"),
+    ("/nowhere/date=2026/{0..2}.tar", "3 files of 3"), ("/nowhere/*.tar=0", "'0' is not")])
 def test_bad_specs(spec, message):
     with pytest.raises(DataError, match=message):
         Mixture([spec], 16)
@@ -613,7 +657,8 @@ def test_commands(tmp_path):
     done = run("show", "--source", "builtin:text", "--out", tmp_path / "s.png", "--count", 5)
     assert done.returncode == 0 and Image.open(tmp_path / "s.png").width > 600
     for args in (("show", "--source", "builtin:wep"), ("show", "--crop", "round"),
-                 ("show", "--out", "/nowhere/s.png"), ("show", "--count", "0")):
+                 ("show", "--out", "/nowhere/s.png"), ("show", "--count", "0"),
+                 ("show", "--out", "sheet"), ("check", "/nowhere"), ("check", "builtin:web")):
         done = run(*args)
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr
 
