@@ -225,6 +225,15 @@ class Tars:
         return self.member(j, 1), fields
 
 
+def expand(name: str) -> list:
+    """The files of `a/{000..123}.tar`, there or not, of a glob, or of a path that is there."""
+    if braces := re.search(r"\{(\d+)\.\.(\d+)\}", name):
+        first, last = braces.groups()
+        return [name.replace(braces.group(), str(k).zfill(len(first)))
+                for k in range(int(first), int(last) + 1)]
+    return [name] if os.path.exists(name) else sorted(glob.glob(name))
+
+
 def open_source(name: str, text: bool = True, strict: bool = True):
     """Folder, JsonLines or Tars for a path; shards may be `a/{000..123}.tar`, a glob or a folder of
     tars. Raises DataError."""
@@ -235,17 +244,12 @@ def open_source(name: str, text: bool = True, strict: bool = True):
         what = "a file of no known kind" if os.path.exists(name) else "neither built in nor a path"
         raise DataError(f"{name!r} is {what}; expected {', '.join(BUILTIN)}, a folder, a .jsonl, "
                         "or .tar shards, each with =WEIGHT if wanted")
-    braces = re.search(r"\{(\d+)\.\.(\d+)\}", name)
-    if braces:
-        first, last = braces.groups()
-        paths = [name.replace(braces.group(), str(k).zfill(len(first)))
-                 for k in range(int(first), int(last) + 1)]
-    else:
-        paths = [name] if os.path.exists(name) else sorted(glob.glob(name))
-    missing = [p for p in paths if not os.path.exists(p)]
-    if missing or not paths:
+    paths = expand(name)
+    if not paths:
+        raise DataError(f"{name}: there is no such file")
+    if missing := [p for p in paths if not os.path.exists(p)]:
         raise DataError(f"{name}: {len(missing)} files of {len(paths)} are missing, such as "
-                        f"{(missing or [name])[0]}")
+                        f"{missing[0]}")
     if name.endswith(".tar"):
         return Tars(paths, text)
     if len(paths) > 1:
@@ -299,7 +303,7 @@ def file_record(source, j: int, resolution: int, crop: str, text: bool, rand,
     data, fields = source.read(j)
     words = fields.get("caption") or fields.get("prompt") or fields.get("text")
     talk = fields.get("conversations")
-    for said in [words or "", *(t["value"] for t in talk or [])]:
+    for said in [words or "", *(t[k] for t in talk or [] for k in ("from", "value"))]:
         if not isinstance(said, str):
             raise ValueError(f"its text is a {type(said).__name__}, not a string")
         said.encode()                                     # half of a surrogate pair is no text
@@ -366,9 +370,9 @@ def shuffled(size: int, i: int, *key) -> int:
 
 def parse_spec(spec: str) -> tuple:
     """(source, weight) of `source[=weight]`. Raises DataError."""
-    if "=" not in spec or os.path.exists(spec):
-        return spec, 1.0
     name, _, number = spec.rpartition("=")
+    if not name or "/" in number or os.path.exists(spec):               # date=2026/*.tar
+        return spec, 1.0
     try:
         weight = float(number)
     except ValueError:
@@ -376,6 +380,13 @@ def parse_spec(spec: str) -> tuple:
     if not (weight > 0 and math.isfinite(weight)):
         raise DataError(f"--data {spec}: the weight {number!r} is not a positive number")
     return name, weight
+
+
+def planned(specs: list) -> list:
+    """`Mixture.describe` of sources that are not read."""
+    names, weights = zip(*map(parse_spec, specs))
+    return [{"source": name, "weight": w / sum(weights), "size": None}
+            for name, w in zip(names, weights)]
 
 
 class Mixture:
@@ -395,8 +406,7 @@ class Mixture:
         if not specs or resolution < 1:
             raise DataError(f"--data {specs} at {resolution} pixels; expected one source or more, "
                             "such as builtin:web, and a positive resolution")
-        self.resolution, self.seed, self.crop, self.text = resolution, seed, crop, text
-        self.resample = resample
+        self.resolution, self.seed, self.text, self.resample = resolution, seed, text, resample
         self.latents = None                             # one Latents a source; see `cache_latents`
         self.names, weights = zip(*map(parse_spec, specs))
         self.weights = [w / sum(weights) for w in weights]
@@ -410,6 +420,8 @@ class Mixture:
             self.files = [None if n in BUILTIN else open_source(n, text) for n in self.names]
         except DataError as e:
             raise DataError(f"--data {e}") from None
+        # What `export` wrote is cropped already.
+        self.crops = ["squash" if f and f.in_order else crop for f in self.files]
         # Every block of 1,000 samples has the same plan: each source gets its share (by largest
         # remainder), one sample in each of as many equal stretches, so short windows are fair too.
         shares = [w * BLOCK for w in self.weights]
@@ -462,7 +474,7 @@ class Mixture:
             j = i if files.in_order and i < size else shuffled(size, i, self.seed, name)
             rand = generator("sample", self.seed, n, attempt)
             try:
-                record = file_record(files, j, pixels, self.crop, self.text, rand,
+                record = file_record(files, j, pixels, self.crops[s], self.text, rand,
                                      self.resample)
                 if self.latents:
                     record["latent"] = self.latents[s].read(j)
@@ -476,10 +488,10 @@ class Mixture:
 
 class SkipCounter:
     """Names each record that is left out once. Raises DataError when the broken ones are more than
-    10 and 1 % of the samples; `count` has all."""
+    10 and 1 % of the samples; `count` has all, those before a resumption too."""
 
-    def __init__(self):
-        self.count, self.broken, self.seen, self.keys = 0, 0, 0, set()
+    def __init__(self, count: int = 0):
+        self.count, self.broken, self.seen, self.keys = count, 0, 0, set()
 
     def update(self, skipped: list, seen: int, unfit: list = ()):
         """Of the last `seen` samples the [(key, reason)] of the broken ones, and of those that are
@@ -534,7 +546,7 @@ class Pictures:
         if files is None:
             return builtin_record(m.names[self.s], m.seed, j, m.resolution)["image"]
         try:                                              # train_dit.py's crops draw nothing
-            return load_image(files.read(j)[0], m.resolution, m.crop, None, m.resample)
+            return load_image(files.read(j)[0], m.resolution, m.crops[self.s], None, m.resample)
         except CORRUPT as e:
             return reason(e)
 
@@ -556,7 +568,7 @@ def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, 
         parts = mixture.files[s].parts() if mixture.files[s] else [world.__file__, world.SPRITES]
         stats = [(p, os.stat(p)) for p in parts if os.path.exists(p)]
         state = [(p, stat.st_size, stat.st_mtime_ns) for p, stat in stats]
-        key = hash64(what, name, mixture.resolution, mixture.crop, mixture.resample,
+        key = hash64(what, name, mixture.resolution, mixture.crops[s], mixture.resample,
                      mixture.size(s), state)
         key = f"{key:016x}"
         place = os.path.join(folder, key)
@@ -669,6 +681,8 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
 
 def show(args):
     """Draw the first samples of a stream with their captions."""
+    if os.path.splitext(args.out)[1].lower() not in Image.registered_extensions():
+        raise DataError(f"--out {args.out}: expected the name of a picture, such as sheet.png")
     mixture = Mixture([args.source], args.resolution, args.seed, args.crop, text=False)
     side, pad, tall = max(args.resolution, 128), 10, 76
     columns = min(args.columns, args.count)
@@ -717,8 +731,10 @@ def check(args):
     """Read every record and name the broken ones; exit with 1 if there are any."""
     total, broken = 0, 0
     for name in args.shards:
-        inside = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-        for path in inside or [name]:                     # shard by shard: one may be cut short
+        inside = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar"))) or expand(name)
+        if not inside:
+            raise DataError(f"{name}: there is no such file or folder")
+        for path in inside:                               # shard by shard: one may be cut short
             try:
                 source = open_source(path, text=False, strict=False)
             except DataError as e:

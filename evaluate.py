@@ -515,7 +515,7 @@ def main():
                    default=["builtin:web", "builtin:synthetic", "builtin:text"])
     q.add_argument("--count", type=runs.positive(), default=500, help="pictures of each source")
     q.add_argument("--batch", type=runs.positive(), default=50)
-    q.add_argument("--seed", type=runs.positive(zero=True), default=2000,
+    q.add_argument("--seed", type=runs.seed, default=2000,
                    help="of the pictures (trainings use small ones)")
     q = tasks.add_parser("t2i", help=t2i.__doc__)
     q.set_defaults(function=t2i)
@@ -525,7 +525,7 @@ def main():
     q.add_argument("--guidance", type=runs.positive(float, zero=True), help="default: as sample.py")
     q.add_argument("--per-category", type=runs.positive(), help="prompts a category (default 40)")
     q.add_argument("--batch", type=runs.positive(), help="pictures at a time (default 32)")
-    q.add_argument("--seed", type=runs.positive(zero=True), default=0, help="of the noise")
+    q.add_argument("--seed", type=runs.seed, default=0, help="of the noise")
     q.add_argument("--sheet", type=Path, help="draw failures with the judge's reasons: a PNG")
     q.add_argument("--prompts", type=Path, help="instead: a .jsonl, a text file, a folder of .txt")
     q.add_argument("--layout", choices=["geneval", "dpg"], help="of the pictures of --prompts")
@@ -533,14 +533,14 @@ def main():
     q = tasks.add_parser("vqa", help=vqa.__doc__)
     q.set_defaults(function=vqa)
     q.add_argument("--count", type=runs.positive(), default=1000, help="questions")
-    q.add_argument("--seed", type=runs.positive(zero=True), default=2000, help="of the questions")
+    q.add_argument("--seed", type=runs.seed, default=2000, help="of the questions")
     q.add_argument("--data", choices=["builtin:qa", "builtin:align"], default="builtin:qa",
                    help="align: only what the verifiers of best_of.py ask")
     q.add_argument("--show", type=runs.positive(zero=True), default=0, help="print some answers")
     q = tasks.add_parser("judge", help=judge.__doc__)
     q.set_defaults(function=judge)
     q.add_argument("--count", type=runs.positive(), default=100, help="scenes of each source")
-    q.add_argument("--seed", type=runs.positive(zero=True), default=2000, help="of the scenes")
+    q.add_argument("--seed", type=runs.seed, default=2000, help="of the scenes")
     for name, q in tasks.choices.items():
         q.add_argument("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
         q.add_argument("--dtype", choices=["bfloat16", "float32"])

@@ -122,14 +122,14 @@ def setup(kind="auto", dtype=None, mesh=None, plan=False):
         native = kind != "cpu" or torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if native else "float32"
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+    if kind != "xla" and parse_mesh(mesh)["tensor"] > 1:
+        raise UserError(f"--mesh {mesh}: the tensor axis is for xla; leave it out")
     if plan:
         return Devices("planned", torch.device("cpu"), 0, 1, dtype, parse_mesh(mesh), target=kind)
     if kind == "xla":
         return setup_xla(dtype, mesh)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     axes = parse_mesh(mesh, world)
-    if axes["tensor"] > 1:
-        raise UserError(f"--mesh {mesh}: the tensor axis is for xla; use fsdp={world}")
     device = torch.device("cpu")
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -113,7 +113,8 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500, remat="n
     g.add_argument("--init", type=Path, help="start from these weights: a run folder or a file")
     g = parser.add_argument_group("data")
     g.add_argument("--data", nargs="+", default=data, metavar="SOURCE[=WEIGHT]",
-                   help="builtin:web|synthetic|text|hq|qa|align, a folder, a .jsonl, or tar shards")
+                   help="builtin:web|synthetic|text|hq|qa|align|brief, a folder, a .jsonl, or tar "
+                   "shards")
     g.add_argument("--workers", type=positive(zero=True), default=1, help="loading processes")
     g = parser.add_argument_group("device")
     g.add_argument("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
@@ -135,12 +136,14 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500, remat="n
     g.add_argument("--dry-run", action="store_true", help="print the derived table and exit")
     g.add_argument("--json", action="store_true", help="with --dry-run: one JSON object")
     g.add_argument("--bench", type=positive(), nargs="?", const=20, metavar="N",
-                   help="time N steps, write nothing, and exit")
+                   help="time N steps on --data (the first fifth not), write nothing, and exit")
 
 
 def check_batch(args, devices, each=None):
     """Sizes that must divide, and what the devices cannot do. Fills --micro-batch: the whole batch,
     or at most `each` images a device. Raises UserError."""
+    if args.json and not args.dry_run:
+        raise UserError("--json is for --dry-run; the numbers of a run are in its log.jsonl")
     if args.compile and devices.target == "xla":
         raise UserError("--compile: not on xla, whose compiler takes the whole step; leave it out")
     n = devices.axes["fsdp"]
@@ -218,25 +221,58 @@ def cosine(step, steps, warmup, final=0.0):
 # The run folder
 # ------------------------------------------------------------------------------------------------
 
+def checkpoints(folder):
+    """Those of a run folder, oldest first; a folder without meta.json is none."""
+    return sorted((p for p in (folder / "checkpoints").glob("*")
+                   if re.fullmatch(r"step-\d+", p.name) and (p / "meta.json").is_file()),
+                  key=lambda p: int(p.name[5:]))
+
+
+def check_run(args, devices, free=()):
+    """What makes a Run impossible, found before anything large is made: nothing is written. ->
+    the arguments that its resumptions must repeat. free: those that may change besides FREE.
+    Raises UserError."""
+    if args.bench:
+        return {}
+    if args.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; "
+                        "pip install wandb, or leave the flag out: log.jsonl has it all")
+    there = checkpoints(args.out)
+    if getattr(args, "export", False) and (args.fresh or not there):
+        raise UserError("--export writes what is there, --fresh moves it aside: give one of "
+                        "them" if args.fresh else f"--export: {args.out} has no checkpoint")
+    args.dtype = str(devices.dtype).removeprefix("torch.")      # the one taken, typed or not
+    mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
+            if k not in FREE and k not in free}
+    if there and not args.fresh:
+        try:
+            theirs = json.loads((there[-1] / "meta.json").read_text())["args"]
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"checkpoint {there[-1]} is damaged (meta.json); delete it to go "
+                            "on from the one before")
+        differ = [f"--{k.replace('_', '-')}: checkpoint {theirs.get(k)!r}, now {mine[k]!r}"
+                  for k in mine if k in theirs and theirs[k] != mine[k]]
+        if differ:
+            raise UserError(f"{args.out} was started with other arguments: "
+                            f"{'; '.join(differ)}. Use the same, another --out, or --fresh")
+    return mine
+
+
 class Run:
-    """Opens `args.out` (made when missing), refuses a second process and contradicting arguments.
+    """Opens `args.out` (made when missing), refuses a second process and what `check_run` does.
 
     `start`: the step to go on from, 0 for a new run. Use as: run.load(named) once, then in the loop
     run.log(...), run.due(...), run.save(...). SIGTERM or Ctrl-C set run.asked, from which the loop
-    makes run.stop, in all processes at once. free: arguments that may change besides FREE.
+    makes run.stop, in all processes at once.
     """
 
     def __init__(self, args, devices, free=()):
-        self.args, self.devices, self.dir = args, devices, Path(args.out)
+        self.saved_args = check_run(args, devices, free)
+        self.args, self.devices, self.dir = args, devices, args.out
         self.main, self.stop, self.bar, self.wandb = devices.main, False, None, None
         self.asked, self.norms = False, []              # to stop, by a signal; see check_finite
         self.skipped, self.skipped_keys = 0, []         # updates, and the samples of the last ones
-        if args.wandb and importlib.util.find_spec("wandb") is None:
-            raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; "
-                            "pip install wandb, or leave the flag out: log.jsonl has it all")
-        if getattr(args, "export", False) and (args.fresh or not self._whole()):
-            raise UserError("--export writes what is there, --fresh moves it aside: give one of "
-                            "them" if args.fresh else f"--export: {self.dir} has no checkpoint")
+        self.skipped_records = 0                        # by what is resumed
         if args.fresh and self.main and self.dir.is_dir() and any(self.dir.iterdir()):
             self._lock()                                # an old run, not one that is running
             k = 1
@@ -253,31 +289,16 @@ class Run:
         except OSError as error:
             raise UserError(f"--out {self.dir}: cannot make the run folder: {error.strerror}")
         parallel.barrier(devices)                       # the old folder is aside, the new one there
-        self.latest = next(reversed(self._whole()), None)
+        self.latest = next(reversed(checkpoints(self.dir)), None)
         self.start = int(self.latest.name[5:]) if self.latest else 0
         here, step, square = parallel.total(
             [self.dir.is_dir(), self.start, self.start ** 2], devices)
         if here < devices.world or devices.world * square != step ** 2:
             raise UserError(f"--out {self.dir} is not the same folder in every process: give one "
                             "on a disk that all hosts see")
-        args.dtype = str(devices.dtype).removeprefix("torch.")  # the one taken, typed or not
-        mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
-                if k not in FREE and k not in free}
-        if self.latest:
-            try:
-                theirs = json.loads((self.latest / "meta.json").read_text())["args"]
-            except (ValueError, LookupError, TypeError):
-                raise UserError(f"checkpoint {self.latest} is damaged (meta.json); delete it to go "
-                                "on from the one before")
-            differ = [f"--{k.replace('_', '-')}: checkpoint {theirs.get(k)!r}, now {mine[k]!r}"
-                      for k in mine if k in theirs and theirs[k] != mine[k]]
-            if differ:
-                raise UserError(f"{self.dir} was started with other arguments: "
-                                f"{'; '.join(differ)}. Use the same, another --out, or --fresh")
-        elif any((self.dir / "samples").iterdir()) or (self.dir / "final").exists():
-            if self.main:
-                print(f"{self.dir} holds a run without a checkpoint: it is started again")
-        self.saved_args = mine
+        if self.main and not self.latest and (any((self.dir / "samples").iterdir())
+                                              or (self.dir / "final").exists()):
+            print(f"{self.dir} holds a run without a checkpoint: it is started again")
 
     def _ask_to_stop(self, *_):
         self.asked = True
@@ -301,16 +322,10 @@ class Run:
         except OSError as error:
             raise UserError(f"--out {self.dir}: cannot write {error.filename}: {error.strerror}")
 
-    def _whole(self):
-        """The checkpoints, oldest first; a folder without meta.json is none."""
-        return sorted((p for p in (self.dir / "checkpoints").glob("*")
-                       if re.fullmatch(r"step-\d+", p.name) and (p / "meta.json").is_file()),
-                      key=lambda p: int(p.name[5:]))
-
     def _sweep(self):
         """Delete what a cut save or deletion left, and all checkpoints but the last --keep; from
         each first what makes it one."""
-        kept = self._whole()[-self.args.keep:]
+        kept = checkpoints(self.dir)[-self.args.keep:]
         for old in (self.dir / "checkpoints").iterdir():
             if re.fullmatch(r"(step|\.writing)-\d+", old.name) and old not in kept:
                 (old / "meta.json").unlink(missing_ok=True)
@@ -327,6 +342,7 @@ class Run:
                     if values["step"] <= self.start:
                         keep.append(line + "\n")
                         self.skipped = values.get("skipped_updates", 0)
+                        self.skipped_records = values.get("skipped_records", 0)
                 except (ValueError, KeyError):                  # a line cut by a kill
                     pass
             write_text(path, "".join(keep))
@@ -354,7 +370,7 @@ class Run:
                 self._start_wandb()
 
     def _read(self, named):
-        before = next(reversed(self._whole()[:-1]), None)
+        before = next(reversed(checkpoints(self.dir)[:-1]), None)
         mend = f"delete it to go on from {before.name if before else 'the start'}"
         try:
             with contextlib.ExitStack() as stack:
@@ -517,7 +533,7 @@ class Bench:
     """Stands in for Run under --bench: the same loop, nothing written. After a fifth of the steps,
     at least one where there are two, the clock starts; from then on the host waits for the device
     only at the end."""
-    start, stop, asked, dir, latest = 0, False, False, None, None
+    start, stop, asked, dir, latest, skipped_records = 0, False, False, None, None, 0
 
     def __init__(self, args, devices):
         self.args, self.devices, self.main = args, devices, devices.main

@@ -209,7 +209,7 @@ def arguments(argv=None):
               help="1: off (default for released weights, and for compat); else 3"),
             a("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"),
               help="guide only at times t in it; default 0 1, all (1 is noise)"),
-            a("--seed", type=runs.positive(zero=True), help="of the first picture (default 0)"),
+            a("--seed", type=runs.seed, help="of the first picture (default 0)"),
             a("--schedule", choices=["clean", "compat"], help="default clean"),
             a("--direct", action="store_true",
               help="skip the LLM's own words: open the image at once, in one prefill"),

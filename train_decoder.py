@@ -331,7 +331,7 @@ def main():
         memory_gb_per_device=memory(args.micro_batch), device=str(devices),
         dtype=str(devices.dtype).removeprefix("torch."),
         attention=runs.attention_backend(devices.target, torch.float32 if vae else devices.dtype),
-        data=args.data)
+        data=data.planned(args.data))
     if not args.dry_run:
         mixture = data.Mixture(args.data, resolution, args.seed, crop="random", text=False)
         summary["data"] = mixture.describe()
@@ -342,6 +342,7 @@ def main():
     if args.dry_run:
         return
     runs.check_memory(memory, args, devices)
+    runs.check_run(args, devices)
 
     # --------------------------------------------------------------------------------------------
     # Optimizers: one for the decoder, one for the discriminator's heads
@@ -390,7 +391,7 @@ def main():
                                run.start * args.batch, args.workers, devices.rank, devices.world))
     unseen = data.Mixture(args.data, resolution, args.seed + 1000, crop="center", text=False)
     held = next(pictures(unseen, 64, devices))
-    skips, meter = data.SkipCounter(), runs.Meter()
+    skips, meter = data.SkipCounter(run.skipped_records), runs.Meter()
     d_loss = {"hinge": gans.d_loss_hinge, "vanilla": gans.d_loss_vanilla}[args.disc_loss]
 
     @torch.no_grad()
@@ -503,10 +504,11 @@ def main():
         logging = run.due(done, args.log_every) or sampling or saving
         if logging:                             # the speed is of what came before
             values.update(meter.read(devices))
+            skipped, = parallel.total([skips.count], devices)
         if sampling:
             values["psnr"] = sample(done)
         if logging:
-            run.log(done, lr=lr, skipped_records=skips.count, **values)
+            run.log(done, lr=lr, skipped_records=int(skipped), **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "l1", "lpips", "gram", "gan", "disc", "psnr"])
         if saving:

@@ -64,7 +64,7 @@ def arguments():
     share = runs.share
     runs.add_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None,
                    remat=None)
-    a = p.add_argument
+    a = p.add_argument_group("finetuning and checks").add_argument
     a("--epochs", type=positive, help="passes over finite --data, instead of --steps (finetuning); "
       "of several sources over as many records as all have, each drawn by its weight")
     a("--export", action="store_true",
@@ -398,11 +398,13 @@ def main():
     try:
         mixture = data.Mixture(args.data, resolution, args.seed, encoder.crop,
                                resample=(vae or encoder).resample)
+        sources = mixture.describe()
     except data.DataError as error:
         if not args.dry_run or args.epochs:
             raise
         print(f"planned without the data: {error}", file=sys.stderr)
         mixture = data.Mixture(MIXTURE, resolution, args.seed)              # texts of usual length
+        sources = data.planned(args.data)
     try:
         if args.epochs:
             args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
@@ -458,7 +460,7 @@ def main():
         memory_gb_per_device=memory(args.micro_batch),
         device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
         attention=runs.attention_backend(devices.target, devices.dtype),
-        data=mixture.describe(), frozen=files)
+        data=sources, frozen=files)
     if args.dry_run and args.json:
         print(json.dumps(summary))
     elif devices.main:
@@ -466,6 +468,8 @@ def main():
     if args.dry_run:
         return
     runs.check_memory(memory, args, devices, "--freeze llm, ")
+    free = {"micro_batch"}                  # losses are means over the whole batch
+    runs.check_run(args, devices, free)
 
     # --------------------------------------------------------------------------------------------
     # The networks that are trained
@@ -529,8 +533,7 @@ def main():
              **runs.moments(optimizer, named, devices)}
     if args.bench:
         args.steps, args.log_every = args.bench, 1
-    run = runs.Bench(args, devices) if args.bench else runs.Run(
-        args, devices, free={"micro_batch"})     # its losses are means over the whole batch
+    run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices, free)
     run.load(saved)
     if args.cache_latents:
         what = [(args.latent, args.layers, str(devices.dtype))]
@@ -546,7 +549,7 @@ def main():
                                devices.rank, devices.world))
     if args.overfit:
         batches = itertools.cycle([next(batches) for _ in range(accumulate)])
-    skips, meter = data.SkipCounter(), runs.Meter()
+    skips, meter = data.SkipCounter(run.skipped_records), runs.Meter()
     warmup = math.ceil(args.warmup * args.steps)
 
     @torch.no_grad()
@@ -606,6 +609,7 @@ def main():
         logging = run.due(done, args.log_every) or sampling or saving
         if logging:                             # the speed is of what came before
             values = {**meter.read(devices), "grad_norm": norm.item()}
+            skipped, = parallel.total([skips.count], devices)
             values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
         if sampling:
             pictures = draw(benchmark.FIXED, 0)
@@ -615,7 +619,7 @@ def main():
                 values.update(check_colours(32))
         if logging:
             run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor,
-                    skipped_records=skips.count, **values)
+                    skipped_records=int(skipped), **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "flow", "text", "repa", "cond_spread", "background_right",
                       "colour_right"])

@@ -218,6 +218,23 @@ def build(args, vocab_size, dtype):
     return Trainee(net, features, patch, vocab_size, dtype), config, flops
 
 
+def activation_bytes(model, resolution):
+    """What the backward pass keeps of one picture and a caption of 24 tokens, counted: of two less
+    of one, as what it keeps of the weights does not grow."""
+    def kept(B):
+        found = {}
+
+        def pack(x):
+            storage = x.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+            return x
+        images, ids = torch.zeros(B, 3, resolution, resolution), torch.zeros(B, 24).long()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            alive = model(images, images, ids, ids[:, 0])   # so no address is used twice
+        return sum(found.values())
+    return kept(2) - kept(1)
+
+
 def tokenizer_for(args):
     """The given tokenizer, or a BPE of 1,024 tokens trained on the built-in captions, questions."""
     if args.tokenizer:
@@ -258,6 +275,8 @@ def main():
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices)
+    if not args.dry_run:
+        runs.check_run(args, devices)
 
     # --------------------------------------------------------------------------------------------
     # Data
@@ -285,26 +304,29 @@ def main():
         init, = weights.locate([("weights", args.init, "--init")])
         state, _ = weights.read_weights(weights.final_of(init), "--init")
         weights.load_strict(model.encoder, state, f"--init {args.init}")
-    model = parallel.shard(model, devices)
-
-    e = model.encoder
+    e, activations = model.encoder, activation_bytes(model, args.resolution)
     count = {name: sum(p.numel() for p in child.parameters())
              for name, child in (("encoder", e), ("text", model.text))}
     count["heads"] = sum(p.numel() for p in model.parameters()) - sum(count.values())
     latent = dict(latent=[e.tokens, e.channels]) if args.arch == "vit" else {}
     flops = {"encoder": 3 * forward_flops,                                  # some 24 tokens:
              "text": 6 * 24 * sum(p.numel() for p in model.text.model.layers.parameters())}
+    trained = parallel.on_one_device(model.named_parameters(), devices)
+    images = args.micro_batch / devices.axes["fsdp"]
     summary = dict(arch=args.arch, parameters={**count, "total": sum(count.values())}, **latent,
                    images_per_step=args.batch,
                    train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
+                   memory_gb_per_device=runs.memory_gb(trained, 0, activations * images, 0),
                    device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
-                   data=args.data if args.dry_run else mixture.describe())
+                   attention=runs.attention_backend(devices.target, devices.dtype),
+                   data=data.planned(args.data) if args.dry_run else mixture.describe())
     if args.dry_run and args.json:
         print(json.dumps(summary))
     elif devices.main:
         runs.table("train_encoder", [(k, v) for k, v in summary.items()])
     if args.dry_run:
         return
+    model = parallel.shard(model, devices)
 
     # --------------------------------------------------------------------------------------------
     # Optimizer
@@ -330,7 +352,7 @@ def main():
                                args.workers, devices.rank, devices.world))
     unseen = data.Mixture(args.data, args.resolution, args.seed + 1000)
     unseen = parallel.place(collate([unseen[i] for i in range(256)]), devices)
-    skips, meter = data.SkipCounter(), runs.Meter()
+    skips, meter = data.SkipCounter(run.skipped_records), runs.Meter()
 
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, save
@@ -372,10 +394,11 @@ def main():
         logging = run.due(done, args.log_every) or sampling or saving
         if logging:                             # the speed is of what came before
             values = meter.read(devices)
+            skipped, = parallel.total([skips.count], devices)
         if sampling:
             values.update(evaluate(model, unseen))
         if logging:
-            run.log(done, lr=lr, skipped_records=skips.count, **values)
+            run.log(done, lr=lr, skipped_records=int(skipped), **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "contrast", *["dense"] * (args.dense > 0), "retrieval", "probe_psnr"])
         if saving:

@@ -113,6 +113,8 @@ BAD = [
     (f"{DIT} --mesh fsdp=3", ["--mesh fsdp=3", "there are 1"]),
     (f"{DIT} --mesh data=1", ["--mesh data=1", "fsdp"]),
     (f"{DIT} --mesh fsdp=0", ["--mesh fsdp=0", "fsdp"]),
+    (f"{DIT} --dry-run --device cpu --mesh fsdp=4,tensor=2", ["--mesh fsdp=4,tensor=2", "xla"]),
+    (f"{DIT} --json", ["--json", "--dry-run"]),
     (f"{DIT} --device cuda", ["--device cuda"]),
     (f"{DIT} --device xla", ["--device xla", "torch_xla"]),
     (f"{DIT} --wandb project", ["--wandb project", "pip install"]),
@@ -284,6 +286,16 @@ def inputs(tmp_path_factory):
         (step / "meta.json").write_text(json.dumps({"step": 2, "args": args}))
         save_file({"a": torch.zeros(3)}, step / "state.safetensors")
     return f
+
+
+def test_contradictions_are_found_before_networks_are_made(inputs, monkeypatch, capsys):
+    for script, name in ((DIT, "dits.init_weights"), (ENCODER, "build")):
+        module = importlib.import_module(script.removesuffix(".py"))
+        monkeypatch.setattr(f"{module.__name__}.{name}", None)
+        monkeypatch.setattr(sys, "argv", [script, "--out", str(inputs / "clash"), "--lr", "0.5"])
+        with pytest.raises(SystemExit):
+            runs.main(module.main)
+        assert "--lr: checkpoint 0.1, now 0.5" in capsys.readouterr().err
 
 
 def listing(folder):

@@ -140,6 +140,9 @@ def commands(nets, tmp_path_factory):
         m.setattr(sys, "argv", ["data.py", "export", "--source", "builtin:web", "--count", "40",
                                 "--resolution", "64", "--shard", "20", "--out", str(shards)])
         data.main()
+    tar = shards / "00000.tar"
+    png = tar.read_bytes().split(b"IHDR")               # the second picture is broken, and counted
+    tar.write_bytes(b"IHDR".join(png[:2]) + b"XXXX" + b"IHDR".join(png[2:]))
     mixture = ["--data", "builtin:synthetic=2", f"{shards}=2", "builtin:hq"]
     terms = ["--lpips", "1", "--gram", "100", "--gan", "0.5", "--disc-start", "1", "--gan-start",
              "2"]
@@ -204,6 +207,7 @@ def test_killed_again_and_again(name, commands, whole, tmp_path):
     inside("os.mkdir final")
     assert ends(commands[name], out) == 0, said(out)
     same(out, original)
+    assert '"skipped_records": 1' in (out / "log.jsonl").read_text().splitlines()[-1]
     with pytest.raises(ProcessLookupError):             # workers whose trainer was killed alone
         for _ in range(600):
             os.killpg(process.pid, 0)
@@ -289,7 +293,7 @@ def test_second_process_refuses(commands, tmp_path, restore_signals):
 # ------------------------------------------------------------------------------------------------
 
 def arguments(out, **other):
-    return argparse.Namespace(**{**dict(out=out, fresh=False, wandb=None, keep=2, lr=1e-3, steps=9,
+    return argparse.Namespace(**{**dict(out=out, fresh=False, wandb=None, bench=None, keep=2, lr=1e-3, steps=9,
                                         log_every=1), **other})
 
 

@@ -467,6 +467,7 @@ BAD = [
     ("cat --steps -5", "--steps"), ("cat --steps 2.5", "--steps|2.5"),
     ("cat --guidance -1", "--guidance"), ("cat --guidance nan", "--guidance|nan"),
     ("cat --guidance inf", "--guidance"), ("cat --seed -1", "--seed"), ("cat --seed x", "--seed"),
+    ("cat --seed 5000000000", "--seed"),
     ("cat --schedule fancy", "--schedule|clean|compat"),
     ("cat --schedule compat --steps 2", "--steps 2|at least 3"),
     ("cat --guidance-interval 0.8 0.2", "--guidance-interval 0.8 0.2|LO <= HI"),
