@@ -152,7 +152,7 @@ def test_draws_belong_to_the_image():
     assert all(not torch.equal(a[:1], o) for o in others)
     noise = train_decoder.latent_noise([8, 9], 0, (64, 96), 0.2, "uniform")
     assert torch.equal(noise[1:], train_decoder.latent_noise([9], 0, (64, 96), 0.2, "uniform"))
-    assert (noise.std((1, 2)) < 0.21).all() and noise.std() > 0
+    assert (noise.std((1, 2)) < 0.21).all()
 
 
 # ---- the step ----
@@ -215,7 +215,7 @@ def test_discriminator_sees_8_bit_pictures_of_the_updated_decoder(gan_run, nets)
     log = lines(gan_run)[0]
     assert log["disc"] == pytest.approx(losses[0].item(), rel=1e-5)
     assert log["logits_real"] == pytest.approx(real.mean().item(), abs=1e-3)
-    assert abs(losses[1] - losses[0]).item() > 0            # the old decoder would give another
+    assert log["disc"] != pytest.approx(losses[1].item(), rel=1e-5)     # of the old decoder
     for name, p in disc.named_parameters():
         if p.requires_grad:
             moment = saved[f"optimizer.disc.{name}.exp_avg"] * 10
@@ -297,8 +297,10 @@ def test_latent_statistics_round_trip(tmp_path):
         args = SimpleNamespace(encoder=None, decoder=str(out / "final/model.safetensors"))
         of_stage2 = weights.load_codec(weights.config_of(weights.ASSETS), args, DEVICES)[1]
         assert torch.allclose(of_stage2(z), plain(z), atol=1e-4)            # the latent as it is
-        assert torch.allclose(evaluate.reconstruct(encoder, of_stage2, next(
-            evaluate.pictures(mixture, 16, DEVICES))), plain(z), atol=1e-4)
+        x = next(evaluate.pictures(mixture, 16, DEVICES))
+        assert torch.allclose(evaluate.reconstruct(encoder, of_stage2, x), plain(z), atol=1e-4)
+        args = SimpleNamespace(run=out / "final/model.safetensors", encoder=None, features=None)
+        assert torch.allclose(evaluate.load_codec(args, DEVICES)[0](x), plain(z), atol=1e-4)
     grid = z.unflatten(1, (8, 8))[:, 2, 5]                                  # row 2, column 5
     assert torch.allclose(model.latent_mean[:, 2, 5], grid.mean(0), atol=1e-4)
     save_file({"mean": model.latent_mean, "var": model.latent_var}, tmp_path / "s.safetensors")

@@ -256,10 +256,10 @@ def test_blocks_compile_whole(plain, tmp_path, monkeypatch):
     """--compile: each block of both networks is one graph, also when it samples."""
     blocks, real = [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: (
-        blocks.append(type(self)), real(self, **options, backend="eager"))[1])
+        blocks.append((type(self), options)), real(self, **options, backend="eager"))[1])
     lines = train(tmp_path / "r", "--data", "builtin:hq", "--steps", 2, "--compile")
     assert losses(lines) == pytest.approx(losses(plain[1]), rel=1e-6)
-    assert blocks == [text.Layer] * 3 + [dits.Block] * 6
+    assert blocks == [(kind, {"fullgraph": True}) for kind in [text.Layer] * 3 + [dits.Block] * 6]
 
 
 # ------------------------------------------------------------------------------------------------
