@@ -7,8 +7,9 @@
 16 candidates of each benchmark prompt of shapes (one, then two) are drawn and judged once. For k =
 1, 2, 4, 8, 16 the candidates are cut into groups of k; a verifier picks one of each group, blindly;
 printed is the share of picks that the judge passes, beside the mean of all (a random pick) and the
-groups with any that passes (the judge's own pick: the ceiling). AUC: how often a verifier puts a
-passing candidate of a prompt before a failing one; 0.5 is chance.
+groups with any that passes (the judge's own pick: the ceiling). Gain: of the pick of 16 over a
+random one, prompt by prompt, so that which prompts are hard is not in its interval. AUC: how often
+a verifier puts a passing candidate of a prompt before a failing one; 0.5 is chance.
 
 Why a verifier fails: `--candidates reencoded` shows it the drawn pictures again, decoded and
 encoded (are drawn latents what misleads it?), `clean` rendered scenes, of which half have one thing
@@ -115,9 +116,10 @@ def main():
             for z, q in zip(latents, tqdm(prompts, desc="ranking"))]
 
     results, mixed = {}, [k for k, good in enumerate(passed) if 0 < good.sum() < len(good)]
-    print(f"{len(prompts)} prompts, {passed.mean():.3f} of the {args.candidates} candidates pass, {len(mixed)} "
-          f"prompts have both kinds; ranked by {args.run}\n\n{'pick':<10}"
-          + "".join(f"{f'best of {k}':>12}" for k in SIZES) + f"{'95 % at 16':>18}{'AUC':>8}")
+    print(f"{len(prompts)} prompts, {passed.mean():.3f} of the {args.candidates} candidates pass, "
+          f"{len(mixed)} prompts have both kinds; ranked by {args.run}\n\n{'pick':<10}"
+          + "".join(f"{f'best of {k}':>12}" for k in SIZES)
+          + f"{'gain at 16 (95 %)':>30}{'AUC (95 %)':>25}")
     for name in ("random", *best_of.KEYS, "judge"):
         shares = []
         for k in SIZES:
@@ -132,10 +134,12 @@ def main():
             shares.append(evaluate.interval([share]))
         pairs = [auc(passed[k], best_of.rank(rows[k], name)) for k in mixed] \
             if name in best_of.KEYS and mixed else [0.5 if name == "random" else 1.0]
-        results[name] = {"share": [s[0] for s in shares], "at 16": shares[-1],
+        gain = evaluate.interval([[a - good.mean() for a, good in zip(share, passed)]])
+        results[name] = {"share": [s[0] for s in shares], "at 16": shares[-1], "gain": gain,
                          "auc": evaluate.interval([pairs])}
         print(f"{name:<10}" + "".join(f"{s[0]:>12.3f}" for s in shares)
-              + f"{f'{shares[-1][1]:.3f} to {shares[-1][2]:.3f}':>18}{np.mean(pairs):>8.3f}")
+              + "{:>+11.3f} ({:+.3f} to {:+.3f})".format(*gain)
+              + "{:>9.3f} ({:.3f} to {:.3f})".format(*results[name]["auc"]))
     print(json.dumps({"task": "best of N", "run": str(args.run),
                       "candidates": args.candidates, "prompts": len(prompts),
                       "mixed": len(mixed), **results}))
