@@ -46,7 +46,7 @@ def draw(args, prompts):
     latents, passed = [], []
     for p in tqdm(prompts, desc="drawing"):
         cond = sample.direct_condition(llm, tokenizer, [p.text], devices.device)
-        noise = torch.stack([flow.noise_for(p.text, i, dit.tokens, dit.channels)
+        noise = torch.stack([flow.noise_for(p.text, args.seed + i, dit.tokens, dit.channels)
                              for i in range(SIZES[-1])]).to(devices.device)
         z = flow.generate(dit, cond, noise, alpha, args.steps, guidance)  # [16,N,C]
         latents.append(z.cpu())
@@ -89,6 +89,7 @@ def main():
     p.add_argument("--keep", type=Path, required=True, help="latents and verdicts, drawn if absent")
     p.add_argument("--candidates", choices=["drawn", "reencoded", "clean"], default="drawn")
     p.add_argument("--count", type=runs.positive(), default=12, help="prompts of a category")
+    p.add_argument("--seed", type=runs.seed, default=0, help="of the first candidate")
     p.add_argument("--steps", type=runs.positive(), default=25)
     p.add_argument("--guidance", type=float)
     p.add_argument("--dtype", choices=["bfloat16", "float32"])
