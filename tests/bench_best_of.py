@@ -3,6 +3,7 @@
     python tests/bench_best_of.py --keep best.safetensors            # draws, judges, ranks
     python tests/bench_best_of.py --keep best.safetensors --ranker runs/dit-tiny    # ranks again
     python tests/bench_best_of.py --keep best.safetensors --candidates clean        # others
+    python tests/bench_best_of.py --keep a.safetensors b.safetensors c.safetensors  # three times 16
 
 16 candidates of each benchmark prompt of shapes (one, then two) are drawn and judged once. For k =
 1, 2, 4, 8, 16 the candidates are cut into groups of k; a verifier picks one of each group, blindly;
@@ -39,14 +40,14 @@ import world
 SIZES = 1, 2, 4, 8, 16
 
 
-def draw(args, prompts):
-    """-> latents [P,16,N,C], passed [P,16] bool."""
+def draw(args, prompts, first):
+    """-> latents [P,16,N,C] of the seeds from `first` on, passed [P,16] bool."""
     devices, llm, dit, tokenizer, config, _, decoder = evaluate.load_run(args, encoder=True)
     alpha, guidance = sample.alpha_and_guidance(args, dit, config)
     latents, passed = [], []
     for p in tqdm(prompts, desc="drawing"):
         cond = sample.direct_condition(llm, tokenizer, [p.text], devices.device)
-        noise = torch.stack([flow.noise_for(p.text, args.seed + i, dit.tokens, dit.channels)
+        noise = torch.stack([flow.noise_for(p.text, first + i, dit.tokens, dit.channels)
                              for i in range(SIZES[-1])]).to(devices.device)
         z = flow.generate(dit, cond, noise, alpha, args.steps, guidance)  # [16,N,C]
         latents.append(z.cpu())
@@ -86,10 +87,10 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--run", default=weights.ASSETS)
     p.add_argument("--ranker", help="a run whose LLM ranks (default: --run's)")
-    p.add_argument("--keep", type=Path, required=True, help="latents and verdicts, drawn if absent")
+    p.add_argument("--keep", type=Path, nargs="+", required=True, help="latents and verdicts of 16 "
+                   "candidates a prompt, drawn if absent; the next file has the next 16 seeds")
     p.add_argument("--candidates", choices=["drawn", "reencoded", "clean"], default="drawn")
     p.add_argument("--count", type=runs.positive(), default=12, help="prompts of a category")
-    p.add_argument("--seed", type=runs.seed, default=0, help="of the first candidate")
     p.add_argument("--steps", type=runs.positive(), default=25)
     p.add_argument("--guidance", type=float)
     p.add_argument("--dtype", choices=["bfloat16", "float32"])
@@ -99,11 +100,13 @@ def main():
             if q.category in benchmark.CATEGORIES and q.scene.things[0].colour]
     prompts = [q for name in ("single object", "colours", "two objects", "attribution")
                for q in [q for q in pool if q.category == name][:args.count]]
-    if not args.keep.is_file():
-        latents, passed = draw(args, prompts)
-        save_file({"latents": latents, "passed": passed}, args.keep)
-    kept = load_file(args.keep)
-    latents, passed = kept["latents"], kept["passed"]               # [P,16,N,C], [P,16]
+    for k, path in enumerate(args.keep):
+        if not path.is_file():
+            latents, passed = draw(args, prompts, SIZES[-1] * k)
+            save_file({"latents": latents, "passed": passed}, path)
+    kept = [load_file(path) for path in args.keep]
+    latents, passed = (torch.cat([k[name] for k in kept], 1)        # [P,16n,N,C], [P,16n]
+                       for name in ("latents", "passed"))
     args.run = args.ranker or args.run
     pixels = args.candidates != "drawn"
     devices, llm, _, tokenizer, _, encoder, decoder = evaluate.load_run(
@@ -126,7 +129,7 @@ def main():
         for k in SIZES:
             share = []                                  # a value a prompt, mean over its groups
             for good, row in zip(passed, rows):
-                groups = [list(range(i, i + k)) for i in range(0, SIZES[-1], k)]
+                groups = [list(range(i, i + k)) for i in range(0, len(good), k)]
                 if name in best_of.KEYS:
                     picks = [good[g[best_of.rank([row[i] for i in g], name)[0]]] for g in groups]
                 else:
