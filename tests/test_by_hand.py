@@ -224,7 +224,7 @@ def test_draws_are_of_the_seed():
 def test_the_model_opens_the_image_where_training_has_it():
     """The shipped model writes its answer; the queries then stand where `direct_condition` puts
     them in one prefill."""
-    llm, _, tokenizer, _ = sample_model()
+    llm, _, tokenizer, _ = weights.load_model(weights.ASSETS, CPU)
     *said, condition = sample.answer(llm, tokenizer, "a red circle on a white background")
     assert "".join(said) == "Here you go:\n"
     direct = sample.direct_condition(llm, tokenizer, ["a red circle on a white background"], "cpu")
@@ -269,11 +269,6 @@ def test_what_training_draws_and_exports_is_the_average(tmp_path, monkeypatch):
     grids = [np.asarray(Image.open(p)).astype(int)
              for p in (tmp_path / "grid.png", out / "samples/step-0000002.png")]
     assert np.abs(grids[0] - grids[1]).max() <= 1 and grids[0].std() > 20
-
-
-def sample_model():
-    """The shipped model -> LLM, DiT, tokenizer, config; fp32."""
-    return weights.load_model(weights.ASSETS, CPU)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -458,13 +453,13 @@ def test_the_dense_term_has_its_weight(tmp_path):
 
 def test_answers_of_builtin_questions():
     """Each answer worked out from the scene and the words of the question."""
-    seen, names = collections.Counter(), {**world.PLURALS}
+    seen = collections.Counter()
     for i in range(3000):
         r = world.builtin_record("builtin:qa", 1, i, 0)
         s, q, a = r["scene"], *(t["value"].removeprefix("<image>\n") for t in r["conversations"])
         groups = world.groups(s)
         if r["question"] == "exists":
-            kind, = (k for k in names if f"Is there {world.noun(k)} in the picture?" == q)
+            kind, = (k for k in world.PLURALS if f"Is there {world.noun(k)} in the picture?" == q)
             assert a == ("Yes." if kind in {t.kind for t in s.things} else "No.")
         elif r["question"] == "where":
             at = [f"Where is the {world.noun(*g, article=False)}?" for g in groups].index(q)
