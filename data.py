@@ -382,11 +382,15 @@ def parse_spec(spec: str) -> tuple:
     return name, weight
 
 
+def parse_specs(specs: list) -> tuple:
+    """Their sources, and weights that sum to 1."""
+    names, weights = zip(*map(parse_spec, specs))
+    return names, [w / sum(weights) for w in weights]
+
+
 def planned(specs: list) -> list:
     """`Mixture.describe` of sources that are not read."""
-    names, weights = zip(*map(parse_spec, specs))
-    return [{"source": name, "weight": w / sum(weights), "size": None}
-            for name, w in zip(names, weights)]
+    return [{"source": name, "weight": w, "size": None} for name, w in zip(*parse_specs(specs))]
 
 
 class Mixture:
@@ -408,8 +412,7 @@ class Mixture:
                             "such as builtin:web, and a positive resolution")
         self.resolution, self.seed, self.text, self.resample = resolution, seed, text, resample
         self.latents = None                             # one Latents a source; see `cache_latents`
-        self.names, weights = zip(*map(parse_spec, specs))
-        self.weights = [w / sum(weights) for w in weights]
+        self.names, self.weights = parse_specs(specs)
         for name, weight in zip(self.names, self.weights):
             if weight < 1 / BLOCK:
                 raise DataError(f"--data {name}: its weight is {weight:.2g} of the sum; "

@@ -466,11 +466,14 @@ class Run:
     def print(self, text):
         (self.bar.write if self.bar is not None else print)(text)
 
-    def log(self, step, **values):
-        """One JSON line, and the short form on the progress bar."""
+    def log(self, step, skips, **values):
+        """One JSON line, and the short form on the progress bar; by every process. skips: its
+        data.SkipCounter."""
+        records, = parallel.total([skips.count], self.devices)
         if not self.main:
             return
-        values = {"step": step, **values, "skipped_updates": self.skipped}
+        values = {"step": step, **values, "skipped_records": int(records),
+                  "skipped_updates": self.skipped}
         if self.skipped_keys:
             values["skipped_samples"], self.skipped_keys = self.skipped_keys, []
 
@@ -552,7 +555,7 @@ class Bench:
     def due(self, step, every, stopping=True):
         return every == self.args.log_every == 1 and step in (self.warm, self.args.steps)
 
-    def log(self, step, **values):
+    def log(self, step, skips, **values):
         self.values = values                                    # the last ones count
 
     def print(self, text):

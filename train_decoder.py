@@ -504,11 +504,10 @@ def main():
         logging = run.due(done, args.log_every) or sampling or saving
         if logging:                             # the speed is of what came before
             values.update(meter.read(devices))
-            skipped, = parallel.total([skips.count], devices)
         if sampling:
             values["psnr"] = sample(done)
         if logging:
-            run.log(done, lr=lr, skipped_records=int(skipped), **values)
+            run.log(done, skips, lr=lr, **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "l1", "lpips", "gram", "gan", "disc", "psnr"])
         if saving:

@@ -609,7 +609,6 @@ def main():
         logging = run.due(done, args.log_every) or sampling or saving
         if logging:                             # the speed is of what came before
             values = {**meter.read(devices), "grad_norm": norm.item()}
-            skipped, = parallel.total([skips.count], devices)
             values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
         if sampling:
             pictures = draw(benchmark.FIXED, 0)
@@ -618,8 +617,7 @@ def main():
             if tiny and done < args.steps:
                 values.update(check_colours(32))
         if logging:
-            run.log(done, lr=args.lr * factor, lr_llm=args.lr_llm * factor,
-                    skipped_records=int(skipped), **values)
+            run.log(done, skips, lr=args.lr * factor, lr_llm=args.lr_llm * factor, **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "flow", "text", "repa", "cond_spread", "background_right",
                       "colour_right"])

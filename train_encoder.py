@@ -394,11 +394,10 @@ def main():
         logging = run.due(done, args.log_every) or sampling or saving
         if logging:                             # the speed is of what came before
             values = meter.read(devices)
-            skipped, = parallel.total([skips.count], devices)
         if sampling:
             values.update(evaluate(model, unseen))
         if logging:
-            run.log(done, lr=lr, skipped_records=int(skipped), **values)
+            run.log(done, skips, lr=lr, **values)
         if run.due(done, args.sample_every):
             run.plot(["loss", "contrast", *["dense"] * (args.dense > 0), "retrieval", "probe_psnr"])
         if saving:
