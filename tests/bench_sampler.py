@@ -28,7 +28,8 @@ from dit import SIZES, DiT  # noqa: E402
 from flow import candidates_together, generate  # noqa: E402
 
 # width x depth: heads, N tokens, C channels
-ROWS = {"tiny": (SIZES["tiny"].heads, 64, 96), "640x4": (10, 256, 96), "1280x4": (32, 256, 1152)}
+ROWS = {"tiny": (SIZES["tiny"].heads, 64, 96), "640x4": (10, 256, 96), "1280x4": (32, 256, 1152),
+        "2048x2": (32, 256, 1152)}                  # as 0.5b and as 2b
 ALPHA, SCALE = 8.0, 3.0
 
 

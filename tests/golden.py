@@ -1,6 +1,7 @@
 """Parity with the reference modules: recompute every output of a golden file.
 
     python tests/golden.py                      # all of tests/golden/, or the FILEs that follow
+    python tests/golden.py --device cuda --dtype bfloat16
     python tests/golden.py --write DIR          # such files from our own modules, random weights
 
 A file holds one component's `weights.*` (keys of the released checkpoint), its `in.*`, the
@@ -8,6 +9,9 @@ reference's `out.*`, and as metadata `component`, `config`, `tolerance`: the lar
 relative to the largest output where that is above 1. Prints the error of each output; the exit
 status is 1 when one is above the tolerance or cannot be recomputed. The model is built from the
 file's config alone, so files of other sizes and seeds work too.
+
+In bfloat16 the outputs are rounded at each product, so there the error is the rms of the difference
+over that of the output, and may be ROUNDED. (VAE and discriminator stay in fp32, as in training.)
 """
 import argparse
 import json
@@ -31,6 +35,9 @@ from perceptual import Perceptual  # noqa: E402
 from text_model import TextModel, chat, encode_text, load_tokenizer  # noqa: E402
 from vae import VAE  # noqa: E402
 
+DEVICE, DTYPE = "cpu", torch.float32        # of the models; main sets them
+ROUNDED = 0.05
+
 
 def load(model, weights, prefix="", optional=()):
     """Load `weights` strictly into `model` (keys without `prefix`); keys that begin with one of
@@ -43,7 +50,7 @@ def load(model, weights, prefix="", optional=()):
     missing = [k for k in missing if not k.startswith(tuple(optional))]
     if missing or unexpected:
         raise ValueError(f"keys do not fit: missing {missing}, unexpected {unexpected}")
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def randomise(model, seed=0):
@@ -64,7 +71,7 @@ def randomise(model, seed=0):
 # ------------------------------------------------------------------------------------------------
 
 def siglip2(config, weights, inputs):
-    model = load(SigLIP2(config), weights, optional=["vision_model.head."])
+    model = load(SigLIP2(config, dtype=DTYPE), weights, optional=["vision_model.head."])
     hidden = model.blocks(inputs["pixels"])[-1]                             # [B,N,C]
     last = model.vision_model.post_layernorm(hidden)
     return {"features_hidden_last_then_layernorm": model(inputs["pixels"]),
@@ -74,7 +81,7 @@ def siglip2(config, weights, inputs):
 
 
 def dinov2(config, weights, inputs):
-    model = load(DINOv2(config), weights, optional=["embeddings.mask_token"])
+    model = load(DINOv2(config, dtype=DTYPE), weights, optional=["embeddings.mask_token"])
     hidden = model.blocks(inputs["pixels"])[-1]                             # [B,1+N,C]
     last = model.layernorm(hidden)
     # the latent leaves out the class token; forward must agree with its rows
@@ -85,7 +92,7 @@ def dinov2(config, weights, inputs):
 def qwen2(config, weights, inputs):
     if config.get("tie_word_embeddings"):
         weights.pop("lm_head.weight", None)
-    model, ids = load(TextModel(config), weights), inputs["input_ids"]
+    model, ids = load(TextModel(config, dtype=DTYPE), weights), inputs["input_ids"]
     hidden = model(model.embed(ids))                                        # [B,L,H]
     mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     greedy, cache = ids[:1, mask[0]], []                                    # [1,L]
@@ -104,7 +111,7 @@ def dit(config, weights, inputs):
         pair(c[f"model_{k}"]) for k in ("hidden_size", "depth", "heads"))
     N, C = c["diffusion_tokens"], c["diffusion_channels"]
     model = load(DiT(C, N, D, depth, heads, c["z_channels"] or D, D2, depth2, heads2 or None,
-                     null=c["class_dropout_prob"] > 0), weights, "model.")
+                     null=c["class_dropout_prob"] > 0, dtype=DTYPE), weights, "model.")
     x, t, cond, noise = (inputs[k] for k in ("x", "t", "cond", "noise"))
     xt, alpha = flow.interpolate(x, noise, t), flow.shift_alpha(N, C)
     pairs = flow.compat_schedule(50, alpha)
@@ -124,7 +131,7 @@ def dit(config, weights, inputs):
 
 
 def rae_decoder(config, weights, inputs):
-    model = load(Decoder(config), weights, optional=["decoder_pos_embed"])
+    model = load(Decoder(config, DTYPE), weights, optional=["decoder_pos_embed"])
     patches = model.patches(inputs["latents"])                              # [B,N,p*p*3]
     return {"patches": patches, "pixels_before_denorm": model.unpatchify(patches)}
 
@@ -137,7 +144,7 @@ def dino_disc(config, weights, inputs):
 
 def lpips(config, weights, inputs):
     """Weights by the recipe in the metadata unless the file has them: full VGG16 is 59 MB."""
-    model = Perceptual(config.get("width", 1.0))
+    model = Perceptual(config.get("width", 1.0), DTYPE)
     if "recipe" not in config:
         load(model, weights)
     else:
@@ -152,6 +159,7 @@ def lpips(config, weights, inputs):
         for k, lin in enumerate(lins):
             g = torch.Generator().manual_seed(seed + 100 + k)
             lin.weight.data = torch.rand(lin.weight.shape, generator=g)
+        model.to(DEVICE)
     a, b = (model.maps((inputs[k] + 1) / 2) for k in "ab")
     means = {f"relu{i + 1}.mean": f.mean(dim=(2, 3)) for i, f in enumerate(a)}
     return {"lpips": model.lpips(a, b), **means}
@@ -195,7 +203,8 @@ def check(path):
         return [(component, None, tolerance, f"unknown component; known: {', '.join(COMPONENTS)}")]
     if not weights and "recipe" not in config:
         return [("weights.*", None, tolerance, "the file has no weights")]
-    got, rows = COMPONENTS[component](config, weights, inputs), []
+    got = COMPONENTS[component](config, weights, {k: v.to(DEVICE) for k, v in inputs.items()})
+    got, rows = {k: v.cpu() for k, v in got.items()}, []
     mask = inputs.get("attention_mask")                 # outputs at padded positions mean nothing
     for name, b in want.items():
         a = got.get(name)
@@ -206,8 +215,12 @@ def check(path):
             continue
         if mask is not None and b.shape[:2] == mask.shape:
             a, b = a[mask.bool()], b[mask.bool()]
-        error = ((a.double() - b.double()).abs().max() / max(1.0, b.double().abs().max())).item()
-        limit = tolerance if b.is_floating_point() else 0.0
+        a, b, exact = a.double(), b.double(), not b.is_floating_point()
+        if DTYPE == torch.bfloat16 and not exact:
+            error, limit = ((a - b).square().mean() / b.square().mean()).sqrt().item(), ROUNDED
+        else:
+            error = ((a - b).abs().max() / max(1.0, b.abs().max())).item()
+            limit = 0.0 if exact else tolerance
         rows.append((name, error, limit, "" if error <= limit else "above the tolerance"))
     return rows or [("-", None, tolerance, "the file has no outputs")]
 
@@ -283,7 +296,12 @@ def main():
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer of a .json file "
                         "(default: qwen_tokenizer/ beside it)")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write our own files to DIR")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
+    global DEVICE, DTYPE
+    DEVICE, DTYPE = args.device, getattr(torch, args.dtype)
+    torch.backends.cudnn.allow_tf32 = False             # of convolutions: fp32 means fp32
     if not args.files and not args.write:
         args.files = [str(p) for p in sorted((Path(__file__).parent / "golden").iterdir())]
     torch.set_num_threads(1)            # tiny tensors: threads would mostly wait for each other

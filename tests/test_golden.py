@@ -41,8 +41,10 @@ def one_thread():
 FILES = sorted((HERE / "golden").glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_golden_file(path):
+def test_golden_file(path, dtype, monkeypatch):
+    monkeypatch.setattr(golden, "DTYPE", dtype)
     rows = golden.check(path)
     assert rows and not [row for row in rows if row[3]]
 
