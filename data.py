@@ -682,27 +682,32 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
 # Commands
 # ------------------------------------------------------------------------------------------------
 
+def contact_sheet(images: list, texts: list, columns: int, side: int = 128) -> Image.Image:
+    """uint8 [H, W, 3] pictures in rows, each above its text."""
+    pad, tall = 8, 82                                     # six lines of 12 pixels
+    sheet = Image.new("RGB", (pad + columns * (side + pad),
+                              pad + -(-len(images) // columns) * (side + tall)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for n, (image, text) in enumerate(zip(images, texts)):
+        x, y = pad + n % columns * (side + pad), pad + n // columns * (side + tall)
+        sheet.paste(Image.fromarray(image).resize((side, side), Image.NEAREST), (x, y))
+        draw.rectangle((x - 1, y - 1, x + side, y + side), outline=(190, 190, 190))
+        lines = [w for line in text.splitlines() for w in textwrap.wrap(line, side * 2 // 11)]
+        draw.multiline_text((x, y + side + 2), "\n".join(lines[:6]), "black", font, spacing=0)
+    return sheet
+
+
 def show(args):
     """Draw the first samples of a stream with their captions."""
     if os.path.splitext(args.out)[1].lower() not in Image.registered_extensions():
         raise DataError(f"--out {args.out}: expected the name of a picture, such as sheet.png")
-    mixture = Mixture([args.source], args.resolution, args.seed, args.crop, text=False)
-    side, pad, tall = max(args.resolution, 128), 10, 76
-    columns = min(args.columns, args.count)
-    sheet = Image.new("RGB", (pad + columns * (side + pad),
-                              pad + -(-args.count // columns) * (side + tall)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for n in range(args.count):
-        record = mixture[n]
-        x, y = pad + n % columns * (side + pad), pad + n // columns * (side + tall)
-        image = Image.fromarray(record["image"]).resize((side, side), Image.NEAREST)
-        sheet.paste(image, (x, y))
-        draw.rectangle((x - 1, y - 1, x + side, y + side), outline=(190, 190, 190))
-        turns = [t["value"].replace("<image>", "").strip() for t in record["conversations"]]
-        text = " ".join(turns[:1] if record["task"] == "t2i" else turns)
-        draw.multiline_text((x, y + side + 3), "\n".join(textwrap.wrap(text, side * 2 // 13)[:5]),
-                            fill="black", font=ImageFont.load_default(12), spacing=1)
-    sheet.save(args.out)
+    mixture, texts = Mixture([args.source], args.resolution, args.seed, args.crop, text=False), []
+    records = [mixture[n] for n in range(args.count)]
+    for r in records:
+        turns = [t["value"].replace("<image>", "").strip() for t in r["conversations"]]
+        texts.append(" ".join(turns[:1] if r["task"] == "t2i" else turns))
+    contact_sheet([r["image"] for r in records], texts, min(args.columns, args.count),
+                  max(args.resolution, 128)).save(args.out)
     print(f"{args.out}: {args.count} samples of {args.source}")
 
 

@@ -23,13 +23,11 @@ import itertools
 import json
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import benchmark
@@ -285,24 +283,16 @@ def draw(args, prompts, device, llm, dit, tokenizer, decoder, alpha, guidance):
         yield from decoder(z).float().cpu().clamp(0, 1).split(args.n)
 
 
-def failure_sheet(failures, path, columns=8, side=128, tall=82):
+def failure_sheet(failures, path):
     """[(picture, prompt, why)] -> a PNG; when there are many, as many of each category."""
     by = collections.defaultdict(list)
     for f in failures:
         by[f[1].category].append(f)
     shown = [f for group in by.values() for f in group[:48 // len(by)]]
-    size = columns * (side + 8) + 8, -(-len(shown) // columns) * (side + tall) + 8
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, (picture, prompt, why) in enumerate(shown):
-        x, y = 8 + k % columns * (side + 8), 8 + k // columns * (side + tall)
-        pixels = (benchmark.to_side(picture) * 255).round().byte().permute(1, 2, 0).numpy()
-        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.NEAREST), (x, y))
-        words = textwrap.wrap(prompt.text, 23)[:3] + textwrap.wrap("> " + why, 23)[:3]
-        pen.multiline_text((x, y + side + 2), "\n".join(words), "black", ImageFont.load_default(10),
-                           spacing=0)
+    images = [(benchmark.to_side(x) * 255).round().byte().permute(1, 2, 0).numpy()
+              for x, _, _ in shown]
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    data.contact_sheet(images, [f"{p.text}\n> {why}" for _, p, why in shown], 8).save(path)
     print(f"{path}: {len(shown)} of {len(failures)} failures")
 
 
