@@ -207,19 +207,15 @@ def layers(f, b):
 
 @functools.lru_cache(maxsize=None)
 def backgrounds():
-    """Every background there is, and its picture: [256,3,64,64]."""
+    """Every background there is, its picture [256,3,64,64], and that at half size [256,3,32,32]."""
     names = tuple(world.BACKGROUNDS)
     out = [("plain", a) for a in names] + [("textured", *b)
                                            for b in itertools.product(names, world.TEXTURES)]
     out += [(form, *ab, way) for form in ("two-tone", "gradient")
             for ab in itertools.permutations(names, 2) for way in ("across", "down")]
     pictures = np.stack([np.asarray(world.backdrop(b, SIDE)) for b in out])
-    return out, torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-
-
-@functools.lru_cache(maxsize=None)
-def small_backgrounds():
-    return F.avg_pool2d(backgrounds()[1], 2)                                # [256,3,32,32]
+    pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    return out, pictures, F.avg_pool2d(pictures, 2)
 
 
 @functools.lru_cache(maxsize=None)
@@ -244,8 +240,8 @@ def match(dot, ff, dd):
 
 
 def coarse(f, b, index):
-    """Local maxima over positions and sizes, best first: [(rank, score, size, x, y, [kinds])]; x, y
-    of the centre in pixels of 64."""
+    """Local maxima over positions and sizes, best first: [(rank, size, x, y, [kinds])]; x, y of
+    the centre in pixels of 64."""
     x = F.pad(layers(F.avg_pool2d(f[None], 2)[0], F.avg_pool2d(b[None], 2)[0])[0], (1, 1, 1, 1))
     peaks = []
     for size in SIZES:
@@ -261,7 +257,7 @@ def coarse(f, b, index):
         best = F.max_pool2d(top.view(1, n, n), 3, 1, 1).flatten()
         for at in ((top == best) & (top > FOUND - 0.15)).nonzero().flatten().tolist():
             order = kinds[s[:, at].topk(12).indices].tolist()
-            peaks.append((top[at].item() ** 4 * gain[at].item() ** 0.5, top[at].item(), 2 * size,
+            peaks.append((top[at].item() ** 4 * gain[at].item() ** 0.5, 2 * size,
                           2 * (at % n) + size, 2 * (at // n) + size,
                           list(dict.fromkeys(order))[:6]))
     return sorted(peaks, key=lambda p: -p[0])
@@ -269,7 +265,7 @@ def coarse(f, b, index):
 
 def refine(f, b, peak):
     """The kinds of a peak again, at full resolution, turned and moved: Found."""
-    _, _, size, x, y, kinds = peak
+    _, size, x, y, kinds = peak
     sizes = sorted({round(size * z) for z in (0.92, 1, 1.08)})
     trials = [(i, px) for i in kinds for px in sizes for _ in range(5)]
     w = sizes[-1] + 4
@@ -300,8 +296,8 @@ def to_side(picture):
 def find_background(picture):
     """[3,64,64] -> (index, the background, its picture): the smallest error at half resolution; a
     pixel counts for little once it is far off, and for less inside, where the things are."""
-    names, pictures = backgrounds()
-    error = (small_backgrounds() - F.avg_pool2d(picture, 2)).square().sum(1).sqrt().clamp(max=0.3)
+    names, pictures, small = backgrounds()
+    error = (small - F.avg_pool2d(picture, 2)).square().sum(1).sqrt().clamp(max=0.3)
     error[:, 2:-2, 2:-2] *= 0.3                                             # [256,32,32]
     index = int(error.mean((1, 2)).argmin())
     return index, names[index], pictures[index]
@@ -312,11 +308,13 @@ def look(picture):
     """[3,H,W] in [0,1] -> (background, [Found, ...] best first)."""
     picture = to_side(picture)
     index, name, b = find_background(picture)
-    f, kept, found = picture - b, [], []
-    for p in coarse(f, b, index):
-        if all(max(abs(p[3] - q[3]), abs(p[4] - q[4])) > 0.4 * (p[2] + q[2]) for q in kept):
-            kept.append(p)
-            found.append(refine(f, b, p))
+    f, kept = picture - b, []
+    for peak in coarse(f, b, index):
+        _, size, x, y, _ = peak
+        if all(max(abs(x - x2), abs(y - y2)) > 0.4 * (size + size2)
+               for _, size2, x2, y2, _ in kept):
+            kept.append(peak)
+    found = [refine(f, b, peak) for peak in kept]
     return name, [t for t in found if t.score >= FOUND]
 
 
