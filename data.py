@@ -411,7 +411,7 @@ class Mixture:
             raise DataError(f"--data {specs} at {resolution} pixels; expected one source or more, "
                             "such as builtin:web, and a positive resolution")
         self.resolution, self.seed, self.text, self.resample = resolution, seed, text, resample
-        self.latents = None                             # one Latents a source; see `cache_latents`
+        self.latents = None                             # rows of each source; see `cache_latents`
         self.names, self.weights = parse_specs(specs)
         for name, weight in zip(self.names, self.weights):
             if weight < 1 / BLOCK:
@@ -470,7 +470,7 @@ class Mixture:
             j = shuffled(size, i, self.seed, name) if size else i
             record = builtin_record(name, self.seed, j, pixels)
             if self.latents:
-                record["latent"] = self.latents[s].read(j)
+                record["latent"] = read_latent(self.latents[s], j)
             return {"n": n, "source": name, **record, "skipped": []}
         skipped = []
         for attempt in range(20):
@@ -480,7 +480,7 @@ class Mixture:
                 record = file_record(files, j, pixels, self.crops[s], self.text, rand,
                                      self.resample)
                 if self.latents:
-                    record["latent"] = self.latents[s].read(j)
+                    record["latent"] = read_latent(self.latents[s], j)
                 return {"n": n, "source": name, **record, "skipped": skipped}
             except CORRUPT as e:
                 skipped.append((files.key(j), reason(e)))
@@ -511,31 +511,18 @@ class SkipCounter:
                             "leave the source out of --data")
 
 
-class Latents:
-    """What the frozen networks make of every picture of one finite source, on disk: float32
-    [size, N, F] in latents.npy, a CRC of every record and the broken ones in meta.json. Raises
-    DataError where the files are damaged."""
+# --cache-latents: what the frozen networks make of every picture of a finite source, in one .npy
+# file. A row is `latent`, float32 [N, F], its checksum `crc`, and why the picture is `broken`.
 
-    def __init__(self, folder: str):
-        self.path = os.path.join(folder, "latents.npy")
-        try:
-            meta = json.loads(read_bytes(os.path.join(folder, "meta.json")))
-            self.crcs, self.broken = meta["crcs"], {int(j): r for j, r in meta["broken"].items()}
-            self.array = np.load(self.path, mmap_mode="r")
-            if len(self.crcs) != len(self.array):
-                raise ValueError(f"{len(self.crcs)} sums for {len(self.array)} records")
-        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as e:
-            raise DataError(f"{folder}: a damaged cache of latents ({e})") from None
-
-    def read(self, j: int) -> np.ndarray:
-        """[N, F] of record j. A broken record raises as its picture did."""
-        if j in self.broken:
-            raise ValueError(self.broken[j])
-        latent = np.array(self.array[j])
-        if zlib.crc32(latent) != self.crcs[j]:
-            raise DataError(f"--cache-latents: record {j} of {self.path} is damaged; delete that "
-                            "folder, and it is made again")
-        return latent
+def read_latent(rows, j: int) -> np.ndarray:
+    """[N, F] of record j. A broken record raises as its picture did."""
+    if rows[j]["broken"]:
+        raise ValueError(rows[j]["broken"].decode(errors="replace"))
+    latent = np.array(rows[j]["latent"])
+    if zlib.crc32(latent) != rows[j]["crc"]:
+        raise DataError(f"--cache-latents: record {j} of {rows.filename} is damaged; delete that "
+                        "file, and it is made again")
+    return latent
 
 
 class Pictures:
@@ -543,6 +530,9 @@ class Pictures:
 
     def __init__(self, mixture: Mixture, s: int):
         self.mixture, self.s = mixture, s
+
+    def __len__(self):
+        return self.mixture.size(self.s)
 
     def __getitem__(self, j: int):
         m, files = self.mixture, self.mixture.files[self.s]
@@ -560,9 +550,9 @@ def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, 
     where they are not there or damaged.
 
     encode: uint8 [B,R,R,3] -> float32 [B,N,F]. what: names encode, up to its weights; a source's
-    subfolder is a hash of it, resolution, crop, filter, and the names, sizes and times of the
-    source's files. Of several processes one is to `write`, the others wait(). The texts are not
-    kept: their form changes from epoch to epoch. Raises DataError.
+    file is a hash of it, resolution, crop, filter, and the names, sizes and times of the source's
+    files. Of several processes one is to `write`, the others wait(). The texts are not kept: their
+    form changes from epoch to epoch. Raises DataError.
     """
     mixture.latents, found = None, []
     for s, name in enumerate(mixture.names):
@@ -573,32 +563,27 @@ def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, 
         state = [(p, stat.st_size, stat.st_mtime_ns) for p, stat in stats]
         key = hash64(what, name, mixture.resolution, mixture.crops[s], mixture.resample,
                      mixture.size(s), state)
-        key = f"{key:016x}"
-        place = os.path.join(folder, key)
+        path = os.path.join(folder, f"{key:016x}.npy")
         if write:
             try:
-                with alone(place + ".lock"):
-                    fill_latents(mixture, s, place, encode, batch, workers)
+                with alone(path + ".lock"):
+                    try:
+                        np.load(path, mmap_mode="r")
+                    except (OSError, EOFError, ValueError) as e:
+                        print(f"{path}: a damaged cache of latents ({e}); making it again"
+                              if os.path.exists(path) else f"{name}: encoding {mixture.size(s)} "
+                              f"pictures once, into {path}", file=sys.stderr)
+                        write_latents(Pictures(mixture, s), path, encode, batch, workers)
             except OSError as e:
                 raise DataError(f"--cache-latents {folder}: cannot write: {e}") from None
         wait()
-        found.append(Latents(place))
+        found.append(np.load(path, mmap_mode="r"))
     mixture.latents = found
-
-
-def fill_latents(mixture: Mixture, s: int, place: str, encode, batch: int, workers: int):
-    """Make the latents of source s in `place`, unless they are there and whole."""
-    try:
-        Latents(place)
-    except DataError as e:
-        print(f"{e}; making it again" if os.path.exists(place) else f"{mixture.names[s]}: encoding "
-              f"{mixture.size(s)} pictures once, into {place}", file=sys.stderr)
-        write_latents(Pictures(mixture, s), mixture.size(s), place, encode, batch, workers)
 
 
 @contextlib.contextmanager
 def alone(path: str):
-    """One process at a time; another that fills the same folder is waited for."""
+    """One process at a time; another that fills the same file is waited for."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as f:
         try:
@@ -609,34 +594,30 @@ def alone(path: str):
         yield
 
 
-def write_latents(pictures, size: int, place: str, encode, batch: int, workers: int):
-    """Encode them all into `place`, under another name until it is whole."""
+def write_latents(pictures: Pictures, path: str, encode, batch: int, workers: int):
+    """Encode them all into `path`, under another name until it is whole."""
     from torch.utils.data import DataLoader
-    temporary, array, crcs, broken = place + ".writing", None, [], {}
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    groups = [range(k, min(k + batch, size)) for k in range(0, size, batch)]
-    for group, rows in zip(groups, DataLoader(pictures, batch_sampler=groups, collate_fn=list,
-                                              num_workers=workers, worker_init_fn=start_worker,
-                                              multiprocessing_context=FORK if workers else None)):
-        broken.update({j: r for j, r in zip(group, rows) if isinstance(r, str)})
-        blank = np.zeros((pictures.mixture.resolution,) * 2 + (3,), np.uint8)
-        rows = [blank if isinstance(r, str) else r for r in rows]
-        rows += [blank] * (batch - len(rows))             # one shape: compiled once
-        latents = encode(np.stack(rows))[:len(group)]
-        if array is None:
-            need, free = 4 * size * latents[0].size, shutil.disk_usage(temporary).free
+    size, R, rows = len(pictures), pictures.mixture.resolution, None
+    blank = np.zeros((R, R, 3), np.uint8)
+    loaded = DataLoader(pictures, batch, collate_fn=list, num_workers=workers,
+                        worker_init_fn=start_worker,
+                        multiprocessing_context=FORK if workers else None)
+    for start, images in zip(range(0, size, batch), loaded):
+        broken = [v.encode()[:200] if isinstance(v, str) else b"" for v in images]
+        images = [blank if why else v for v, why in zip(images, broken)]
+        padded = images + [blank] * (batch - len(images))               # one shape: compiled once
+        latents = encode(np.stack(padded))[:len(images)]
+        if rows is None:
+            row = np.dtype([("latent", np.float32, latents.shape[1:]), ("crc", np.uint32),
+                            ("broken", "S200")])
+            need, free = size * row.itemsize, shutil.disk_usage(os.path.dirname(path)).free
             if need > free:
                 raise OSError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-            array = np.lib.format.open_memmap(os.path.join(temporary, "latents.npy"), "w+",
-                                              np.float32, (size, *latents.shape[1:]))
-        array[group.start:group.stop] = latents
-        crcs += [zlib.crc32(np.ascontiguousarray(row)) for row in array[group.start:group.stop]]
-    array.flush()
-    with open(os.path.join(temporary, "meta.json"), "w") as f:
-        json.dump({"crcs": crcs, "broken": broken}, f)
-    shutil.rmtree(place, ignore_errors=True)
-    os.rename(temporary, place)
+            rows = np.lib.format.open_memmap(path + ".writing", "w+", row, (size,))
+        for j, (latent, why) in enumerate(zip(latents, broken), start):
+            rows[j] = latent, zlib.crc32(np.ascontiguousarray(latent)), why
+    rows.flush()
+    os.replace(path + ".writing", path)
 
 
 # Forked workers start at once and notice when kill -9 takes the trainer. From Python 3.14 on Linux'

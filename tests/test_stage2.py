@@ -441,26 +441,26 @@ def test_cached_latents_give_the_same_losses(tmp_path, vae_file, capsys):
     assert losses(train(tmp_path / "b", *options)) == pytest.approx(want, rel=1e-5)
     again, said = errors()
     assert again == broken and "encoding 8 pictures once" in said
-    entry, = (p for p in cache.iterdir() if p.is_dir())
-    made = (entry / "latents.npy").stat().st_mtime_ns
+    entry, = cache.glob("*.npy")
+    made = entry.stat().st_mtime_ns
     assert losses(train(tmp_path / "c", *options, "--workers", 1)) == pytest.approx(want, rel=1e-5)
-    assert (entry / "latents.npy").stat().st_mtime_ns == made               # read, by a worker
+    assert entry.stat().st_mtime_ns == made                                 # read, by a worker
     for k, size in enumerate((10_000, 0)):
-        os.truncate(entry / "latents.npy", size)
+        os.truncate(entry, size)
         train(tmp_path / f"d{k}", *options, "--steps", 1)
-        assert "making it again" in errors()[1] and (entry / "latents.npy").stat().st_size > 10_000
-    array = np.load(entry / "latents.npy", mmap_mode="r+")
-    array[:, 0, 0] += 1
-    array.flush()
+        assert "making it again" in errors()[1] and entry.stat().st_size > 10_000
+    rows = np.load(entry, mmap_mode="r+")
+    rows["latent"][:, 0, 0] += 1
+    rows.flush()
     train(tmp_path / "e", *options, status=2)
     said = errors()[1]
-    assert said.count("error: --cache-latents: record ") == 1 and "delete that folder" in said
+    assert said.count("error: --cache-latents: record ") == 1 and "delete that file" in said
     state, config = weights.read_weights(vae_file)
     key = next(k for k in state if k.startswith("encoder.") and k.endswith("bias"))
     save_file({**state, key: state[key] + 1}, tmp_path / "other.safetensors",
               metadata={"config": json.dumps(config)})
     train(tmp_path / "f", *options, "--steps", 1, "--vae", tmp_path / "other.safetensors")
-    assert len([p for p in cache.iterdir() if p.is_dir()]) == 2
+    assert len(list(cache.glob("*.npy"))) == 2
 
 
 # ------------------------------------------------------------------------------------------------
