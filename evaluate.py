@@ -333,24 +333,11 @@ def t2i(args):
     if any(given) and not all(given):
         raise UserError("--prompts FILE, --layout geneval|dpg and --out FOLDER go together; for "
                         "the built-in benchmark give none of them")
-    if args.prompts:                                    # sample.py does that
-        if args.sheet:
-            raise UserError(f"--sheet {args.sheet} is for the built-in benchmark, whose judge says "
-                            "what failed; leave it out with --prompts")
-        for flag in ("--per-category", "--batch"):
-            if (value := getattr(args, flag[2:].replace("-", "_"))) is not None:
-                raise UserError(f"{flag} {value} is for the built-in benchmark; leave it out with "
-                                "--prompts")
-        if args.device == "xla":
-            raise UserError("--device xla: not with --prompts, which sample.py draws; --device cpu")
-        names = ("prompts", "layout", "out", "run", "n", "steps", "schedule", "guidance", "seed",
-                 "encoder", "decoder", "device", "dtype")
-        sample.main([word for k in names if getattr(args, k) is not None
-                     for word in (f"--{k}", str(getattr(args, k)))])
+    if args.prompts:                    # sample.py does that; it refuses what it has no flag for
+        sample.main(sys.argv[2:])
         return print(json.dumps({"task": "t2i", **{k: str(getattr(args, k)) for k in (
             "run", "prompts", "layout", "out")}}))
-    args.steps, args.batch = args.steps or 25, args.batch or 32
-    args.per_category = args.per_category or 40
+    args.steps = args.steps or 25
     sample.check_schedule(args)
     if args.sheet:
         sample.check_out(args.sheet, "--sheet", ".png")
@@ -513,8 +500,8 @@ def main():
     q.add_argument("--steps", type=runs.positive(), help="default 25; of --prompts 50")
     q.add_argument("--schedule", choices=["clean", "compat"], default="clean")
     q.add_argument("--guidance", type=runs.positive(float, zero=True), help="default: as sample.py")
-    q.add_argument("--per-category", type=runs.positive(), help="prompts a category (default 40)")
-    q.add_argument("--batch", type=runs.positive(), help="pictures at a time (default 32)")
+    q.add_argument("--per-category", type=runs.positive(), default=40, help="prompts a category")
+    q.add_argument("--batch", type=runs.positive(), default=32, help="pictures at a time")
     q.add_argument("--seed", type=runs.seed, default=0, help="of the noise")
     q.add_argument("--sheet", type=Path, help="draw failures with the judge's reasons: a PNG")
     q.add_argument("--prompts", type=Path, help="instead: a .jsonl, a text file, a folder of .txt")
