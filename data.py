@@ -45,7 +45,6 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 # What Pillow, json and a record of the wrong form raise. Anything else is a bug and stops the run.
 CORRUPT = (OSError, ValueError, LookupError, TypeError, SyntaxError, AttributeError, struct.error,
            Image.DecompressionBombError)
-TEXTS = ("caption", "prompt", "text", "conversations")      # of a record: one of them
 
 
 def reason(error: Exception) -> str:
@@ -59,19 +58,6 @@ def read_bytes(path: str, offset: int = 0, size: int = -1) -> bytes:
         return f.read(size)
 
 
-def parse_line(line: bytes, where: str, *need: tuple) -> dict:
-    """The object of a line, with one key of each tuple in `need`. Raises DataError."""
-    try:
-        fields = dict(json.loads(line))
-    except (ValueError, TypeError) as e:
-        raise DataError(f"{where}: not a JSON object ({e}): {line[:60]!r}") from None
-    for keys in need:
-        if not any(fields.get(k) for k in keys):
-            raise DataError(f"{where}: no {' or '.join(keys)}, only "
-                            f"{', '.join(fields) or 'nothing'}")
-    return fields
-
-
 class Folder:
     """Images below a folder, with `metadata.jsonl` (`file_name`, `text`) or same-stem .txt files;
     those without a text are left out where `text` is wanted."""
@@ -82,12 +68,13 @@ class Folder:
         if os.path.exists(meta):
             for number, line in enumerate(read_bytes(meta).splitlines(), 1):
                 if line.strip():
-                    fields = parse_line(line, f"{meta}:{number}", ("file_name",))
-                    if not isinstance(fields["file_name"], str):
-                        raise DataError(f"{meta}:{number}: file_name is {fields['file_name']!r}, "
-                                        "not a string")
-                    found.append((fields["file_name"], fields.get("text") or fields.get("caption"),
-                                  None))
+                    try:
+                        fields = json.loads(line)
+                        found.append((os.fspath(fields["file_name"]),
+                                      fields.get("text") or fields.get("caption"), None))
+                    except CORRUPT as e:
+                        raise DataError(f"{meta}:{number}: expected an object with file_name and "
+                                        f"text, found {line[:60]!r} ({reason(e)})") from None
         else:
             seen = set()                                  # a link to a folder above has no end
             for root, folders, files in os.walk(path, followlinks=True):
@@ -122,18 +109,14 @@ class Folder:
 
 
 class JsonLines:
-    """LLaVA conversations, or captions, one JSON object a line; images are relative to the file.
-    If `strict`, the first 1,000 lines are checked at once; the others when their turn comes."""
+    """LLaVA conversations, or captions, one JSON object a line; images are relative to the file."""
     in_order = False
 
-    def __init__(self, path: str, text: bool, strict: bool):
+    def __init__(self, path: str):
         self.path, rows, offset = path, [], 0
-        need = [("image",)] + [TEXTS] * text
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    if strict and len(rows) < 1000:
-                        parse_line(line, f"{path}:{number}", *need)
                     rows.append((number, offset, len(line)))
                 offset += len(line)
         if not rows:
@@ -220,7 +203,8 @@ class Tars:
 
     def read(self, j):
         fields = dict(json.loads(self.member(j, 5))) if self.rows[j, 5] else {}
-        if self.rows[j, 3] and not any(fields.get(k) for k in TEXTS):
+        if self.rows[j, 3] and not any(
+                fields.get(k) for k in ("caption", "prompt", "text", "conversations")):
             fields["caption"] = self.member(j, 3).decode("utf-8-sig").strip() or None
         return self.member(j, 1), fields
 
@@ -234,7 +218,7 @@ def expand(name: str) -> list:
     return [name] if os.path.exists(name) else sorted(glob.glob(name))
 
 
-def open_source(name: str, text: bool = True, strict: bool = True):
+def open_source(name: str, text: bool = True):
     """Folder, JsonLines or Tars for a path; shards may be `a/{000..123}.tar`, a glob or a folder of
     tars. Raises DataError."""
     if os.path.isdir(name):
@@ -254,7 +238,7 @@ def open_source(name: str, text: bool = True, strict: bool = True):
         return Tars(paths, text)
     if len(paths) > 1:
         raise DataError(f"{name}: {len(paths)} .jsonl files; give each as a source of its own")
-    return JsonLines(paths[0], text, strict)
+    return JsonLines(paths[0])
 
 
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -725,7 +709,7 @@ def check(args):
             raise DataError(f"{name}: there is no such file or folder")
         for path in inside:                               # shard by shard: one may be cut short
             try:
-                source = open_source(path, text=False, strict=False)
+                source = open_source(path, text=False)
             except DataError as e:
                 total, broken = total + 1, broken + 1
                 print(e)
