@@ -391,9 +391,6 @@ class Mixture:
                  text: bool = True, resample: int = 3):
         if crop not in CROPS:
             raise DataError(f"crop {crop!r} is unknown; expected one of {', '.join(CROPS)}")
-        if not specs or resolution < 1:
-            raise DataError(f"--data {specs} at {resolution} pixels; expected one source or more, "
-                            "such as builtin:web, and a positive resolution")
         self.resolution, self.seed, self.text, self.resample = resolution, seed, text, resample
         self.latents = None                             # rows of each source; see `cache_latents`
         self.names, self.weights = parse_specs(specs)
@@ -444,8 +441,6 @@ class Mixture:
 
     def __getitem__(self, n: int) -> dict:
         block, slot = divmod(int(n), BLOCK)
-        if block < 0:
-            raise IndexError(f"sample {n}: the stream starts at 0")
         s, k = self.plan[slot]
         i, name, files = block * self.counts[s] + k, self.names[s], self.files[s]
         size = self.size(s)
