@@ -197,15 +197,14 @@ def summary(rows):
 
 def decoder(args):
     """Reconstruct unseen pictures (ADM's centre crop) and print the errors."""
-    if args.count < 2:
-        raise UserError(f"--count {args.count}: a covariance needs 2 pictures or more")
     devices = sample.devices_of(args)
     mixtures = {}
     for spec in args.data:                              # bad data is said before weights are read
         name = data.parse_spec(spec)[0]
         mixtures[name] = data.Mixture([spec], 64, args.seed, crop="center", text=False)
-        if mixtures[name].size(0) == 1:
-            raise UserError(f"--data {name}: 1 picture; a covariance needs 2 or more")
+        if min(args.count, mixtures[name].size(0) or 2) < 2:
+            raise UserError(f"--data {name} --count {args.count}: 1 picture; a covariance needs "
+                            "2 pictures or more")
     inception = load_inception(args.inception, devices) if args.inception else None
     reconstruct, resolution, features, tiny = load_codec(args, devices)
     vgg, note = None, "left out (--no-lpips)"
