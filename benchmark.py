@@ -421,15 +421,13 @@ def colours_right(images, scenes):
     pixels = images.float().cpu().clamp(0, 1).permute(0, 2, 3, 1)           # [B,S,S,3]
     nearest = (pixels[..., None, :] - rgb).square().sum(-1).argmin(-1)      # [B,S,S]
     backgrounds, objects = 0, 0
-    same = [(torch.cdist(c[None], rgb)[0] < 0.16).nonzero().flatten().tolist() for c in rgb]
+    same = torch.cdist(rgb, rgb) < 0.16                                     # [K,K]: look alike
     for grid, scene in zip(nearest, scenes):
         border = torch.cat([grid[:4].flatten(), grid[-4:].flatten(),
                             grid[:, :4].flatten(), grid[:, -4:].flatten()])
         back = border.bincount(minlength=len(names)).argmax().item()
-        want = names.index(scene.background[1])
-        backgrounds += back in same[want]
+        backgrounds += same[names.index(scene.background[1]), back].item()
         inside = grid[8:-8, 8:-8].flatten().bincount(minlength=len(names))
-        for j in same[back]:
-            inside[j] = 0
-        objects += inside.argmax().item() in same[names.index(scene.things[0].colour)]
+        inside[same[back]] = 0
+        objects += same[names.index(scene.things[0].colour), inside.argmax()].item()
     return backgrounds / len(scenes), objects / len(scenes)
