@@ -125,8 +125,6 @@ def add_flags(parser, steps, batch, data, log=20, sample=250, save=500, remat="n
                    help="torch.compile each block (default: on CUDA)")
     g.add_argument("--remat", choices=["none", "block"], default=remat,
                    help="recompute each block's activations in the backward pass")
-    g.add_argument("--scan", action=argparse.BooleanOptionalAction,
-                   help="xla: stacks of blocks as compiled loops, with --remat block (default: on)")
     g = parser.add_argument_group("log")
     g.add_argument("--log-every", type=positive(), default=log)
     g.add_argument("--sample-every", type=positive(), default=sample)

@@ -140,8 +140,6 @@ def arguments():
     args.noise_dist = args.noise_dist or "half-normal"
     if args.size == "tiny" and args.latent == "webssl" and not args.encoder:
         raise UserError("--latent webssl: there is no tiny one; give --encoder, or a larger --size")
-    if args.scan:
-        raise UserError("--scan is for train_dit.py; the decoder's blocks are not run as a loop")
     if args.latent == "vae" and wrong:
         raise UserError(f"{', '.join(wrong)}: not with --latent vae, which has no frozen encoder "
                         "and a scale and shift of its own")

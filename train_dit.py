@@ -95,6 +95,8 @@ def arguments():
     a("--head-depth", type=runs.positive(zero=True), default=0, help="DiT-DH: blocks (2)")
     a("--qk-norm", action="store_true", help="RMSNorm on queries and keys of the DiT")
     a("--allow-narrow", action="store_true", help="allow a width that is not above the latent's C")
+    a("--scan", action=argparse.BooleanOptionalAction,
+      help="xla: stacks of blocks as compiled loops, with --remat block (default: on)")
     a = p.add_argument_group("flow and loss").add_argument
     a("--shift", default="auto", help="auto: sqrt(N C / base); none: 1; or a number")
     a("--shift-base", type=positive, help="4096; tiny: 128")

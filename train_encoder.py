@@ -74,7 +74,7 @@ def arguments():
     g.add_argument("--lr", type=runs.positive(float))
     g.add_argument("--warmup", type=runs.positive(zero=True), default=200, help="steps")
     args = p.parse_args()
-    unused = [flag for flag, given in (("--compile", args.compile), ("--scan", args.scan),
+    unused = [flag for flag, given in (("--compile", args.compile),
                                        ("--remat block", args.remat == "block")) if given]
     if unused:
         raise UserError(f"{', '.join(unused)}: not here, the encoder is small; leave it out")
