@@ -702,7 +702,7 @@ class Meter:
 
     def add(self, images, wait, flops, share=1.0, **values):
         """One micro-batch: its images, seconds waited for data, training FLOPs an image, its share
-        of a step, and its part of each value (the parts of a step add up)."""
+        of a step, and values of it."""
         self.values.append((share, {k: v.detach() for k, v in values.items()}))
         self.images += images
         self.flops += images * flops
@@ -714,7 +714,7 @@ class Meter:
         sums, steps = {}, collections.Counter()
         for share, values in self.values:
             for k, v in values.items():
-                sums[k] = sums.get(k, 0) + v.cpu()
+                sums[k] = sums.get(k, 0) + share * v.cpu()
                 steps[k] += share
         numbers = [n for k, v in sums.items() for n in (v / steps[k]).flatten().tolist()]
         numbers = iter(parallel.mean(numbers, devices))

@@ -465,8 +465,7 @@ def main():
             torch.autograd.backward(*zip(*ends))
             if judging:
                 kept.append((x, z, batch))
-            meter.add(args.micro_batch, wait, work, part, loss=loss * part,
-                      **{k: v * part for k, v in log.items()})
+            meter.add(args.micro_batch, wait, work, part, loss=loss, **log)
         norm = parallel.clip_grad(named.values(), math.inf, devices)        # the recipe has no clip
         parallel.guarded_step(optimizer, norm, devices)
         optimizer.zero_grad(set_to_none=True)
@@ -487,8 +486,8 @@ def main():
                 real, fake = disc(torch.cat(pair)).chunk(2)                 # logits, each [B,L*N]
                 d = d_loss(real, fake)
                 (d * part).backward()
-                meter.add(0, 0.0, 0, part, disc=d * part, logits_real=real.mean() * part,
-                          logits_fake=fake.mean() * part)
+                meter.add(0, 0.0, 0, part, disc=d, logits_real=real.mean(),
+                          logits_fake=fake.mean())
             disc.eval()
             d_norm = parallel.clip_grad(judged.values(), math.inf, devices)
             parallel.guarded_step(d_optimizer, d_norm, devices)

@@ -379,9 +379,8 @@ def main():
             contrast = sigmoid_loss(model.similarity(image, caption))
             loss = contrast + args.dense * mse
             (loss / accumulate).backward()
-            part = 1 / accumulate
-            meter.add(args.micro_batch, wait, sum(flops.values()), part, loss=loss * part,
-                      contrast=contrast * part, dense=mse * part)
+            meter.add(args.micro_batch, wait, sum(flops.values()), 1 / accumulate, loss=loss,
+                      contrast=contrast, dense=mse)
         norm = parallel.clip_grad(named.values(), 1.0, devices)
         parallel.guarded_step(optimizer, norm, devices)
         optimizer.zero_grad(set_to_none=True)
