@@ -226,52 +226,46 @@ def checkpoints(folder):
                   key=lambda p: int(p.name[5:]))
 
 
-def check_run(args, devices, free=()):
-    """What makes a Run impossible, found before anything large is made: nothing is written. ->
-    the arguments that its resumptions must repeat. free: those that may change besides FREE.
-    Raises UserError."""
-    if args.bench:
-        return {}
-    if args.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; "
-                        "pip install wandb, or leave the flag out: log.jsonl has it all")
-    there = checkpoints(args.out)
-    if getattr(args, "export", False) and (args.fresh or not there):
-        raise UserError("--export writes what is there, --fresh moves it aside: give one of "
-                        "them" if args.fresh else f"--export: {args.out} has no checkpoint")
-    args.dtype = str(devices.dtype).removeprefix("torch.")      # the one taken, typed or not
-    mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
-            if k not in FREE and k not in free}
-    if there and not args.fresh:
-        try:
-            theirs = json.loads((there[-1] / "meta.json").read_text())["args"]
-        except (ValueError, LookupError, TypeError):
-            raise UserError(f"checkpoint {there[-1]} is damaged (meta.json); delete it to go "
-                            "on from the one before")
-        differ = [f"--{k.replace('_', '-')}: checkpoint {theirs.get(k)!r}, now {mine[k]!r}"
-                  for k in mine if k in theirs and theirs[k] != mine[k]]
-        if differ:
-            raise UserError(f"{args.out} was started with other arguments: "
-                            f"{'; '.join(differ)}. Use the same, another --out, or --fresh")
-    return mine
-
-
 class Run:
-    """Opens `args.out` (made when missing), refuses a second process and what `check_run` does.
+    """Made before anything large is: it refuses contradicting arguments and writes nothing. `load`
+    opens `args.out` (made when missing), refuses a second process, and fills the tensors.
 
     `start`: the step to go on from, 0 for a new run. Use as: run.load(named) once, then in the loop
     run.log(...), run.due(...), run.save(...). SIGTERM or Ctrl-C set run.asked, from which the loop
-    makes run.stop, in all processes at once.
+    makes run.stop, in all processes at once. free: arguments that may change besides FREE.
     """
 
     def __init__(self, args, devices, free=()):
-        self.saved_args = check_run(args, devices, free)
         self.args, self.devices, self.dir = args, devices, args.out
         self.main, self.stop, self.bar, self.wandb = devices.main, False, None, None
         self.asked, self.norms = False, []              # to stop, by a signal; see check_finite
         self.skipped, self.skipped_keys = 0, []         # updates, and the samples of the last ones
         self.skipped_records = 0                        # by what is resumed
-        if args.fresh and self.main and self.dir.is_dir() and any(self.dir.iterdir()):
+        if args.wandb and importlib.util.find_spec("wandb") is None:
+            raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; "
+                            "pip install wandb, or leave the flag out: log.jsonl has it all")
+        there = checkpoints(self.dir)
+        if getattr(args, "export", False) and (args.fresh or not there):
+            raise UserError("--export writes what is there, --fresh moves it aside: give one of "
+                            "them" if args.fresh else f"--export: {self.dir} has no checkpoint")
+        args.dtype = str(devices.dtype).removeprefix("torch.")  # the one taken, typed or not
+        mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
+                if k not in FREE and k not in free}
+        self.saved_args = mine
+        if there and not args.fresh:
+            try:
+                theirs = json.loads((there[-1] / "meta.json").read_text())["args"]
+            except (ValueError, LookupError, TypeError):
+                raise UserError(f"checkpoint {there[-1]} is damaged (meta.json); delete it to go "
+                                "on from the one before")
+            differ = [f"--{k.replace('_', '-')}: checkpoint {theirs.get(k)!r}, now {mine[k]!r}"
+                      for k in mine if k in theirs and theirs[k] != mine[k]]
+            if differ:
+                raise UserError(f"{self.dir} was started with other arguments: "
+                                f"{'; '.join(differ)}. Use the same, another --out, or --fresh")
+
+    def _open(self):
+        if self.args.fresh and self.main and self.dir.is_dir() and any(self.dir.iterdir()):
             self._lock()                                # an old run, not one that is running
             k = 1
             while (aside := self.dir.with_name(f"{self.dir.name}.old{k}")).exists():
@@ -286,12 +280,11 @@ class Run:
                     (self.dir / name).mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.dir}: cannot make the run folder: {error.strerror}")
-        parallel.barrier(devices)                       # the old folder is aside, the new one there
+        parallel.barrier(self.devices)                  # the old folder is aside, the new one there
         self.latest = next(reversed(checkpoints(self.dir)), None)
         self.start = int(self.latest.name[5:]) if self.latest else 0
-        here, step, square = parallel.total(
-            [self.dir.is_dir(), self.start, self.start ** 2], devices)
-        if here < devices.world or devices.world * square != step ** 2:
+        here = self.dir.is_dir() and self.start + 1
+        if parallel.total([here], self.devices)[0] != self.devices.world * here:
             raise UserError(f"--out {self.dir} is not the same folder in every process: give one "
                             "on a disk that all hosts see")
         if self.main and not self.latest and (any((self.dir / "samples").iterdir())
@@ -346,8 +339,10 @@ class Run:
             write_text(path, "".join(keep))
 
     def load(self, named):
-        """Fill `named` {key: tensor} from the latest checkpoint, if there is one, and only then
-        write. Raises UserError too when the disk cannot hold the checkpoints to come."""
+        """Open the folder, fill `named` {key: tensor} from the latest checkpoint, if there is one,
+        and only then write. Raises UserError too when the disk cannot hold the checkpoints to
+        come."""
+        self._open()
         need = sum(v.numel() * v.element_size() for v in named.values()) * (self.args.keep + 1)
         have = sum(f.stat().st_size for f in self.dir.glob("checkpoints/step-*/*"))
         free = shutil.disk_usage(self.dir).free
@@ -540,6 +535,7 @@ class Bench:
         self.args, self.devices, self.main = args, devices, devices.main
         if args.wandb:
             raise UserError(f"--wandb {args.wandb}: --bench logs nothing; leave one of them out")
+        args.steps, args.log_every = args.bench, 1
         self.warm = min(args.steps - 1, max(1, args.steps // 5))
         self.norms, args.sample_every, args.save_every = [], 0, 0
 

@@ -340,7 +340,7 @@ def main():
     if args.dry_run:
         return
     runs.check_memory(memory, args, devices)
-    runs.check_run(args, devices)
+    run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
 
     # --------------------------------------------------------------------------------------------
     # Optimizers: one for the decoder, one for the discriminator's heads
@@ -363,19 +363,18 @@ def main():
     # Resume
     # --------------------------------------------------------------------------------------------
     if args.bench:                                  # time the whole step, GAN included
-        args.steps, args.log_every, args.disc_start, args.gan_start = args.bench, 1, 0, 0
+        args.disc_start, args.gan_start = 0, 0
     stats = {k: b for k, b in model.named_buffers() if k.startswith("latent_")}     # [C,h,w]
     saved = {**named, **{f"ema.{k}": v for k, v in ema.items()},
              **runs.moments(optimizer, named, devices), **judged, **spectral,
              **(runs.moments(d_optimizer, judged, devices) if disc else {}), **stats}
-    run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
+    run.load(saved)
     if args.latent_stats == "auto" and run.start == 0:      # every process measures the same
         with torch.no_grad():
             measured = decoders.latent_statistics(
                 encoder(x) for x in pictures(mixture, args.stats_images, devices))
         for key, value in zip(("latent_mean", "latent_var"), measured):
             parallel.fill(key, stats[key], lambda *_: value, devices)
-    run.load(saved)
     accumulate = args.batch // args.micro_batch
     noise = None
     if vae:                                                                 # of the posterior

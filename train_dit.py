@@ -470,8 +470,8 @@ def main():
     if args.dry_run:
         return
     runs.check_memory(memory, args, devices, "--freeze llm, ")
-    free = {"micro_batch"}                  # losses are means over the whole batch
-    runs.check_run(args, devices, free)
+    run = runs.Bench(args, devices) if args.bench else runs.Run(
+        args, devices, free={"micro_batch"})        # losses are means over the whole batch
 
     # --------------------------------------------------------------------------------------------
     # The networks that are trained
@@ -533,9 +533,6 @@ def main():
     # --------------------------------------------------------------------------------------------
     saved = {**named, **{f"ema.{k}": v for k, v in ema.items()},
              **runs.moments(optimizer, named, devices)}
-    if args.bench:
-        args.steps, args.log_every = args.bench, 1
-    run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices, free)
     run.load(saved)
     if args.cache_latents:
         what = [(args.latent, args.layers, str(devices.dtype))]

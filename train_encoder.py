@@ -275,8 +275,6 @@ def main():
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices)
-    if not args.dry_run:
-        runs.check_run(args, devices)
 
     # --------------------------------------------------------------------------------------------
     # Data
@@ -326,6 +324,7 @@ def main():
         runs.table("train_encoder", [(k, v) for k, v in summary.items()])
     if args.dry_run:
         return
+    run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
     model = parallel.shard(model, devices)
 
     # --------------------------------------------------------------------------------------------
@@ -341,12 +340,9 @@ def main():
     # Resume
     # --------------------------------------------------------------------------------------------
     saved = {**named, **moments}
-    if args.bench:
-        args.steps, args.log_every = args.bench, 1
-    run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
+    run.load(saved)
     if run.main and not (args.bench or kept):
         runs.write_text(run.dir / "tokenizer.json", tokenizer.to_str(pretty=True))
-    run.load(saved)
     accumulate = args.batch // args.micro_batch
     batches = iter(data.loader(mixture, collate, args.micro_batch, run.start * args.batch,
                                args.workers, devices.rank, devices.world))

@@ -524,6 +524,7 @@ def test_a_resumed_log_goes_on_counting(tmp_path):
     (out / "log.jsonl").write_text("".join(json.dumps(
         {"step": k, "skipped_updates": k + 1, "skipped_records": 5 * k}) + "\n" for k in (1, 2, 3)))
     run = runs.Run(type("Args", (), dict(out=out, fresh=False, wandb=None, bench=None))(), CPU)
+    run._open()
     run._trim_log()
     assert (run.skipped, run.skipped_records) == (3, 10)
     run.lock.close()

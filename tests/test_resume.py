@@ -282,6 +282,7 @@ def listing(folder):
 def test_second_process_refuses(commands, tmp_path, restore_signals):
     out = tmp_path / "run"
     first = runs.Run(arguments(out), CPU)
+    first.load(tensors(0))
     before = listing(out)
     assert ends(commands["dit"], out) == 2
     assert f"--out {out} is in use by another process" in said(out) and listing(out) == before
