@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import parallel
+from data import SkipCounter
 from parallel import UserError
 from weights import check_keys
 from world import DataError
@@ -230,17 +231,24 @@ class Run:
     """Made before anything large is: it refuses contradicting arguments and writes nothing. `load`
     opens `args.out` (made when missing), refuses a second process, and fills the tensors.
 
-    `start`: the step to go on from, 0 for a new run. Use as: run.load(named) once, then in the loop
-    run.log(...), run.due(...), run.save(...). SIGTERM or Ctrl-C set run.asked, from which the loop
-    makes run.stop, in all processes at once. free: arguments that may change besides FREE.
+    Then: for step in run.progress(steps), for batch in run.micro_batches(batches), and at the end
+    of a step run.end_step(...). run.meter takes what is logged; `start` is the step to go on from,
+    0 for a new run. free: arguments that may change besides FREE. Under --bench the loop is the
+    same, and nothing is written.
     """
 
     def __init__(self, args, devices, free=()):
         self.args, self.devices, self.dir = args, devices, args.out
-        self.main, self.stop, self.bar, self.wandb = devices.main, False, None, None
-        self.asked, self.norms = False, []              # to stop, by a signal; see check_finite
-        self.skipped, self.skipped_keys = 0, []         # updates, and the samples of the last ones
-        self.skipped_records = 0                        # by what is resumed
+        self.main, self.bar, self.wandb, self.latest = devices.main, None, None, None
+        self.start, self.asked, self.stop = 0, False, False     # asked by a signal; at the step
+        self.meter, self.skips, self.keys = Meter(), SkipCounter(), []  # keys of the step's samples
+        self.norms, self.bad, self.skipped, self.skipped_keys = [], 0, 0, []    # _check_finite
+        if args.bench:
+            if args.wandb:
+                raise UserError(f"--wandb {args.wandb}: --bench logs nothing; leave one of them "
+                                "out")
+            args.steps = args.bench
+            return
         if args.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; "
                             "pip install wandb, or leave the flag out: log.jsonl has it all")
@@ -333,7 +341,7 @@ class Run:
                     if values["step"] <= self.start:
                         keep.append(line + "\n")
                         self.skipped = values.get("skipped_updates", 0)
-                        self.skipped_records = values.get("skipped_records", 0)
+                        self.skips.count = values.get("skipped_records", 0)
                 except (ValueError, KeyError):                  # a line cut by a kill
                     pass
             write_text(path, "".join(keep))
@@ -342,6 +350,9 @@ class Run:
         """Open the folder, fill `named` {key: tensor} from the latest checkpoint, if there is one,
         and only then write. Raises UserError too when the disk cannot hold the checkpoints to
         come."""
+        self.named = named
+        if self.args.bench:
+            return
         self._open()
         need = sum(v.numel() * v.element_size() for v in named.values()) * (self.args.keep + 1)
         have = sum(f.stat().st_size for f in self.dir.glob("checkpoints/step-*/*"))
@@ -381,10 +392,6 @@ class Run:
                     parallel.fill(key, tensor, functools.partial(read_rows, parts), self.devices)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"checkpoint {self.latest} is damaged ({error}); {mend}")
-
-    def due(self, step, every, stopping=True):
-        """stopping: also where the run is told to stop."""
-        return step % every == 0 or step == self.args.steps or stopping and self.stop
 
     def save(self, step, named):
         """Write checkpoints/step-N atomically, then drop all but the last --keep. Every process
@@ -448,21 +455,103 @@ class Run:
             write_text(self.dir / "final" / "config.json", json.dumps(config, indent=1))
 
     def progress(self, steps):
-        """The iterator over the remaining steps, with tqdm's ETA on the main process. From here on
-        a signal asks the loop to stop; before, there is nothing to save and it just ends."""
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, self._ask_to_stop)
+        """Yields the remaining steps, with tqdm's ETA on the main process. From here on a signal
+        asks the loop to stop, all processes at the same step; before, there is nothing to save and
+        it just ends."""
+        if not self.args.bench:
+            for s in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(s, self._ask_to_stop)
+        parallel.step_done(self.devices)    # what was only recorded so far is not part of a step
         self.bar = tqdm(range(self.start, steps), initial=self.start, total=steps,
                         disable=not self.main, dynamic_ncols=True, mininterval=1)
-        return self.bar
+        self.meter.start()
+        for step in self.bar:
+            self.stop = parallel.total([self.asked], self.devices)[0] > 0
+            yield step
+
+    def micro_batches(self, batches):
+        """Yields those of a step as the loader gives them; what it left out is counted."""
+        for _ in range(self.args.batch // self.args.micro_batch):
+            begin = time.perf_counter()
+            batch = next(batches)
+            self.meter.wait += time.perf_counter() - begin
+            self.keys += batch["keys"]
+            self.skips.update(batch["skipped"], self.args.micro_batch // self.devices.world,
+                              batch.get("long", ()))
+            yield batch
+
+    def end_step(self, done, norm, flops, plot, sample=None, **values):
+        """After `done` steps, what is due: a line of the log, samples, a checkpoint. norm: of the
+        whole gradient; flops: training FLOPs an image of this step; plot: keys for loss.png;
+        sample(done) -> values of the samples; values: for the line. -> does the loop end here?"""
+        parallel.step_done(self.devices)
+        self.meter.step(self.args.batch, flops)
+        self.norms.append((done, norm, self.keys))
+        self.keys, args = [], self.args
+        if args.bench:
+            return self._bench(done)
+        due = lambda every: done % every == 0 or done == args.steps
+        sampling, saving = due(args.sample_every), due(args.save_every) or self.stop
+        logging = due(args.log_every) or sampling or saving
+        if logging or self.devices.kind == "cpu":           # to read a norm is to wait for it
+            self._check_finite()
+        if logging:
+            values.update(self.meter.read(self.devices))    # the speed is of what came before
+            if sampling and sample:
+                values.update(sample(done))
+            self.log(done, **values)
+            if sampling or self.stop:
+                self.plot(plot)
+            if saving:
+                self.save(done, self.named)
+            self.meter.start()
+        stopped = self.stop and done < args.steps
+        if stopped:
+            self._say_how_to_resume(done)
+        return stopped
+
+    def _bench(self, done):
+        """After a fifth of the steps, at least one where there are two, the clock starts; from then
+        on the host waits for the device only at the end."""
+        steps = self.args.steps
+        warm = min(steps - 1, max(1, steps // 5))
+        if done in (warm, steps):
+            self._check_finite()
+            values = self.meter.read(self.devices)
+        if done == steps and self.main:
+            self.bar.close()
+            means = {k: values[k] for k in ("images_per_s", "tflops", "mfu", "memory_gb",
+                                            "data_wait_s", "step_s")}
+            table(f"bench: mean of {steps - warm} steps", list(means.items()))
+            print(json.dumps({"steps": steps - warm, **means}))
+        return done == steps
+
+    def _check_finite(self):
+        """Count the updates that were skipped because the norm of the whole gradient is not finite
+        (parallel.guarded_step: on all devices alike), with the samples' keys; ten in a row raise
+        UserError."""
+        norms, self.norms = self.norms, []
+        for step, norm, keys in norms:
+            if math.isfinite(norm := norm.item()):
+                self.bad = 0
+                continue
+            self.bad, self.skipped = self.bad + 1, self.skipped + 1
+            self.skipped_keys += keys
+            some = f", samples {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
+            self.print(f"step {step}: the gradient's norm is {norm}; the update is skipped "
+                       f"({self.bad} in a row){some}")
+            if self.bad == 10:
+                raise UserError(f"ten steps in a row without a finite gradient, the last at step "
+                                f"{step}{some}. Try a lower --lr, --dtype float32, or delete the "
+                                "last checkpoints to go on from an earlier one")
 
     def print(self, text):
         (self.bar.write if self.bar is not None else print)(text)
 
-    def log(self, step, skips, **values):
-        """One JSON line, and the short form on the progress bar; by every process. skips: its
-        data.SkipCounter."""
-        records, = parallel.total([skips.count], self.devices)
+    def log(self, step, **values):
+        """One JSON line, and the short form on the progress bar; by every process."""
+        records, = parallel.total([self.skips.count], self.devices)
+        values = {k: v.item() if torch.is_tensor(v) else v for k, v in values.items()}
         if not self.main:
             return
         values = {"step": step, **values, "skipped_records": int(records),
@@ -507,7 +596,7 @@ class Run:
         figure.savefig(self.dir / "loss.png", dpi=110)
         plt.close(figure)
 
-    def say_how_to_resume(self, step):
+    def _say_how_to_resume(self, step):
         if self.main:
             self.bar.close()
             saved = self.latest is not None and self.latest.name == f"step-{step:07d}"
@@ -523,46 +612,6 @@ class Run:
             self.bar.close()
             if self.wandb:
                 self.wandb.finish()
-
-
-class Bench:
-    """Stands in for Run under --bench: the same loop, nothing written. After a fifth of the steps,
-    at least one where there are two, the clock starts; from then on the host waits for the device
-    only at the end."""
-    start, stop, asked, dir, latest, skipped_records = 0, False, False, None, None, 0
-
-    def __init__(self, args, devices):
-        self.args, self.devices, self.main = args, devices, devices.main
-        if args.wandb:
-            raise UserError(f"--wandb {args.wandb}: --bench logs nothing; leave one of them out")
-        args.steps, args.log_every = args.bench, 1
-        self.warm = min(args.steps - 1, max(1, args.steps // 5))
-        self.norms, args.sample_every, args.save_every = [], 0, 0
-
-    def load(self, named):
-        pass
-
-    def progress(self, steps):
-        self.bar = tqdm(range(steps), disable=not self.main, dynamic_ncols=True)
-        return self.bar
-
-    def due(self, step, every, stopping=True):
-        return every == self.args.log_every == 1 and step in (self.warm, self.args.steps)
-
-    def log(self, step, skips, **values):
-        self.values = values                                    # the last ones count
-
-    def print(self, text):
-        self.bar.write(text)
-
-    def finish(self):
-        self.bar.close()
-        counted = self.args.steps - self.warm
-        means = {k: self.values[k] for k in ("images_per_s", "tflops", "mfu", "memory_gb",
-                                             "data_wait_s", "step_s")}
-        if self.main:
-            table(f"bench: mean of {counted} steps", list(means.items()))
-            print(json.dumps({"steps": counted, **means}))
 
 
 def stored_shape(key, parts):
@@ -644,32 +693,6 @@ def save_grid(images, path, columns=8, space=2):
     Image.fromarray(sheet).save(path)
 
 
-def check_finite(run, step, norm, keys=()):
-    """Count the updates that were skipped because the norm of the whole gradient is not finite
-    (parallel.guarded_step: on all devices alike); ten in a row raise UserError. On an accelerator
-    only at logged steps, because to read a norm is to wait for the device.
-
-    Skipped ones are counted in the log, with the samples' keys.
-    """
-    run.norms.append((step + 1, norm, keys))
-    if run.devices.kind != "cpu" and not run.due(step + 1, run.args.log_every):
-        return
-    norms, run.norms = run.norms, []
-    for step, norm, keys in norms:
-        if math.isfinite(norm := norm.item()):
-            run.bad = 0
-            continue
-        run.bad, run.skipped = getattr(run, "bad", 0) + 1, getattr(run, "skipped", 0) + 1
-        run.skipped_keys = [*getattr(run, "skipped_keys", ()), *keys]
-        some = f", samples {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}" if keys else ""
-        run.print(f"step {step}: the gradient's norm is {norm}; the update is skipped "
-                  f"({run.bad} in a row){some}")
-        if run.bad == 10:
-            raise UserError(f"ten steps in a row without a finite gradient, the last at step {step}"
-                            f"{some}. Try a lower --lr, --dtype float32, or delete the last "
-                            "checkpoints to go on from an earlier one")
-
-
 def fsync(path):
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
@@ -689,39 +712,41 @@ class Meter:
     device until it is read: a sum there would be part of the next step's program."""
 
     def __init__(self):
-        self.values, self.images, self.flops, self.wait = [], 0, 0.0, 0.0
+        self.values, self.steps, self.images, self.flops, self.wait = [], 0, 0, 0.0, 0.0
         self.start()
 
     def start(self):
         """The clock, again where something else than training came between."""
         self.since = time.perf_counter()
 
-    def add(self, images, wait, flops, share=1.0, **values):
-        """One micro-batch: its images, seconds waited for data, training FLOPs an image, its share
-        of a step, and values of it."""
+    def add(self, share=1.0, **values):
+        """Losses and the like, of a step or of a micro-batch, which is this share of it."""
         self.values.append((share, {k: v.detach() for k, v in values.items()}))
-        self.images += images
-        self.flops += images * flops
-        self.wait += wait
+
+    def step(self, images, flops):
+        """A step: its images, and training FLOPs for each. `wait`: seconds it waited for data."""
+        self.steps, self.images, self.flops = (
+            self.steps + 1, self.images + images, self.flops + images * flops)
 
     def read(self, devices):
-        """-> dict of averages (floats, or tensors as they were added), each over the steps that
-        have it, with images_per_s, tflops, mfu, memory_gb, data_wait_s; and restarts."""
-        sums, steps = {}, collections.Counter()
+        """-> dict of averages, each over the steps that have it (of sums and counts [n,2] the n
+        quotients), with images_per_s, tflops, mfu, memory_gb, data_wait_s; and restarts."""
+        sums, shares = {}, collections.Counter()
         for share, values in self.values:
             for k, v in values.items():
                 sums[k] = sums.get(k, 0) + share * v.cpu()
-                steps[k] += share
-        numbers = [n for k, v in sums.items() for n in (v / steps[k]).flatten().tolist()]
-        numbers = iter(parallel.mean(numbers, devices))
-        values = {k: torch.tensor([next(numbers) for _ in range(v.numel())]).view(v.shape)
-                  if v.dim() else next(numbers) for k, v in sums.items()}
-        seconds, steps = time.perf_counter() - self.since, max(steps.values())
+                shares[k] += share
+        numbers = [n for k, v in sums.items() for n in (v / shares[k]).flatten().tolist()]
+        numbers, values = iter(parallel.mean(numbers, devices)), {}
+        for k, v in sums.items():
+            values[k] = next(numbers) if v.dim() == 0 else [
+                s / c if c else None for s, c in ((next(numbers), next(numbers)) for _ in v)]
+        seconds = time.perf_counter() - self.since
         tflops = self.flops / seconds / 1e12
         peak = parallel.peak_tflops(devices)
         values.update(images_per_s=self.images / seconds, tflops=tflops,
                       mfu=tflops / (peak * devices.count) if peak else None,
-                      memory_gb=parallel.memory_gb(devices), data_wait_s=self.wait / steps,
-                      step_s=seconds / steps)
+                      memory_gb=parallel.memory_gb(devices), data_wait_s=self.wait / self.steps,
+                      step_s=seconds / self.steps)
         self.__init__()
         return values

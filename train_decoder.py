@@ -12,7 +12,6 @@ import argparse
 import functools
 import json
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -47,6 +46,7 @@ DEFAULTS["webssl"] = dict(DEFAULTS["siglip2"], lr=2e-4, lr_final=2e-5, lr_disc=2
                           lr_disc_final=2e-6, disc_start="10e", gan_start="11e")
 DEFAULTS["vae"] = DEFAULTS["siglip2"]
 DATA = ["builtin:web=3", "builtin:synthetic=2", "builtin:text=1"]
+PLOT = ["loss", "l1", "lpips", "gram", "gan", "disc", "psnr"]
 TINY_DINO, DINO = weights.ASSETS / "dino.safetensors", "dino_vitsmall16_pretrain.pth"
 
 
@@ -340,7 +340,7 @@ def main():
     if args.dry_run:
         return
     runs.check_memory(memory, args, devices)
-    run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
+    run = runs.Run(args, devices)
 
     # --------------------------------------------------------------------------------------------
     # Optimizers: one for the decoder, one for the discriminator's heads
@@ -365,18 +365,16 @@ def main():
     if args.bench:                                  # time the whole step, GAN included
         args.disc_start, args.gan_start = 0, 0
     stats = {k: b for k, b in model.named_buffers() if k.startswith("latent_")}     # [C,h,w]
-    saved = {**named, **{f"ema.{k}": v for k, v in ema.items()},
-             **runs.moments(optimizer, named, devices), **judged, **spectral,
-             **(runs.moments(d_optimizer, judged, devices) if disc else {}), **stats}
-    run.load(saved)
+    run.load({**named, **{f"ema.{k}": v for k, v in ema.items()},
+              **runs.moments(optimizer, named, devices), **judged, **spectral,
+              **(runs.moments(d_optimizer, judged, devices) if disc else {}), **stats})
     if args.latent_stats == "auto" and run.start == 0:      # every process measures the same
         with torch.no_grad():
             measured = decoders.latent_statistics(
                 encoder(x) for x in pictures(mixture, args.stats_images, devices))
         for key, value in zip(("latent_mean", "latent_var"), measured):
             parallel.fill(key, stats[key], lambda *_: value, devices)
-    accumulate = args.batch // args.micro_batch
-    noise = None
+    part, noise = args.micro_batch / args.batch, None
     if vae:                                                                 # of the posterior
         side = resolution // model.stride
         noise = functools.partial(gaussian, seed=args.seed,
@@ -384,11 +382,10 @@ def main():
     elif args.noise_tau:
         noise = functools.partial(latent_noise, seed=args.seed, shape=(N, C), tau=args.noise_tau,
                                   dist=args.noise_dist)                     # [B,N,C]
-    batches = iter(data.loader(mixture, Collate(args.seed, noise), args.micro_batch,
-                               run.start * args.batch, args.workers, devices.rank, devices.world))
+    batches = data.loader(mixture, Collate(args.seed, noise), args.micro_batch,
+                          run.start * args.batch, args.workers, devices.rank, devices.world)
     unseen = data.Mixture(args.data, resolution, args.seed + 1000, crop="center", text=False)
     held = next(pictures(unseen, 64, devices))
-    skips, meter = data.SkipCounter(run.skipped_records), runs.Meter()
     d_loss = {"hinge": gans.d_loss_hinge, "vanilla": gans.d_loss_vanilla}[args.disc_loss]
 
     @torch.no_grad()
@@ -401,19 +398,18 @@ def main():
         return out
 
     def sample(step):
-        """Unseen pictures above their reconstructions by the EMA weights -> mean PSNR."""
+        """Unseen pictures above their reconstructions by the EMA weights -> {psnr: their mean}."""
         runs.swap(named, ema)
         x_hat = reconstruct(held)
         runs.swap(named, ema)
         pairs = parallel.full(torch.stack([held[:16], x_hat[:16]], 1).flatten(0, 1))
         if run.main:
             runs.save_grid(pairs, run.dir / "samples" / f"step-{step:07d}.png", columns=8)
-        return psnr(x_hat, held).mean().item()
+        return {"psnr": psnr(x_hat, held).mean().item()}
 
     # --------------------------------------------------------------------------------------------
     # Loop: data, the decoder's step, the discriminator's step, log, sample, save
     # --------------------------------------------------------------------------------------------
-    parallel.step_done(devices)             # what was only recorded so far is not part of a step
     for step in run.progress(args.steps):
         lr = args.lr * runs.cosine(step, args.steps, args.warmup, args.lr_final / args.lr)
         for group in optimizer.param_groups:
@@ -421,14 +417,8 @@ def main():
         judging = disc is not None and step >= args.disc_start
         adversarial = disc is not None and step >= args.gan_start
         work = sum(v for k, v in flops.items() if judging or k != "discriminator")
-        kept, keys, part = [], [], 1 / accumulate
-        run.stop = parallel.total([run.asked], devices)[0] > 0     # all processes at the same step
-        for _ in range(accumulate):
-            t0 = time.perf_counter()
-            batch = next(batches)
-            wait = time.perf_counter() - t0
-            keys += batch["keys"]
-            skips.update(batch["skipped"], args.micro_batch // devices.world)
+        kept, values = [], {"lr": lr}
+        for batch in run.micro_batches(batches):
             batch = parallel.place(batch, devices)
             x, log = batch["images"].float() / 255, {}                      # [B,3,S,S]
             if vae:
@@ -464,7 +454,7 @@ def main():
             torch.autograd.backward(*zip(*ends))
             if judging:
                 kept.append((x, z, batch))
-            meter.add(args.micro_batch, wait, work, part, loss=loss, **log)
+            run.meter.add(part, loss=loss, **log)
         norm = parallel.clip_grad(named.values(), math.inf, devices)        # the recipe has no clip
         parallel.guarded_step(optimizer, norm, devices)
         optimizer.zero_grad(set_to_none=True)
@@ -472,11 +462,11 @@ def main():
         runs.update_ema(ema, named, parallel.scalar(weight, devices.device))
 
         if judging:                     # on fresh pictures of the decoder that was just updated
-            lr_disc = args.lr_disc * runs.cosine(
+            values["lr_disc"] = args.lr_disc * runs.cosine(
                 step - args.disc_start, args.steps - args.disc_start, args.warmup_disc,
                 args.lr_disc_final / args.lr_disc)
             for group in d_optimizer.param_groups:
-                group["lr"] = parallel.scalar(lr_disc, devices.device)
+                group["lr"] = parallel.scalar(values["lr_disc"], devices.device)
             for i, (x, z, batch) in enumerate(kept):
                 disc.train(i == 0)      # a step of the spectral norms' power iteration: once
                 fake = (reconstruct(x, z).clamp(0, 1) * 255).round() / 255
@@ -485,45 +475,25 @@ def main():
                 real, fake = disc(torch.cat(pair)).chunk(2)                 # logits, each [B,L*N]
                 d = d_loss(real, fake)
                 (d * part).backward()
-                meter.add(0, 0.0, 0, part, disc=d, logits_real=real.mean(),
-                          logits_fake=fake.mean())
+                run.meter.add(part, disc=d, logits_real=real.mean(), logits_fake=fake.mean())
             disc.eval()
             d_norm = parallel.clip_grad(judged.values(), math.inf, devices)
             parallel.guarded_step(d_optimizer, d_norm, devices)
             d_optimizer.zero_grad(set_to_none=True)
-        parallel.step_done(devices)
-        runs.check_finite(run, step, norm + d_norm if judging else norm, keys)  # of either network
-
-        done, values = step + 1, {"lr_disc": lr_disc} if judging else {}
-        sampling = run.due(done, args.sample_every, stopping=False)
-        saving = run.due(done, args.save_every)
-        logging = run.due(done, args.log_every) or sampling or saving
-        if logging:                             # the speed is of what came before
-            values.update(meter.read(devices))
-        if sampling:
-            values["psnr"] = sample(done)
-        if logging:
-            run.log(done, skips, lr=lr, **values)
-        if run.due(done, args.sample_every):
-            run.plot(["loss", "l1", "lpips", "gram", "gan", "disc", "psnr"])
-        if saving:
-            run.save(done, saved)
-        if logging:
-            meter.start()
-        if run.stop and done < args.steps:
-            return run.say_how_to_resume(done)
+            norm = norm + d_norm                                            # finite if both are
+        if run.end_step(step + 1, norm, work, PLOT, sample, **values):
+            return
     run.finish()
-    if not args.bench:
-        for name, average in (("model", {}), ("ema", ema)):
-            runs.swap(named, average)
-            if vae:
-                config = {**config, **model.measure(pictures(mixture, 256, devices))}
-            run.export(name, model.state_dict(), config)
-            runs.swap(named, average)
-        score = sample(args.steps)
-        what = "unseen pictures" if mixture.endless() else "pictures of the data, which it has seen"
-        if run.main:
-            print(f"{run.dir}/final: PSNR {score:.2f} dB on 64 {what} (EMA weights)")
+    for name, average in (("model", {}), ("ema", ema)):
+        runs.swap(named, average)
+        if vae:
+            config = {**config, **model.measure(pictures(mixture, 256, devices))}
+        run.export(name, model.state_dict(), config)
+        runs.swap(named, average)
+    score = sample(args.steps)["psnr"]
+    what = "unseen pictures" if mixture.endless() else "pictures of the data, which it has seen"
+    if run.main:
+        print(f"{run.dir}/final: PSNR {score:.2f} dB on 64 {what} (EMA weights)")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -42,6 +41,8 @@ from sample import direct_condition
 
 MIXTURE = ["builtin:synthetic=6", "builtin:web=2", "builtin:text=0.5", "builtin:hq=0.5",
            "builtin:qa=1"]
+
+PLOT = ["loss", "flow", "text", "repa", "cond_spread", "background_right", "colour_right"]
 
 # tiny differs from the paper where its size asks for it. shift_base: 64 tokens of 96 channels give
 # a = sqrt(64*96/128) = 6.9, near the paper's 8.49; with 4096 it would be 1.2, and then x_t alone
@@ -470,8 +471,7 @@ def main():
     if args.dry_run:
         return
     runs.check_memory(memory, args, devices, "--freeze llm, ")
-    run = runs.Bench(args, devices) if args.bench else runs.Run(
-        args, devices, free={"micro_batch"})        # losses are means over the whole batch
+    run = runs.Run(args, devices, free={"micro_batch"})     # losses are means over the whole batch
 
     # --------------------------------------------------------------------------------------------
     # The networks that are trained
@@ -531,9 +531,8 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Resume
     # --------------------------------------------------------------------------------------------
-    saved = {**named, **{f"ema.{k}": v for k, v in ema.items()},
-             **runs.moments(optimizer, named, devices)}
-    run.load(saved)
+    run.load({**named, **{f"ema.{k}": v for k, v in ema.items()},
+              **runs.moments(optimizer, named, devices)})
     if args.cache_latents:
         what = [(args.latent, args.layers, str(devices.dtype))]
         what += [weights.checksum(m) for m in (encoder, vae) if m]
@@ -542,13 +541,11 @@ def main():
                 {"images": torch.from_numpy(x).permute(0, 3, 1, 2)}, devices)["images"]
             ).cpu().numpy(), args.micro_batch, args.workers, devices.main,
             lambda: parallel.barrier(devices))
-    accumulate = args.batch // args.micro_batch
-    batches = iter(data.loader(mixture, collate, args.micro_batch,
-                               0 if args.overfit else run.start * args.batch, args.workers,
-                               devices.rank, devices.world))
+    batches = data.loader(mixture, collate, args.micro_batch,
+                          0 if args.overfit else run.start * args.batch, args.workers,
+                          devices.rank, devices.world)
     if args.overfit:
-        batches = itertools.cycle([next(batches) for _ in range(accumulate)])
-    skips, meter = data.SkipCounter(run.skipped_records), runs.Meter()
+        batches = itertools.cycle(itertools.islice(batches, args.batch // args.micro_batch))
     warmup = math.ceil(args.warmup * args.steps)
 
     @torch.no_grad()
@@ -571,64 +568,39 @@ def main():
         back, colour = benchmark.colours_right(draw([world.caption(s) for s in scenes], 1), scenes)
         return dict(background_right=back, colour_right=colour)
 
+    def sample(done):
+        """The fixed prompts' pictures -> tiny: values for the log."""
+        pictures = draw(benchmark.FIXED, 0)
+        if run.main:
+            runs.save_grid(pictures, run.dir / "samples" / f"step-{done:07d}.png", columns=8)
+        return check_colours(32) if tiny and done < args.steps else {}
+
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, sample, save
     # --------------------------------------------------------------------------------------------
-    parallel.step_done(devices)             # what was only recorded so far is not part of a step
     for step in run.progress(run.start if args.export else args.steps):
         factor = runs.cosine(step, args.steps, warmup)
         for group, lr in zip(optimizer.param_groups, (args.lr, args.lr_llm)):
             group["lr"] = parallel.scalar(lr * factor, devices.device)
-        t0 = time.perf_counter()
-        micros = [next(batches) for _ in range(accumulate)]
-        wait = time.perf_counter() - t0
+        micros = list(run.micro_batches(batches))
         tokens = sum((b["targets"] != text.IGNORE).sum().item() for b in micros)
         answers = sum(b["answer"].sum().item() for b in micros)
-        tokens, answers, stop = parallel.total([tokens, answers, run.asked], devices)
-        run.stop = stop > 0                                     # all processes at the same step
+        tokens, answers = parallel.total([tokens, answers], devices)
         draws = answers > 0
         divisors = (parallel.scalar(max(n, 1) / devices.replicas, devices.device)
                     for n in (tokens, answers))                 # means over the whole batch
-        for batch in micros:
-            skips.update(batch["skipped"], args.micro_batch // devices.world, batch["long"])
         values, by_time, norm = train_step(
             model, look, optimizer, named, ema, (parallel.place(b, devices) for b in micros),
             *divisors, draws, parallel.scalar(runs.ema_weight(args.ema, step), devices.device),
             args, devices)
-        parallel.step_done(devices)
         if answers < 2:                                         # one image has no spread
             values.pop("cond_spread", None)
+        run.meter.add(flow_by_t=by_time, **values)
         work = sum(v for k, v in flops.items() if draws or k not in ("dit", "repa"))
-        meter.add(args.batch, wait, work, by_time=by_time, **values)
-        runs.check_finite(run, step, norm, [k for b in micros for k in b["keys"]])
-
-        done = step + 1
-        sampling = decode and run.due(done, args.sample_every, stopping=False)
-        saving = run.due(done, args.save_every)
-        logging = run.due(done, args.log_every) or sampling or saving
-        if logging:                             # the speed is of what came before
-            values = {**meter.read(devices), "grad_norm": norm.item()}
-            values["flow_by_t"] = [s / c if c else None for s, c in values.pop("by_time").tolist()]
-        if sampling:
-            pictures = draw(benchmark.FIXED, 0)
-            if run.main:
-                runs.save_grid(pictures, run.dir / "samples" / f"step-{done:07d}.png", columns=8)
-            if tiny and done < args.steps:
-                values.update(check_colours(32))
-        if logging:
-            run.log(done, skips, lr=args.lr * factor, lr_llm=args.lr_llm * factor, **values)
-        if run.due(done, args.sample_every):
-            run.plot(["loss", "flow", "text", "repa", "cond_spread", "background_right",
-                      "colour_right"])
-        if saving:
-            run.save(done, saved)
-        if logging:
-            meter.start()
-        if run.stop and done < args.steps:
-            return run.say_how_to_resume(done)
+        if run.end_step(step + 1, norm, work, PLOT, decode and sample, lr=args.lr * factor,
+                        lr_llm=args.lr_llm * factor, grad_norm=norm):
+            return
     run.finish()
-    if args.bench:
-        return
     codec = weights.TINY_VAE if tiny else weights.FLUX_VAE
     config = weights.model_config(llm, dit, tower, alpha,
                                   (args.vae or codec) if vae else None, args.layers, args.decoder,

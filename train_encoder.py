@@ -19,7 +19,6 @@ DINO from both: without the dense term its tokens do not tell a picture from its
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -324,7 +323,7 @@ def main():
         runs.table("train_encoder", [(k, v) for k, v in summary.items()])
     if args.dry_run:
         return
-    run = runs.Bench(args, devices) if args.bench else runs.Run(args, devices)
+    run = runs.Run(args, devices)
     model = parallel.shard(model, devices)
 
     # --------------------------------------------------------------------------------------------
@@ -334,38 +333,28 @@ def main():
              if not k.startswith("encoder.lin")}                            # LPIPS': they stay 1/C
     optimizer = parallel.adamw(list(named.values()), devices, lr=args.lr, betas=(0.9, 0.95),
                                weight_decay=0.0)
-    moments = runs.moments(optimizer, named, devices)
 
     # --------------------------------------------------------------------------------------------
     # Resume
     # --------------------------------------------------------------------------------------------
-    saved = {**named, **moments}
-    run.load(saved)
+    run.load({**named, **runs.moments(optimizer, named, devices)})
     if run.main and not (args.bench or kept):
         runs.write_text(run.dir / "tokenizer.json", tokenizer.to_str(pretty=True))
     accumulate = args.batch // args.micro_batch
-    batches = iter(data.loader(mixture, collate, args.micro_batch, run.start * args.batch,
-                               args.workers, devices.rank, devices.world))
+    batches = data.loader(mixture, collate, args.micro_batch, run.start * args.batch, args.workers,
+                          devices.rank, devices.world)
     unseen = data.Mixture(args.data, args.resolution, args.seed + 1000)
     unseen = parallel.place(collate([unseen[i] for i in range(256)]), devices)
-    skips, meter = data.SkipCounter(run.skipped_records), runs.Meter()
+    plot = ["loss", "contrast", *["dense"] * (args.dense > 0), "retrieval", "probe_psnr"]
 
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, save
     # --------------------------------------------------------------------------------------------
-    parallel.step_done(devices)             # what was only recorded so far is not part of a step
     for step in run.progress(args.steps):
         lr = args.lr * runs.cosine(step, args.steps, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = parallel.scalar(lr, devices.device)
-        run.stop = parallel.total([run.asked], devices)[0] > 0     # all processes at the same step
-        keys = []
-        for micro in range(accumulate):
-            t0 = time.perf_counter()
-            batch = next(batches)
-            wait = time.perf_counter() - t0
-            keys += batch["keys"]
-            skips.update(batch["skipped"], args.micro_batch // devices.world)
+        for micro, batch in enumerate(run.micro_batches(batches)):
             batch = parallel.place(batch, devices)
             images = batch["images"].float() / 255                          # [B,3,S,S]
             draw = torch.Generator().manual_seed(   # every process hides other patches
@@ -375,44 +364,24 @@ def main():
             contrast = sigmoid_loss(model.similarity(image, caption))
             loss = contrast + args.dense * mse
             (loss / accumulate).backward()
-            meter.add(args.micro_batch, wait, sum(flops.values()), 1 / accumulate, loss=loss,
-                      contrast=contrast, dense=mse)
+            run.meter.add(1 / accumulate, loss=loss, contrast=contrast, dense=mse)
         norm = parallel.clip_grad(named.values(), 1.0, devices)
         parallel.guarded_step(optimizer, norm, devices)
         optimizer.zero_grad(set_to_none=True)
-        parallel.step_done(devices)
-        runs.check_finite(run, step, norm, keys)
-
-        done = step + 1
-        sampling = run.due(done, args.sample_every, stopping=False)
-        saving = run.due(done, args.save_every)
-        logging = run.due(done, args.log_every) or sampling or saving
-        if logging:                             # the speed is of what came before
-            values = meter.read(devices)
-        if sampling:
-            values.update(evaluate(model, unseen))
-        if logging:
-            run.log(done, skips, lr=lr, **values)
-        if run.due(done, args.sample_every):
-            run.plot(["loss", "contrast", *["dense"] * (args.dense > 0), "retrieval", "probe_psnr"])
-        if saving:
-            run.save(done, saved)
-        if logging:
-            meter.start()
-        if run.stop and done < args.steps:
-            return run.say_how_to_resume(done)
+        if run.end_step(step + 1, norm, sum(flops.values()), plot,
+                        lambda _: evaluate(model, unseen), lr=lr):
+            return
     run.finish()
-    if not args.bench:
-        run.export("model", e.state_dict(), config)
-        final = evaluate(model, unseen)
-        words = f"retrieval among {len(unseen['ids'])} {final['retrieval']:.1%}"
-        if not mixture.endless():
-            words += " (pictures of the data, which it has seen)"
-        if "probe_psnr" in final:
-            words += (f", linear probe {final['probe_psnr']:.1f} dB, effective rank "
-                      f"{final['effective_rank']:.0f}")
-        if devices.main:
-            print(f"{run.dir}/final: {words}")
+    run.export("model", e.state_dict(), config)
+    final = evaluate(model, unseen)
+    words = f"retrieval among {len(unseen['ids'])} {final['retrieval']:.1%}"
+    if not mixture.endless():
+        words += " (pictures of the data, which it has seen)"
+    if "probe_psnr" in final:
+        words += (f", linear probe {final['probe_psnr']:.1f} dB, effective rank "
+                  f"{final['effective_rank']:.0f}")
+    if devices.main:
+        print(f"{run.dir}/final: {words}")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def test_mfu_is_of_all_devices(name, peak, monkeypatch):
                             {"fsdp": 4, "tensor": 2})
     assert parallel.peak_tflops(gpus) == peak
     meter = runs.Meter()
-    meter.add(10, 0.0, 2e12, loss=torch.tensor(1.0))
+    meter.add(loss=torch.tensor(1.0))
+    meter.step(10, 2e12)
     values = meter.read(gpus)
     assert values["mfu"] == (pytest.approx(values["tflops"] / 8 / peak) if peak else None)
     assert values["tflops"] == pytest.approx(2 * values["images_per_s"])
@@ -526,5 +527,5 @@ def test_a_resumed_log_goes_on_counting(tmp_path):
     run = runs.Run(type("Args", (), dict(out=out, fresh=False, wandb=None, bench=None))(), CPU)
     run._open()
     run._trim_log()
-    assert (run.skipped, run.skipped_records) == (3, 10)
+    assert (run.skipped, run.skips.count) == (3, 10)
     run.lock.close()
