@@ -183,13 +183,26 @@ def memory_gb(trained, frozen, activations, ema, gathered=0):
     return {k: v / 1e9 for k, v in {**parts, "total": sum(parts.values())}.items()}
 
 
-def attention_backend(device, dtype):
-    """Which of the two the `attention` of the networks takes, for the start-up table."""
-    plain = device == "cpu" and dtype == torch.bfloat16
-    return "plain products" if plain else "torch scaled_dot_product_attention"
+def plan(title, args, devices, parameters, flops, memory, less="", dtype=None, **rows):
+    """Print what was derived: a table, or one object with --dry-run --json. Then, but for a dry
+    run, `check_memory`. parameters: by group; flops: of an image, by part; memory: as there; dtype:
+    of the networks, where it is not devices.dtype; rows: the script's own."""
+    plain = devices.target == "cpu" and (dtype or devices.dtype) == torch.bfloat16
+    summary = dict(
+        parameters={**parameters, "total": sum(parameters.values())}, images_per_step=args.batch,
+        train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
+        memory_gb_per_device=memory(args.micro_batch), device=str(devices),
+        dtype=str(devices.dtype).removeprefix("torch."),
+        attention="plain products" if plain else "torch scaled_dot_product_attention", **rows)
+    if args.dry_run and args.json:
+        print(json.dumps(summary))
+    elif devices.main:
+        table(title, list(summary.items()))
+    if not args.dry_run:
+        check_memory(title, memory, args, devices, less)
 
 
-def check_memory(memory, args, devices, less=""):
+def check_memory(title, memory, args, devices, less=""):
     """memory(images at a time) -> GB by part. Raises UserError where the plan does not fit, before
     anything of its size is made. Of the activations half must fit: they are counted for blocks that
     are not compiled. less: flags of this script that save memory."""
@@ -201,7 +214,7 @@ def check_memory(memory, args, devices, less=""):
                  and memory(b)["total"] <= have), None)
     parts = ", ".join(f"{k} {v:.1f}" for k, v in need.items() if k != "total")
     raise UserError(
-        f"--size {args.size} with {args.micro_batch // n} images at a time needs "
+        f"{title} with {args.micro_batch // n} images at a time needs "
         f"{need['total']:.1f} GB a device ({parts}); {have:.1f} GB are free. "
         + (f"--micro-batch {fits} fits" if fits else
            f"Without images it needs {memory(0)['total']:.1f} GB: take a smaller --size, {less}"

@@ -10,7 +10,6 @@
 """
 import argparse
 import functools
-import json
 import math
 from pathlib import Path
 
@@ -320,26 +319,17 @@ def main():
     trained = count["decoder"] + count.get("discriminator", 0)
     memory = lambda images: runs.memory_gb(trained, sum(count.values()) - trained,
                                            activations * images / devices.axes["fsdp"], args.ema)
-    summary = dict(
-        parameters={**count, "total": sum(count.values())}, latent=[N, C], resolution=resolution,
-        images_per_step=args.batch,
-        loss={k: getattr(args, k) for k in ("l1", "lpips", "gram", "gan") + ("kl",) * vae},
-        starts=dict(discriminator=args.disc_start, gan=args.gan_start, run_ends=args.steps) if disc
-        else None, frozen=found, train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
-        memory_gb_per_device=memory(args.micro_batch), device=str(devices),
-        dtype=str(devices.dtype).removeprefix("torch."),
-        attention=runs.attention_backend(devices.target, torch.float32 if vae else devices.dtype),
-        data=data.planned(args.data))
+    sources = data.planned(args.data)
     if not args.dry_run:
         mixture = data.Mixture(args.data, resolution, args.seed, crop="random", text=False)
-        summary["data"] = mixture.describe()
-    if args.dry_run and args.json:
-        print(json.dumps(summary))
-    elif devices.main:
-        runs.table(f"train_decoder --size {args.size}", list(summary.items()))
+        sources = mixture.describe()
+    runs.plan(f"train_decoder --size {args.size}", args, devices, count, flops, memory,
+              dtype=torch.float32 if vae else None, latent=[N, C], resolution=resolution,
+              loss={k: getattr(args, k) for k in ("l1", "lpips", "gram", "gan") + ("kl",) * vae},
+              starts=dict(discriminator=args.disc_start, gan=args.gan_start, run_ends=args.steps)
+              if disc else None, data=sources, frozen=found)
     if args.dry_run:
         return
-    runs.check_memory(memory, args, devices)
     run = runs.Run(args, devices)
 
     # --------------------------------------------------------------------------------------------

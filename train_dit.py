@@ -13,7 +13,6 @@ Finetuning: python train_dit.py --init runs/dit-tiny --out runs/hq --data builti
 """
 import argparse
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
@@ -456,21 +455,10 @@ def main():
         copies = 2 * sum(p.numel() for block in blocks for p in block.parameters())
     memory = lambda images: runs.memory_gb(trained, frozen, activations * images + copies, args.ema,
                                            gathered)
-    summary = dict(
-        parameters={**count, "total": sum(count.values())},
-        latent=[N, C], alpha=alpha, images_per_step=args.batch,
-        train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
-        memory_gb_per_device=memory(args.micro_batch),
-        device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
-        attention=runs.attention_backend(devices.target, devices.dtype),
-        data=sources, frozen=files)
-    if args.dry_run and args.json:
-        print(json.dumps(summary))
-    elif devices.main:
-        runs.table(f"train_dit --size {args.size}", list(summary.items()))
+    runs.plan(f"train_dit --size {args.size}", args, devices, count, flops, memory,
+              "--freeze llm, ", latent=[N, C], alpha=alpha, data=sources, frozen=files)
     if args.dry_run:
         return
-    runs.check_memory(memory, args, devices, "--freeze llm, ")
     run = runs.Run(args, devices, free={"micro_batch"})     # losses are means over the whole batch
 
     # --------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ DINO from both: without the dense term its tokens do not tell a picture from its
 (LOG.md).
 """
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -305,22 +304,14 @@ def main():
     count = {name: sum(p.numel() for p in child.parameters())
              for name, child in (("encoder", e), ("text", model.text))}
     count["heads"] = sum(p.numel() for p in model.parameters()) - sum(count.values())
-    latent = dict(latent=[e.tokens, e.channels]) if args.arch == "vit" else {}
     flops = {"encoder": 3 * forward_flops,                                  # some 24 tokens:
              "text": 6 * 24 * sum(p.numel() for p in model.text.model.layers.parameters())}
     trained = parallel.on_one_device(model.named_parameters(), devices)
-    images = args.micro_batch / devices.axes["fsdp"]
-    summary = dict(arch=args.arch, parameters={**count, "total": sum(count.values())}, **latent,
-                   images_per_step=args.batch,
-                   train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
-                   memory_gb_per_device=runs.memory_gb(trained, 0, activations * images, 0),
-                   device=str(devices), dtype=str(devices.dtype).removeprefix("torch."),
-                   attention=runs.attention_backend(devices.target, devices.dtype),
-                   data=data.planned(args.data) if args.dry_run else mixture.describe())
-    if args.dry_run and args.json:
-        print(json.dumps(summary))
-    elif devices.main:
-        runs.table("train_encoder", [(k, v) for k, v in summary.items()])
+    memory = lambda images: runs.memory_gb(trained, 0, activations * images / devices.axes["fsdp"],
+                                           0)
+    runs.plan(f"train_encoder --arch {args.arch}", args, devices, count, flops, memory,
+              arch=args.arch, latent=[e.tokens, e.channels] if args.arch == "vit" else None,
+              data=data.planned(args.data) if args.dry_run else mixture.describe())
     if args.dry_run:
         return
     run = runs.Run(args, devices)
