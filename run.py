@@ -28,6 +28,8 @@ import uuid
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -692,18 +694,20 @@ def swap(named, ema):
         average.copy_(keep)
 
 
-def save_grid(images, path, columns=8, space=2):
-    """images [B,3,H,W] in [0,1] -> one PNG, row by row."""
-    import numpy as np
-    from PIL import Image
-    x = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    B, H, W, _ = x.shape
-    rows = -(-B // columns)
-    sheet = np.full((rows * (H + space) + space, columns * (W + space) + space, 3), 255, np.uint8)
-    for i, picture in enumerate(x):
-        y, left = (i // columns) * (H + space) + space, (i % columns) * (W + space) + space
-        sheet[y:y + H, left:left + W] = picture
-    Image.fromarray(sheet).save(path)
+def sheet(images, columns, space=2):
+    """Images [n,3,H,W] -> one [3,H',W'], row by row, white between them and where one lacks."""
+    lack = -len(images) % columns
+    x = torch.cat([images, torch.ones_like(images[:1]).expand(lack, -1, -1, -1)])
+    x = F.pad(x, (0, space, 0, space), value=1).unflatten(0, (-1, columns))
+    x = x.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)                # [3,rows*H,columns*W]
+    return x[:, :x.shape[1] - space, :x.shape[2] - space]
+
+
+def save_grid(images, path, columns=8):
+    """images [n,3,H,W] in [0,1] -> one PNG, white around each."""
+    x = F.pad(sheet(images.detach().float().cpu(), columns), (2,) * 4, value=1)
+    x = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    Image.fromarray(x.numpy()).save(path)
 
 
 def fsync(path):

@@ -109,15 +109,6 @@ def to_tensor(image, encoder):
     return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
 
 
-def sheet(images, columns, space=2):
-    """Images [n,3,H,W] -> one [3,H',W'], row by row, white between them and where one lacks."""
-    lack = -len(images) % columns
-    x = torch.cat([images, torch.ones_like(images[:1]).expand(lack, -1, -1, -1)])
-    x = F.pad(x, (0, space, 0, space), value=1).unflatten(0, (-1, columns))
-    x = x.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)                # [3,rows*H,columns*W]
-    return x[:, :x.shape[1] - space, :x.shape[2] - space]
-
-
 def save_png(image, path, **info):
     """image [3,H,W] in [0,1] -> PNG with the settings in its metadata. Rounded to 8 bits; with the
     schedule `compat` cut off, as the authors do it."""
@@ -409,7 +400,7 @@ def draw(args, items, llm, dit, tokenizer, decoder, alpha, guidance, device):
 def files_of(args, name, record, images, drawn):
     """The PNG files of one prompt: [(path, image [3,H,W], its seed or seeds)]."""
     n, seeds = len(images), " ".join(map(str, drawn))
-    grid = sheet(images, math.ceil(math.sqrt(n)), 0 if args.layout == "dpg" else 2)
+    grid = runs.sheet(images, math.ceil(math.sqrt(n)), 0 if args.layout == "dpg" else 2)
     if args.layout == "geneval":        # NAME/metadata.jsonl, NAME/samples/0000.png, NAME/grid.png
         folder = args.out / name
         (folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -488,7 +479,7 @@ def main(argv=None):
     if args.latent:
         with torch.no_grad():
             images = torch.cat([decoder(row[None]) for row in z])
-        save_png(sheet(images, min(4, len(images))), args.out, model=Path(args.run).name)
+        save_png(runs.sheet(images, min(4, len(images))), args.out, model=Path(args.run).name)
         print(args.out)
         return
     draw(args, items, llm, dit, tokenizer, decoder, alpha, guidance, device)
