@@ -474,12 +474,11 @@ def main():
         if run.end_step(step + 1, norm, work, PLOT, sample, **values):
             return
     run.finish()
-    for name, average in (("model", {}), ("ema", ema)):
-        runs.swap(named, average)
+    for name in ("model", "ema"):
         if vae:
             config = {**config, **model.measure(pictures(mixture, 256, devices))}
         run.export(name, model.state_dict(), config)
-        runs.swap(named, average)
+        runs.swap(named, ema)
     score = sample(args.steps)["psnr"]
     what = "unseen pictures" if mixture.endless() else "pictures of the data, which it has seen"
     if run.main:
