@@ -254,15 +254,13 @@ def arguments(argv=None):
     if args.best_of and (args.keep or 1) > args.best_of:
         raise UserError(f"--keep {args.keep} of --best-of {args.best_of}: cannot keep more than "
                         "are drawn")
-    n, flag = (args.keep, "--keep") if args.best_of else (args.n, "--n")
-    if args.layout == "dpg" and n not in (None, 1, 4):
-        raise UserError(f"{flag} {n}: DPG-Bench's scorer takes 1 or 4 pictures a prompt")
     if args.template and ("{}" not in args.template or args.template.count("{") > 1):
         raise UserError(f"--template {args.template!r}: expected one {{}} where the prompt goes")
-    args.n = n or (min(4, args.best_of or 4) if args.layout else 1)
+    given = args.keep if args.best_of else args.n
+    args.n = given or (min(4, args.best_of or 4) if args.layout else 1)
     if args.layout == "dpg" and args.n not in (1, 4):
-        raise UserError(f"--best-of {args.best_of}: DPG-Bench's scorer takes 1 or 4 pictures a "
-                        "prompt; give --keep 1, or more candidates")
+        flag = f"--best-of {args.best_of} --keep" if args.best_of else "--n"
+        raise UserError(f"{flag} {args.n}: DPG-Bench's scorer takes 1 or 4 pictures a prompt")
     args.steps, args.seed = args.steps or 50, args.seed or 0
     args.schedule, args.verifier = args.schedule or "clean", args.verifier or "prompt"
     lo, hi = args.guidance_interval = tuple(args.guidance_interval or (0.0, 1.0))
