@@ -18,7 +18,6 @@ import torch
 import data
 import decoder as decoders
 import discriminator as gans
-import encoder as encoders
 import parallel
 import perceptual
 import run as runs
@@ -157,10 +156,8 @@ def networks(args, devices):
     """
     tiny, vae, vgg = args.size == "tiny", args.latent == "vae", args.lpips or args.gram
     if args.dry_run and not tiny:
-        shape = encoders.WEBSSL_300M if args.latent == "webssl" else encoders.SO400M
+        encoder = None if vae else weights.random_towers(args, devices)[0]
         with torch.device("meta"):
-            with weights.user_errors("the encoder"):
-                encoder = None if vae else encoders.build_encoder(shape, args.layers, devices.dtype)
             return (encoder,
                     perceptual.Perceptual(dtype=devices.dtype) if vgg else None,
                     gans.Discriminator() if args.gan else None, "published shapes")

@@ -314,7 +314,7 @@ def random_towers(args, devices):
     """For --dry-run and --random-init: the encoder of --latent at its published size, and the VAE
     or None; random, the same at every start."""
     torch.manual_seed(args.seed)
-    with torch.device("meta" if args.dry_run else devices.device):
+    with user_errors("the encoder"), torch.device("meta" if args.dry_run else devices.device):
         encoder = encoders.build_encoder(encoders.WEBSSL_300M if args.latent == "webssl" else
                                          encoders.SO400M, args.layers, devices.dtype)
         return encoder, vaes.VAE() if args.latent == "vae" else None

@@ -87,6 +87,7 @@ BAD = [
     (f"{DECODER} --latent webssl", ["--latent webssl", "--encoder"]),
     (f"{DECODER} --latent webssl --encoder AT/encoder.safetensors", ["--encoder", "SigLIP2"]),
     (f"{DECODER} --size xl --dry-run --layers 40", ["--layers 40", "27 blocks"]),
+    (f"{DIT} --size 2b --dry-run --layers 40", ["--layers 40", "27 blocks"]),
     (f"{ENCODER} --mask 1.5", ["--mask", "1.5"]),
     (f"{ENCODER} --warmup -1", ["--warmup", "'-1'"]),
     (f"{ENCODER} --dense -1", ["--dense", "'-1'"]),
