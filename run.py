@@ -659,8 +659,6 @@ def moments(optimizer, named, devices):
     step count lives in one tensor a parameter, as torch.optim keeps it."""
     keys = {}
     for name, p in named.items():
-        if not p.requires_grad:
-            continue
         state = optimizer.state[p]
         on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
         state["step"] = torch.zeros((), device=p.device if on_device else "cpu")
