@@ -97,7 +97,7 @@ def word_ids(tokenizer, first=False):
 
 
 @torch.no_grad()
-def answer_scores(llm, tokenizer, z, prompt, limit=16):
+def answer_scores(llm, tokenizer, z, prompt, limit=512):
     """z [B,N,C] -> dict of [B]: score (1: said yes), yes_logit and no_logit (raw, of the word when
     it is written, the last one counts, else 0), yes_prob; and `answer`, B strings.
 

@@ -137,7 +137,7 @@ def setup(kind="auto", dtype=None, mesh=None, plan=False):
         torch.set_float32_matmul_precision("highest")   # fp32 means fp32; bf16 is the fast path
         torch.backends.cudnn.allow_tf32 = False         # of convolutions too
     grid = None
-    if world > 1:                       # gloo too: host numbers are exchanged without the device
+    if "WORLD_SIZE" in os.environ:      # gloo too: host numbers are exchanged without the device
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         grid = dist.init_device_mesh(kind, (world,), mesh_dim_names=("fsdp",))
     return Devices(kind, device, rank, world, dtype, axes, grid)
@@ -177,14 +177,14 @@ def setup_xla(dtype, mesh):
 # ------------------------------------------------------------------------------------------------
 
 def shard(model, devices, blocks=()):
-    """Move a built model to its devices. xla: marked by TABLE. Several processes: FSDP2 of each of
+    """Move a built model to its devices. xla: marked by TABLE. Under torchrun: FSDP2 of each of
     `blocks` and of the rest; without blocks the model stays whole in every process and its
     gradients are averaged by `clip_grad`."""
     if devices.kind == "xla":
         model.to(devices.device)
         for name, p in model.named_parameters():
             mark(name, p, devices)
-    elif devices.world > 1 and blocks:
+    elif devices.mesh is not None and blocks:
         from torch.distributed.fsdp import (
             MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
         # A block's weights travel in the dtype that its Linears cast them to: half the bytes, the

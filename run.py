@@ -149,14 +149,15 @@ def check_batch(args, devices, each=None):
         raise UserError("--compile: not on xla, whose compiler takes the whole step; leave it out")
     n = devices.axes["fsdp"]
     most = min(args.batch, each * n if each else args.batch)
+    flag = "--micro-batch" if args.micro_batch else "--batch"
     args.micro_batch = args.micro_batch or next(
         (b for b in range(most - most % n, 0, -n) if args.batch % b == 0), args.batch)
     if args.batch % args.micro_batch:
         raise UserError(f"--batch {args.batch} is not a multiple of --micro-batch "
                         f"{args.micro_batch}")
     if args.micro_batch % n:
-        raise UserError(f"--micro-batch {args.micro_batch} is not a multiple of the {n} devices on "
-                        "the fsdp axis; change --micro-batch or --mesh")
+        raise UserError(f"{flag} {args.micro_batch} is not a multiple of the {n} devices on the fsdp "
+                        "axis; change it or --mesh")
 
 
 def table(title, rows):
@@ -166,7 +167,7 @@ def table(title, rows):
             return ", ".join(f"{k} {show(v)}" for k, v in value.items())
         if isinstance(value, (list, tuple)):
             numbers = all(isinstance(v, int) for v in value)
-            return (" x " if numbers else "; ").join(map(show, value))
+            return (" x " if numbers else "\n" + " " * 25).join(map(show, value))
         if isinstance(value, float):
             return f"{value:.4g}"
         return f"{value:,}" if isinstance(value, int) else str(value)
@@ -192,6 +193,7 @@ def plan(title, args, devices, parameters, flops, memory, less="", dtype=None, *
     plain = devices.target == "cpu" and (dtype or devices.dtype) == torch.bfloat16
     summary = dict(
         parameters={**parameters, "total": sum(parameters.values())}, images_per_step=args.batch,
+        images_at_a_time=args.micro_batch,
         train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
         memory_gb_per_device=memory(args.micro_batch), device=str(devices),
         dtype=str(devices.dtype).removeprefix("torch."),
@@ -497,14 +499,14 @@ class Run:
 
     def end_step(self, done, norm, flops, plot, sample=None, **values):
         """After `done` steps, what is due: a line of the log, samples, a checkpoint. norm: of the
-        whole gradient; flops: training FLOPs an image of this step; plot: keys for loss.png;
-        sample(done) -> values of the samples; values: for the line. -> does the loop end here?"""
+        whole gradient; flops: training FLOPs an image of this step, by part; plot: keys for
+        loss.png; sample(done) -> values of the samples; values: for the line. -> does the loop end here?"""
         parallel.step_done(self.devices)
-        self.meter.step(self.args.batch, flops)
+        self.meter.step(self.args.batch, sum(flops.values()))
         self.norms.append((done, norm, self.keys))
         self.keys, args = [], self.args
         if args.bench:
-            return self._bench(done)
+            return self._bench(done, flops)
         due = lambda every: done % every == 0 or done == args.steps
         sampling, saving = due(args.sample_every), due(args.save_every) or self.stop
         logging = due(args.log_every) or sampling or saving
@@ -525,9 +527,10 @@ class Run:
             self._say_how_to_resume(done)
         return stopped
 
-    def _bench(self, done):
+    def _bench(self, done, flops):
         """After a fifth of the steps, at least one where there are two, the clock starts; from then
-        on the host waits for the device only at the end."""
+        on the host waits for the device only at the end. By part is by their FLOPs: the parts of a
+        step are not timed apart, which would slow it."""
         steps = self.args.steps
         warm = min(steps - 1, max(1, steps // 5))
         if done in (warm, steps):
@@ -537,6 +540,9 @@ class Run:
             self.bar.close()
             means = {k: values[k] for k in ("images_per_s", "tflops", "mfu", "memory_gb",
                                             "data_wait_s", "step_s")}
+            for k in ("tflops", "mfu"):
+                means[f"{k}_by_part"] = means[k] and {
+                    part: means[k] * v / sum(flops.values()) for part, v in flops.items()}
             table(f"bench: mean of {steps - warm} steps", list(means.items()))
             print(json.dumps({"steps": steps - warm, **means}))
         return done == steps

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -45,18 +46,6 @@ from parallel import UserError
 # ------------------------------------------------------------------------------------------------
 # Prompt -> condition
 # ------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def direct_condition(llm, tokenizer, prompts, device):
-    """Prompts -> cond [B,N,Z]: the chat with the fixed answer, in one prefill (no decoding)."""
-    rows = []
-    for prompt in prompts:
-        turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": text.ANSWER}]
-        rows.append(text.expand(*text.chat(tokenizer, turns), llm.tokens))
-    ids, _, start, answer = text.pad_batch(rows, tokenizer.token_to_id("<|endoftext|>"))
-    start = start.to(device)
-    return llm.condition(llm(llm.embed(ids.to(device), start, answer.to(device))), start)
-
 
 @torch.no_grad()
 def answer(llm, tokenizer, question, z=None, limit=512):
@@ -316,7 +305,8 @@ def reconstruct(args, picture, run, devices):
     x_hat = decoder(encoder(x)).clamp(0, 1)
     x = F.interpolate(x, x_hat.shape[-2:], mode="area")
     error = ((x * 255).round() - (x_hat * 255).round()).square().mean().item() / 255 ** 2
-    runs.save_grid(torch.cat([x, x_hat]), args.out, columns=2)
+    save_png(runs.sheet(torch.cat([x, x_hat]), 2), args.out, picture=args.reconstruct.name,
+             model=Path(args.run).name)
     print(f"{args.out}  left: the picture, right: its reconstruction, "
           f"PSNR {-10 * math.log10(max(error, 1e-10)):.2f} dB")
 
@@ -342,7 +332,7 @@ def condition(args, llm, tokenizer, words, device):
             raise UserError(f"{said}; ask for a picture (\"Can you generate a photo of ...?\") or "
                             "force one: --direct")
         tqdm.write(f"{words}: {said}; drawn as with --direct", file=sys.stderr)
-    return direct_condition(llm, tokenizer, [words], device)
+    return text.direct_condition(llm, tokenizer, [words], device)
 
 
 @torch.no_grad()
@@ -368,11 +358,13 @@ def draw(args, items, llm, dit, tokenizer, decoder, alpha, guidance, device):
         z = generate(dit, cond, noise.to(device), alpha, args.steps, guidance, args.schedule,
                      progress, args.guidance_interval, together)            # [n,N,C]
         info = dict(prompt=prompt, steps=args.steps, guidance=guidance, schedule=args.schedule,
-                    model=Path(args.run).name)
+                    model=Path(args.run).name, dtype=str(dit.dtype).removeprefix("torch."))
         if args.guidance_interval != (0.0, 1.0):
             info["guidance_interval"] = args.guidance_interval
         if args.template:
             info["template"] = args.template
+        if args.direct:
+            info["direct"] = True
         if args.best_of:
             rows = best_of.scores(llm, tokenizer, z, prompt)
             order = best_of.rank(rows, args.verifier)
@@ -439,6 +431,8 @@ def main(argv=None):
     args = arguments(argv)
     devices = devices_of(args)
     device = devices.device
+    if devices.kind == "xla":
+        raise UserError("PJRT_DEVICE is set, but sample.py does not run on xla; give --device cpu")
     picture = open_image(args.image or args.reconstruct) if args.image or args.reconstruct else None
     items = read_prompts(args.prompts, args.layout) if args.prompts else [
         ("", args.text, {"prompt": args.text})]
@@ -477,7 +471,12 @@ def main(argv=None):
     if args.latent:
         with torch.no_grad():
             images = torch.cat([decoder(row[None]) for row in z])
-        save_png(runs.sheet(images, min(4, len(images))), args.out, model=Path(args.run).name)
+        info = {}                                       # of our files: what was drawn
+        if args.latent.suffix == ".safetensors":
+            with safe_open(args.latent, "pt") as f:
+                info = f.metadata() or {}
+        save_png(runs.sheet(images, min(4, len(images))), args.out, model=Path(args.run).name,
+                 latent=args.latent.name, **info)
         print(args.out)
         return
     draw(args, items, llm, dit, tokenizer, decoder, alpha, guidance, device)

@@ -442,3 +442,15 @@ def labelled(labels, K=None):
     K = K or -(-max(most, 1) // 16) * 16
     where = known.int().argsort(dim=1, descending=True, stable=True)[:, :K].contiguous()
     return where, targets.gather(1, where)                                      # they come first
+
+
+@torch.no_grad()
+def direct_condition(llm, tokenizer, prompts, device):
+    """Prompts -> cond [B,N,Z]: the chat with the fixed answer, in one prefill (no decoding)."""
+    rows = []
+    for prompt in prompts:
+        turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": ANSWER}]
+        rows.append(expand(*chat(tokenizer, turns), llm.tokens))
+    ids, _, start, answer = pad_batch(rows, tokenizer.token_to_id("<|endoftext|>"))
+    start = start.to(device)
+    return llm.condition(llm(llm.embed(ids.to(device), start, answer.to(device))), start)

@@ -403,7 +403,7 @@ def main():
             group["lr"] = parallel.scalar(lr, devices.device)
         judging = disc is not None and step >= args.disc_start
         adversarial = disc is not None and step >= args.gan_start
-        work = sum(v for k, v in flops.items() if judging or k != "discriminator")
+        work = {k: v for k, v in flops.items() if judging or k != "discriminator"}
         kept, values = [], {"lr": lr}
         for batch in run.micro_batches(batches):
             batch = parallel.place(batch, devices)

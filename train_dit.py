@@ -32,7 +32,6 @@ import vae as vaes
 import weights
 import world
 from parallel import UserError
-from sample import direct_condition
 
 # ------------------------------------------------------------------------------------------------
 # Arguments
@@ -356,7 +355,8 @@ def main():
             source = path if path.is_dir() else path.parent
     if planned:
         encoder, vae = weights.random_towers(args, devices)
-        decoder, tokenizer, files = None, text.load_tokenizer(weights.ASSETS), "random weights"
+        decoder, tokenizer = None, text.load_tokenizer(weights.ASSETS)
+        files = "published shapes" if args.dry_run else "random weights: timing only"
     else:
         encoder, vae, decoder, tokenizer, files = weights.load_towers(args, tiny, source, devices)
     if tiny and not own:
@@ -543,7 +543,7 @@ def main():
         with parallel.whole(model):
             noise = torch.stack([torch.randn(N, C, generator=g)
                                  for g in generators(seed, range(len(prompts)))])
-            cond = direct_condition(llm, tokenizer, prompts, devices.device)
+            cond = text.direct_condition(llm, tokenizer, prompts, devices.device)
             parallel.step_done(devices)
             z = flow.generate(dit, cond, noise.to(devices.device), alpha, args.sample_steps,
                               args.guidance, progress=parallel.stepwise(devices))
@@ -584,7 +584,7 @@ def main():
         if answers < 2:                                         # one image has no spread
             values.pop("cond_spread", None)
         run.meter.add(flow_by_t=by_time, **values)
-        work = sum(v for k, v in flops.items() if draws or k not in ("dit", "repa"))
+        work = {k: v for k, v in flops.items() if draws or k not in ("dit", "repa")}
         if run.end_step(step + 1, norm, work, PLOT, decode and sample, lr=args.lr * factor,
                         lr_llm=args.lr_llm * factor, grad_norm=norm):
             return

@@ -273,6 +273,8 @@ def main():
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices)
+    if not args.dry_run:
+        run = runs.Run(args, devices)
 
     # --------------------------------------------------------------------------------------------
     # Data
@@ -314,7 +316,6 @@ def main():
               data=data.planned(args.data) if args.dry_run else mixture.describe())
     if args.dry_run:
         return
-    run = runs.Run(args, devices)
     model = parallel.shard(model, devices)
 
     # --------------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ def main():
         norm = parallel.clip_grad(named.values(), 1.0, devices)
         parallel.guarded_step(optimizer, norm, devices)
         optimizer.zero_grad(set_to_none=True)
-        if run.end_step(step + 1, norm, sum(flops.values()), plot,
+        if run.end_step(step + 1, norm, flops, plot,
                         lambda _: evaluate(model, unseen), lr=lr):
             return
     run.finish()

@@ -34,6 +34,7 @@ import evaluate
 import flow
 import run as runs
 import sample
+import text_model as text
 import weights
 import world
 
@@ -46,7 +47,7 @@ def draw(args, prompts, first):
     alpha, guidance = sample.alpha_and_guidance(args, dit, config)
     latents, passed = [], []
     for p in tqdm(prompts, desc="drawing"):
-        cond = sample.direct_condition(llm, tokenizer, [p.text], devices.device)
+        cond = text.direct_condition(llm, tokenizer, [p.text], devices.device)
         noise = torch.stack([flow.noise_for(p.text, first + i, dit.tokens, dit.channels)
                              for i in range(SIZES[-1])]).to(devices.device)
         z = flow.generate(dit, cond, noise, alpha, args.steps, guidance)  # [16,N,C]

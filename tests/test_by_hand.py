@@ -228,7 +228,7 @@ def test_the_model_opens_the_image_where_training_has_it():
     llm, _, tokenizer, _ = weights.load_model(weights.ASSETS, CPU)
     *said, condition = sample.answer(llm, tokenizer, "a red circle on a white background")
     assert "".join(said) == "Here you go:\n"
-    direct = sample.direct_condition(llm, tokenizer, ["a red circle on a white background"], "cpu")
+    direct = text.direct_condition(llm, tokenizer, ["a red circle on a white background"], "cpu")
     assert condition.shape == direct.shape and (condition - direct).abs().max() < 1e-4
     assert direct.std() > 0.1
 
@@ -264,7 +264,7 @@ def test_what_training_draws_and_exports_is_the_average(tmp_path, monkeypatch):
     noise = torch.stack([torch.randn(64, 96, generator=torch.Generator().manual_seed(i))
                          for i in range(len(benchmark.FIXED))])
     with torch.no_grad():
-        cond = sample.direct_condition(llm, tokenizer, benchmark.FIXED, "cpu")
+        cond = text.direct_condition(llm, tokenizer, benchmark.FIXED, "cpu")
         z = flow.generate(dit, cond, noise, math.sqrt(64 * 96 / 128), 2, 2.0)
         runs.save_grid(decoder(z), tmp_path / "grid.png")
     grids = [np.asarray(Image.open(p)).astype(int)

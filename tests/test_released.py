@@ -570,7 +570,7 @@ def test_compat_sampler_from_a_released_folder(tmp_path):
                           capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.png").is_file()
-    cond = sample.direct_condition(llm, tokenizer, [prompt], CPU.device)
+    cond = text.direct_condition(llm, tokenizer, [prompt], CPU.device)
     torch.manual_seed(3)
     noise = torch.randn(1, 24, 4, 4).flatten(2).mT      # as theirs
     z = flow.euler(lambda x, t: dit(x, t, cond), noise, flow.compat_schedule(50, alpha))

@@ -409,7 +409,7 @@ def test_matrices_in_bf16_give_the_same_numbers():
     results = []
     with torch.no_grad():
         for llm, dit in (loaded, kept):
-            cond = sample.direct_condition(llm, tokenizer, ["two cats"], devices.device)
+            cond = text.direct_condition(llm, tokenizer, ["two cats"], devices.device)
             x = torch.randn(1, 64, 96, generator=torch.Generator().manual_seed(0))
             results.append((cond, flow.generate(dit, cond, x, 6.9, 2, 3.0), llm.logits(cond[..., :128])))
     assert all(torch.equal(a, b) for a, b in zip(*results))
