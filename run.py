@@ -156,8 +156,8 @@ def check_batch(args, devices, each=None):
         raise UserError(f"--batch {args.batch} is not a multiple of --micro-batch "
                         f"{args.micro_batch}")
     if args.micro_batch % n:
-        raise UserError(f"{flag} {args.micro_batch} is not a multiple of the {n} devices on the fsdp "
-                        "axis; change it or --mesh")
+        raise UserError(f"{flag} {args.micro_batch} is not a multiple of the {n} devices on the "
+                        "fsdp axis; change it or --mesh")
 
 
 def table(title, rows):
@@ -500,7 +500,8 @@ class Run:
     def end_step(self, done, norm, flops, plot, sample=None, **values):
         """After `done` steps, what is due: a line of the log, samples, a checkpoint. norm: of the
         whole gradient; flops: training FLOPs an image of this step, by part; plot: keys for
-        loss.png; sample(done) -> values of the samples; values: for the line. -> does the loop end here?"""
+        loss.png; sample(done) -> values of the samples; values: for the line. -> does the loop end
+        here?"""
         parallel.step_done(self.devices)
         self.meter.step(self.args.batch, sum(flops.values()))
         self.norms.append((done, norm, self.keys))

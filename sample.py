@@ -262,8 +262,8 @@ def arguments(argv=None):
     if args.layout == "geneval":
         more = [p for p in args.out.glob("*/samples/*.png") if p.stem >= f"{args.n:04d}"]
         if more:
-            raise UserError(f"--out {args.out} holds {more[0]} of an earlier run with a larger --n, "
-                            "which the scorer would count too; take another --out")
+            raise UserError(f"--out {args.out} holds {more[0]} of an earlier run with a larger "
+                            "--n, which the scorer would count too; take another --out")
     if args.save_latent:
         check_out(args.save_latent, "--save-latent", ".safetensors")
     return args

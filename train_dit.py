@@ -343,29 +343,32 @@ def main():
     # --------------------------------------------------------------------------------------------
     size, tiny = dits.SIZES[args.size], args.size == "tiny"
     planned = not tiny and (args.dry_run or args.random_init)   # shapes only: no files are needed
-    source, init, own = args.llm or size.llm, {}, False         # own: the LLM comes with --init
-    name = size.llm if source == "random" else source
-    llm_config = text.QWEN_7B if "7b" in name.lower() else text.QWEN_1_5B
+    where, init, config = args.llm or size.llm, {}, {}          # where: the LLM and its tokenizer
     if args.init:
         path = weights.final_of(*weights.locate([("weights", args.init, "--init")]))
         init, config = weights.read_weights(path, "--init")
-        own = not args.llm and "diffusion_model_channels" in config
-        if own:
-            llm_config = weights.stage2_config(config, init, f"--init {args.init}")
-            source = path if path.is_dir() else path.parent
+    own = not args.llm and "diffusion_model_channels" in config     # the LLM comes with --init
+    if own:
+        where = path if path.is_dir() else path.parent
     if planned:
         encoder, vae = weights.random_towers(args, devices)
         decoder, tokenizer = None, text.load_tokenizer(weights.ASSETS)
         files = "published shapes" if args.dry_run else "random weights: timing only"
     else:
-        encoder, vae, decoder, tokenizer, files = weights.load_towers(args, tiny, source, devices)
-    if tiny and not own:
-        llm_config = dict(text.TINY, vocab_size=tokenizer.get_vocab_size())
-    scratch = tiny or planned or own or args.llm == "random"
-    known = Path(name) if planned else None if scratch else Path(files["llm"])
-    if known and (known / "config.json").is_file():
-        V = llm_config["vocab_size"] if planned else tokenizer.get_vocab_size()
-        llm_config = dict(weights.config_of(known, "--llm"), vocab_size=V)
+        encoder, vae, decoder, tokenizer, files = weights.load_towers(args, tiny, where, devices)
+    V, name = tokenizer.get_vocab_size(), size.llm if args.llm == "random" else args.llm or size.llm
+    scratch = own or tiny or planned or args.llm == "random"        # no pretrained LLM to load
+    if own:
+        llm_config = weights.stage2_config(config, init, f"--init {args.init}")
+    elif tiny:
+        llm_config = dict(text.TINY, vocab_size=V)
+    elif not scratch:
+        llm_config = dict(weights.config_of(files["llm"], "--llm"), vocab_size=V)
+    else:
+        llm_config = text.QWEN_7B if "7b" in name.lower() else text.QWEN_1_5B
+        if (Path(name) / "config.json").is_file():                  # a folder of another shape
+            llm_config = dict(weights.config_of(name, "--llm"),
+                              vocab_size=llm_config["vocab_size"])
     N, C = encoder.tokens, vae.channels if vae else encoder.channels
     resolution = encoder.grid * vae.stride if vae else encoder.image_size
     decode = None if planned else vae.decode if vae else decoder

@@ -278,7 +278,8 @@ def test_pictures_metadata_and_grid(call):
     assert call(*command, "--out", "one.png") == 0
     one = Image.open("one.png")
     assert one.info == dict(prompt="a red circle", seed="4", steps="3", guidance="2.5",
-                            schedule="clean", model="tiny", guidance_interval="(0.2, 0.9)")
+                            schedule="clean", model="tiny", guidance_interval="(0.2, 0.9)",
+                            direct="True", dtype="float32")
     assert Path("one.png").read_bytes() == Path("out-0.png").read_bytes()   # in any company
     grid = Image.open("new/grid.png")
     assert grid.size == (130, 130) and grid.info["seed"] == "4 5 6"
@@ -392,6 +393,8 @@ def test_stored_latents_decode_to_the_same_picture_and_answer(call, capsys):
     assert call("--latent", "z.safetensors", "", "--out", "again.png") == 0    # no question: decode
     sheet = Image.open("again.png")
     assert sheet.size == (130, 64)
+    assert sheet.info == {"model": "tiny", "latent": "z.safetensors",
+                          "prompt, seed": '[["a red circle", 0], ["a red circle", 1]]'}
     assert sheet.crop((66, 0, 130, 64)).tobytes() == Image.open("out-1.png").tobytes()
     capsys.readouterr()
     assert call("--latent", "z.safetensors", "what is in the picture?", "--max-tokens", 5) == 0
