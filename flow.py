@@ -87,13 +87,18 @@ def guide(v_cond, v_uncond, scale):
 @torch.no_grad()
 def generate(dit, cond, noise, alpha, steps, guidance=1.0, schedule="clean", progress=None,
              interval=(0.0, 1.0), together=None):
-    """noise [B,N,C], cond [B,N,Z] or, of one prompt for all, [1,N,Z] -> latents [B,N,C].
+    """noise [B,N,C], cond [B,N,Z] or, of one prompt for all, [1,N,Z] -> latents [B,N,C]:
+
+        velocity = lambda x, t: guide(dit(x, t, cond), dit(x, t, null condition), guidance)
+        euler(velocity, noise, schedule_pairs(schedule, steps, alpha))
+
+    and the rest of it saves work, measured by tests/bench_sampler.py: images of one prompt share
+    its modulation, and the null condition, one vector for all tokens, has its modulation [1,1,6D]
+    for every step made in one table before the first.
 
     interval: the times t at which guidance acts (arXiv 2404.07724). together: images in one matrix
     product, default all. With 1, images of one prompt have the same bytes in any company; a product
-    of another size may round differently. Exact savings, measured by tests/bench_sampler.py: images
-    of one prompt share its modulation, and the null condition, one vector for all tokens, has its
-    modulation [1,1,6D] for every step made in one table before the first.
+    of another size may round differently.
     """
     pairs, shared = schedule_pairs(schedule, steps, alpha), len(cond) == 1
     times = torch.tensor([float(t) for t, _ in pairs], device=noise.device)             # [S]

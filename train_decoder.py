@@ -156,7 +156,7 @@ def networks(args, devices):
     """
     tiny, vae, vgg = args.size == "tiny", args.latent == "vae", args.lpips or args.gram
     if args.dry_run and not tiny:
-        encoder = None if vae else weights.random_towers(args, devices)[0]
+        encoder = None if vae else weights.random_towers(args, devices.dtype)[0]
         with torch.device("meta"):
             return (encoder,
                     perceptual.Perceptual(dtype=devices.dtype) if vgg else None,

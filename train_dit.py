@@ -351,7 +351,7 @@ def main():
     if own:
         where = path if path.is_dir() else path.parent
     if planned:
-        encoder, vae = weights.random_towers(args, devices)
+        encoder, vae = weights.random_towers(args, devices.dtype)     # shapes, so far
         decoder, tokenizer = None, text.load_tokenizer(weights.ASSETS)
         files = "published shapes" if args.dry_run else "random weights: timing only"
     else:
@@ -467,6 +467,8 @@ def main():
     # --------------------------------------------------------------------------------------------
     # The networks that are trained
     # --------------------------------------------------------------------------------------------
+    if planned:
+        encoder, vae = weights.random_towers(args, devices.dtype, devices.device)
     if scratch:
         llm = text.TextModel(llm_config, N, encoder.channels, size.width, devices.dtype)
     else:

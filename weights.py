@@ -310,13 +310,13 @@ def load_vae(path, devices, flag="--vae"):
     return model.requires_grad_(False).eval().to(devices.device)
 
 
-def random_towers(args, devices):
+def random_towers(args, dtype, device="meta"):
     """For --dry-run and --random-init: the encoder of --latent at its published size, and the VAE
-    or None; random, the same at every start."""
+    or None; random, the same at every start, or shapes alone."""
     torch.manual_seed(args.seed)
-    with user_errors("the encoder"), torch.device("meta" if args.dry_run else devices.device):
+    with user_errors("the encoder"), torch.device(device):
         encoder = encoders.build_encoder(encoders.WEBSSL_300M if args.latent == "webssl" else
-                                         encoders.SO400M, args.layers, devices.dtype)
+                                         encoders.SO400M, args.layers, dtype)
         return encoder, vaes.VAE() if args.latent == "vae" else None
 
 

@@ -133,10 +133,6 @@ def test_without_weights_the_files_and_flags_are_listed(typed, monkeypatch, tmp_
 def test_too_little_memory_is_said_before_long_work(free, batch, says, typed, monkeypatch):
     """What is needed by part, what is there, the flag that mends it; no network is built."""
     monkeypatch.setattr(parallel, "free_gb", lambda devices: float(free))
-    # the encoder is real otherwise: its 0.4B random weights are half a minute
-    towers = weights.random_towers
-    monkeypatch.setattr(weights, "random_towers", lambda args, devices: towers(
-        type(args)(**{**vars(args), "dry_run": True}), devices))
     with pytest.raises(parallel.UserError) as error:
         typed("--size", "2b", "--random-init", "--bench", 3, "--batch", batch, "--micro-batch", batch,
               "--remat", "none", "--device", "cpu")
