@@ -309,7 +309,8 @@ class Run:
         self.latest = next(reversed(checkpoints(self.dir)), None)
         self.start = int(self.latest.name[5:]) if self.latest else 0
         here = self.dir.is_dir() and self.start + 1
-        if parallel.total([here], self.devices)[0] != self.devices.world * here:
+        each, square = parallel.total([here, here ** 2], self.devices)
+        if self.devices.world * square != each ** 2:        # not all the same: found by all
             raise UserError(f"--out {self.dir} is not the same folder in every process: give one "
                             "on a disk that all hosts see")
         if self.main and not self.latest and (any((self.dir / "samples").iterdir())
