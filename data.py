@@ -472,8 +472,8 @@ class SkipCounter:
     """Names each record that is left out once. Raises DataError when the broken ones are more than
     10 and 1 % of the samples; `count` has all, those before a resumption too."""
 
-    def __init__(self, count: int = 0):
-        self.count, self.broken, self.seen, self.keys = count, 0, 0, set()
+    def __init__(self):
+        self.count, self.broken, self.seen, self.keys = 0, 0, 0, set()
 
     def update(self, skipped: list, seen: int, unfit: list = ()):
         """Of the last `seen` samples the [(key, reason)] of the broken ones, and of those that are
@@ -556,7 +556,11 @@ def cache_latents(mixture: Mixture, folder: str, what: str, encode, batch: int, 
             except OSError as e:
                 raise DataError(f"--cache-latents {folder}: cannot write: {e}") from None
         wait()
-        found.append(np.load(path, mmap_mode="r"))
+        try:
+            found.append(np.load(path, mmap_mode="r"))
+        except (OSError, EOFError, ValueError) as e:
+            raise DataError(f"--cache-latents {folder}: {e}; give a folder that all hosts "
+                            "see") from None
     mixture.latents = found
 
 
@@ -577,6 +581,8 @@ def write_latents(pictures: Pictures, path: str, encode, batch: int, workers: in
     """Encode them all into `path`, under another name until it is whole."""
     from torch.utils.data import DataLoader
     size, R, rows = len(pictures), pictures.mixture.resolution, None
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path + ".writing")                      # of one that was cut: it takes room
     blank = np.zeros((R, R, 3), np.uint8)
     loaded = DataLoader(pictures, batch, collate_fn=list, num_workers=workers,
                         worker_init_fn=start_worker,

@@ -273,7 +273,7 @@ def draw(args, prompts, device, llm, dit, tokenizer, decoder, alpha, guidance):
     for start in tqdm(range(0, len(prompts), several), desc="drawing",
                       disable=not sys.stderr.isatty()):
         some = prompts[start:start + several]
-        cond = text.direct_condition(llm, tokenizer, some, device)                    # [b,N,Z]
+        cond = text.direct_condition(llm, tokenizer, some, device)                      # [b,N,Z]
         noise = torch.stack([flow.noise_for(p, args.seed + i, dit.tokens, dit.channels,
                                             args.schedule, device)
                              for p in some for i in range(args.n)]).to(device)          # [bn,N,C]

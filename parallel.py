@@ -137,7 +137,7 @@ def setup(kind="auto", dtype=None, mesh=None, plan=False):
         torch.set_float32_matmul_precision("highest")   # fp32 means fp32; bf16 is the fast path
         torch.backends.cudnn.allow_tf32 = False         # of convolutions too
     grid = None
-    if "WORLD_SIZE" in os.environ:      # gloo too: host numbers are exchanged without the device
+    if world > 1 or dist.is_torchelastic_launched():    # gloo too: host numbers pass no device
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         grid = dist.init_device_mesh(kind, (world,), mesh_dim_names=("fsdp",))
     return Devices(kind, device, rank, world, dtype, axes, grid)

@@ -186,7 +186,8 @@ def memory_gb(trained, frozen, activations, ema, gathered=0):
     return {k: v / 1e9 for k, v in {**parts, "total": sum(parts.values())}.items()}
 
 
-def plan(title, args, devices, parameters, flops, memory, less="", dtype=None, **rows):
+def plan(title, args, devices, parameters, flops, memory,
+         less="take a smaller --size, --ema 0", dtype=None, **rows):
     """Print what was derived: a table, or one object with --dry-run --json. Then, but for a dry
     run, `check_memory`. parameters: by group; flops: of an image, by part; memory: as there; dtype:
     of the networks, where it is not devices.dtype; rows: the script's own."""
@@ -206,10 +207,10 @@ def plan(title, args, devices, parameters, flops, memory, less="", dtype=None, *
         check_memory(title, memory, args, devices, less)
 
 
-def check_memory(title, memory, args, devices, less=""):
+def check_memory(title, memory, args, devices, less):
     """memory(images at a time) -> GB by part. Raises UserError where the plan does not fit, before
-    anything of its size is made. Of the activations half must fit: they are counted for blocks that
-    are not compiled. less: flags of this script that save memory."""
+    training starts. Of the activations half must fit: they are counted for blocks that are not
+    compiled. less: flags of this script that save memory."""
     have, need = parallel.free_gb(devices), memory(args.micro_batch)
     if have is None or need["total"] - need["activations"] / 2 <= have:
         return
@@ -221,8 +222,8 @@ def check_memory(title, memory, args, devices, less=""):
         f"{title} with {args.micro_batch // n} images at a time needs "
         f"{need['total']:.1f} GB a device ({parts}); {have:.1f} GB are free. "
         + (f"--micro-batch {fits} fits" if fits else
-           f"Without images it needs {memory(0)['total']:.1f} GB: take a smaller --size, {less}"
-           "--ema 0, or more devices (torchrun)"))
+           f"Without images it needs {memory(0)['total']:.1f} GB: {less}, or more devices "
+           "(torchrun)"))
 
 
 def cosine(step, steps, warmup, final=0.0):
@@ -245,7 +246,7 @@ def checkpoints(folder):
 
 
 class Run:
-    """Made before anything large is: it refuses contradicting arguments and writes nothing. `load`
+    """Made before what is trained is: it refuses contradicting arguments and writes nothing. `load`
     opens `args.out` (made when missing), refuses a second process, and fills the tensors.
 
     Then: for step in run.progress(steps), for batch in run.micro_batches(batches), and at the end
@@ -473,9 +474,8 @@ class Run:
             write_text(self.dir / "final" / "config.json", json.dumps(config, indent=1))
 
     def progress(self, steps):
-        """Yields the remaining steps, with tqdm's ETA on the main process. From here on a signal
-        asks the loop to stop, all processes at the same step; before, there is nothing to save and
-        it just ends."""
+        """The iterator over the remaining steps, with tqdm's ETA on the main process. From here on
+        a signal asks the loop to stop; before, there is nothing to save and it just ends."""
         if not self.args.bench:
             for s in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(s, self._ask_to_stop)
@@ -483,9 +483,7 @@ class Run:
         self.bar = tqdm(range(self.start, steps), initial=self.start, total=steps,
                         disable=not self.main, dynamic_ncols=True, mininterval=1)
         self.meter.start()
-        for step in self.bar:
-            self.stop = parallel.total([self.asked], self.devices)[0] > 0
-            yield step
+        return self.bar
 
     def micro_batches(self, batches):
         """Yields those of a step as the loader gives them; what it left out is counted."""
@@ -504,6 +502,7 @@ class Run:
         loss.png; sample(done) -> values of the samples; values: for the line. -> does the loop end
         here?"""
         parallel.step_done(self.devices)
+        self.stop = parallel.total([self.asked], self.devices)[0] > 0   # of all, at the same step
         self.meter.step(self.args.batch, sum(flops.values()))
         self.norms.append((done, norm, self.keys))
         self.keys, args = [], self.args
@@ -531,8 +530,8 @@ class Run:
 
     def _bench(self, done, flops):
         """After a fifth of the steps, at least one where there are two, the clock starts; from then
-        on the host waits for the device only at the end. By part is by their FLOPs: the parts of a
-        step are not timed apart, which would slow it."""
+        on the host waits for the device only at the end. By part is by the FLOPs of the last step:
+        its parts are not timed apart, which would slow it."""
         steps = self.args.steps
         warm = min(steps - 1, max(1, steps // 5))
         if done in (warm, steps):

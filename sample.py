@@ -474,7 +474,7 @@ def main(argv=None):
         info = {}                                       # of our files: what was drawn
         if args.latent.suffix == ".safetensors":
             with safe_open(args.latent, "pt") as f:
-                info = f.metadata() or {}
+                info = {k: v for k, v in (f.metadata() or {}).items() if k == "prompt, seed"}
         save_png(runs.sheet(images, min(4, len(images))), args.out, model=Path(args.run).name,
                  latent=args.latent.name, **info)
         print(args.out)

@@ -251,6 +251,8 @@ def main():
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     runs.check_batch(args, devices, None if args.size == "tiny" else 64)    # 64 images a device
+    if not args.dry_run:
+        run = runs.Run(args, devices)
 
     # --------------------------------------------------------------------------------------------
     # Models: the frozen encoder and VGG, the discriminator's heads, the decoder
@@ -327,7 +329,6 @@ def main():
               if disc else None, data=sources, frozen=found)
     if args.dry_run:
         return
-    run = runs.Run(args, devices)
 
     # --------------------------------------------------------------------------------------------
     # Optimizers: one for the decoder, one for the discriminator's heads

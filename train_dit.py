@@ -449,8 +449,8 @@ def main():
                count["encoder (frozen)"])
     frozen += count.get("vae (frozen)", 0)
     blocks = [*llm.model.layers, *dit.dit_blocks]
-    gathered = 0 if xla or devices.axes["fsdp"] == 1 else parallel.gathered(
-        model, blocks, devices.dtype)
+    fsdp2 = devices.mesh is not None or devices.axes["fsdp"] > 1            # or is planned
+    gathered = parallel.gathered(model, blocks, devices.dtype) if fsdp2 and not xla else 0
     activations = (dit.activation_bytes() + llm.activation_bytes(length)) / devices.axes["fsdp"]
     compiled = devices.kind != "cpu" if args.compile is None else args.compile
     copies = 0          # else the backward pass keeps the weights that were cast to bf16
@@ -459,7 +459,8 @@ def main():
     memory = lambda images: runs.memory_gb(trained, frozen, activations * images + copies, args.ema,
                                            gathered)
     runs.plan(f"train_dit --size {args.size}", args, devices, count, flops, memory,
-              "--freeze llm, ", latent=[N, C], alpha=alpha, data=sources, frozen=files)
+              "take a smaller --size, --freeze llm, --ema 0", latent=[N, C], alpha=alpha,
+              data=sources, frozen=files)
     if args.dry_run:
         return
     run = runs.Run(args, devices, free={"micro_batch"})     # losses are means over the whole batch
@@ -586,9 +587,9 @@ def main():
             model, look, optimizer, named, ema, (parallel.place(b, devices) for b in micros),
             *divisors, draws, parallel.scalar(runs.ema_weight(args.ema, step), devices.device),
             args, devices)
-        if answers < 2:                                         # one image has no spread
-            values.pop("cond_spread", None)
-        run.meter.add(flow_by_t=by_time, **values)
+        shown = {k: v for k, v in values.items()                # one image has no spread; it stays
+                 if answers > 1 or k != "cond_spread"}          # in values, for one program on xla
+        run.meter.add(flow_by_t=by_time, **shown)
         work = {k: v for k, v in flops.items() if draws or k not in ("dit", "repa")}
         if run.end_step(step + 1, norm, work, PLOT, decode and sample, lr=args.lr * factor,
                         lr_llm=args.lr_llm * factor, grad_norm=norm):

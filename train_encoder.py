@@ -308,12 +308,14 @@ def main():
     count["heads"] = sum(p.numel() for p in model.parameters()) - sum(count.values())
     flops = {"encoder": 3 * forward_flops,                                  # some 24 tokens:
              "text": 6 * 24 * sum(p.numel() for p in model.text.model.layers.parameters())}
-    trained = parallel.on_one_device(model.named_parameters(), devices)
+    trained = (parallel.on_one_device(model.named_parameters(), devices)
+               if devices.target == "xla" else sum(count.values()))         # whole in every process
     memory = lambda images: runs.memory_gb(trained, 0, activations * images / devices.axes["fsdp"],
                                            0)
     runs.plan(f"train_encoder --arch {args.arch}", args, devices, count, flops, memory,
-              arch=args.arch, latent=[e.tokens, e.channels] if args.arch == "vit" else None,
-              data=data.planned(args.data) if args.dry_run else mixture.describe())
+              "take a smaller --width or --depth", arch=args.arch,
+              data=data.planned(args.data) if args.dry_run else mixture.describe(),
+              **dict(latent=[e.tokens, e.channels]) if args.arch == "vit" else {})
     if args.dry_run:
         return
     model = parallel.shard(model, devices)

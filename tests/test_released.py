@@ -28,7 +28,6 @@ import encoder as encoders  # noqa: E402
 import flow  # noqa: E402
 import parallel  # noqa: E402
 import perceptual  # noqa: E402
-import sample  # noqa: E402
 import text_model as text  # noqa: E402
 import vae  # noqa: E402
 import weights  # noqa: E402
