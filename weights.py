@@ -155,6 +155,20 @@ def load_strict(module, state, what, ignore=(), optional=()):
     module.load_state_dict(state, strict=False, assign=any(v.is_meta for v in own.values()))
     return module
 
+
+def check_config(config, found, what):
+    """Fields of a config against what the tensors' shapes say. Raises UserError with both."""
+    wrong = [f"{k} is {config[k]!r} in the config, {v!r} in the weights"
+             for k, v in found.items() if config.get(k) is not None and config[k] != v]
+    if wrong:
+        raise UserError(f"{what}: {'; '.join(wrong)}")
+
+
+def depth_of(state, blocks):
+    """The number of blocks `blocks`.0, .1, ... among the keys."""
+    numbers = (k[len(blocks) + 1:].split(".")[0] for k in state if k.startswith(blocks + "."))
+    return 1 + max(map(int, numbers), default=-1)
+
 # ------------------------------------------------------------------------------------------------
 # Finding
 # ------------------------------------------------------------------------------------------------
@@ -241,9 +255,9 @@ def load_encoder(path, devices, layers=1):
 def load_decoder(path, devices, channels, mean, std, layers=None, as_it_is=False):
     """A decoder in the compute dtype for latents of `channels` channels, which sum `layers` blocks
     of the encoder (None: do not check). mean, std: of the encoder's normalisation, because a
-    published decoder's config does not hold them; nor need its sizes be right: the weights' win.
-    as_it_is: takes the encoder's latent, also where it was trained on a latent normalised by its
-    statistics. Raises UserError."""
+    published decoder's config does not hold them; nor need its hidden_size and patch_size be right:
+    the weights' win. as_it_is: takes the encoder's latent, also where it was trained on a latent
+    normalised by its statistics. Raises UserError."""
     what = f"--decoder {path}"
     state, config = read_weights(final_of(path), "--decoder")
     ends = ("decoder_embed.weight", "decoder_layers.0.intermediate.dense.weight",
@@ -258,9 +272,9 @@ def load_decoder(path, devices, channels, mean, std, layers=None, as_it_is=False
         raise UserError(f"{what} was trained on latents of --layers {config.get('layers', 1)}, "
                         f"these are of --layers {layers}; train one: train_decoder.py --layers "
                         f"{layers}")
-    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("decoder_layers."))
     found = dict(decoder_hidden_size=embed[0], decoder_intermediate_size=hidden[0],
-                 decoder_num_hidden_layers=depth)
+                 decoder_num_hidden_layers=depth_of(state, "decoder_layers"))
+    check_config(config, found, what)
     tokens = config.get("num_patches") or (config.get("image_size", 224)
                                            // config.get("patch_size", 14)) ** 2
     if "decoder_pos_embed" in state:
@@ -511,10 +525,11 @@ def dit_sizes(config):
 
 
 def stage2_config(config, state, what):
-    """The config, with what it is silent about from the tensors' shapes; the vocabulary's size is
-    always the file's. (Sizes that are wrong in it are found when the file does not fit the model:
-    the heads too, by the stored rotary table.) Raises UserError: fields lacking, another kind of
-    model."""
+    """The config checked against the tensors' shapes; the vocabulary's size is the file's.
+
+    Raises UserError: fields lacking, another kind of model, every size that config and weights give
+    differently (heads too, which only the stored rotary table tells).
+    """
     lacks = [k for k in REQUIRED if config.get(k) is None]
     if lacks:
         raise UserError(f"{what}: its config lacks {', '.join(lacks)}; expected a Scale-RAE model "
@@ -522,12 +537,27 @@ def stage2_config(config, state, what):
     if config.get("vision_loss_mode", "query") != "query":
         raise UserError(f"{what}: vision_loss_mode is {config['vision_loss_mode']!r}; known: query")
     size = (lambda key, axis=0: state[key].shape[axis] if key in state else 0)
-    null = DIT + "y_embedder.dropout_embedding" in state
-    found = {"mm_hidden_size": size("model.mm_projector.0.weight", 1),
+    pair = (lambda a, b: [a, b] if b else a)
+    with user_errors(f"{what}: diffusion_model_hidden_size, _depth and _heads"):
+        D, depth, heads, D2, depth2, heads2 = dit_sizes(config)
+    hd, hd1, hd2 = (size(f"{DIT}{r}_rope.freqs_cos", 1) for r in ("feat", "enc", "dec"))
+    found = {"hidden_size": size("model.embed_tokens.weight", 1),
+             "num_hidden_layers": depth_of(state, "model.layers"),
+             "intermediate_size": size("model.layers.0.mlp.gate_proj.weight"),
+             "mm_hidden_size": size("model.mm_projector.0.weight", 1),
              "vision_tower_aux_token_len_list": [size("model.latent_queries")],
              "diffusion_model_channels": size(DIT + "x_embedder.proj.weight", 1),
              "diffusion_model_z_channels": size("diff_head_projector.weight"),
-             "diffusion_class_dropout_prob": 0.1 if null else 0.0}
+             "diffusion_model_hidden_size": pair(size(DIT + "x_embedder.proj.weight"),
+                                                 size(DIT + "s_embedder.proj.weight")),
+             "diffusion_model_depth": depth_of(state, DIT + "dit_blocks"),
+             "diffusion_model_heads": D // hd if hd else hd1 and hd2 and [D // hd1, D2 // hd2]}
+    found = {k: v for k, v in found.items() if v and v != [0]}
+    check_config({**config, "diffusion_model_hidden_size": pair(D, D2),
+                  "diffusion_model_depth": depth + depth2,
+                  "diffusion_model_heads": heads if hd else pair(heads, heads2)}, found, what)
+    null = DIT + "y_embedder.dropout_embedding" in state
+    found["diffusion_class_dropout_prob"] = 0.1 if null else 0.0        # where the config is silent
     given = {k: v for k, v in config.items() if v is not None or k not in found}
     return {**found, **given, "vocab_size": size("model.embed_tokens.weight")}
 

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-COMMON = ["--device", "cpu", "--dtype", "float32", "--batch", "8", "--workers", "0", "--steps", "20",
-          "--log-every", "1", "--sample-every", "99", "--save-every", "10"]
+COMMON = ["--device", "cpu", "--dtype", "float32", "--batch", "8", "--workers", "0", "--steps", "6",
+          "--log-every", "1", "--sample-every", "99", "--save-every", "3"]
 SCRIPTS = {"train_dit": ["--sample-steps", "1", "--guidance", "1"],
            "train_decoder": ["--disc-start", "2", "--gan-start", "3"]}
 
@@ -26,12 +26,12 @@ SCRIPTS = {"train_dit": ["--sample-steps", "1", "--guidance", "1"],
 @pytest.fixture(scope="module")
 def curve(tmp_path_factory):
     """curve(script, processes) -> run folder, log lines; equal calls share one run. start: a run
-    folder to go on from; more: flags; torchrun: also for one process."""
+    folder to go on from; more: flags."""
     @functools.cache
-    def run(script, processes, start=None, more=(), torchrun=False):
+    def run(script, processes, start=None, more=()):
         out = start or tmp_path_factory.mktemp("runs") / "run"
         launch = [sys.executable]
-        if processes > 1 or torchrun:
+        if processes > 1:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         done = subprocess.run([*launch, f"{script}.py", *COMMON, *SCRIPTS[script], *more,
                                "--out", str(out)],
@@ -64,18 +64,17 @@ def close(out, expected, tolerance=5e-3):
 def check_stage_two(curve, processes):
     out, found = curve("train_dit", processes)
     whole, expected = curve("train_dit", 1)
-    same(found, expected, ("loss", "flow", "text"))
-    same(found, expected, ("grad_norm",), 1e-4)         # rounding grows with the steps
+    same(found, expected, ("loss", "flow", "text", "grad_norm"))
     same(found, expected, ("cond_spread",), 1e-3)       # of the whole batch, by sums that cancel
-    assert len({line["loss"] for line in expected}) == 20
+    assert len({line["loss"] for line in expected}) == 6
     close(out, whole)
 
 
 def check_pieces(out, whole, processes):
     """Each process wrote its rows and no others, of weights, averages and moments."""
     load = lambda path: safe_open(path, "pt")
-    one = load(whole / "checkpoints/step-0000020/state.safetensors")
-    parts = [load(p) for p in sorted((out / "checkpoints/step-0000020").glob("state*"))]
+    one = load(whole / "checkpoints/step-0000006/state.safetensors")
+    parts = [load(p) for p in sorted((out / "checkpoints/step-0000006").glob("state*"))]
     assert len(parts) == processes
     split = 0
     for key in one.keys():
@@ -95,37 +94,17 @@ def check_resume(curve, tmp_path, before, after):
     whole, expected = curve("train_dit", before)
     start = tmp_path / "resumed"
     shutil.copytree(whole, start)
-    shutil.rmtree(start / "checkpoints" / "step-0000020")
+    shutil.rmtree(start / "checkpoints" / "step-0000006")
     shutil.rmtree(start / "final")
     out, found = curve("train_dit", after, start)
-    assert found[:10] == expected[:10]                  # lines of the run before
-    assert found[10]["images_per_s"] != expected[10]["images_per_s"]    # and its own
-    same(found, expected, ("loss",))
-    same(found, expected, ("grad_norm",), 1e-4)
+    assert found[:3] == expected[:3]                    # lines of the run before
+    assert found[3]["images_per_s"] != expected[3]["images_per_s"]      # and its own
+    same(found, expected, ("loss", "grad_norm"))
     close(out, whole)
 
 
 def test_two_processes_give_the_curve_and_the_export_of_one(curve):
     check_stage_two(curve, 2)
-
-
-def test_one_process_under_torchrun(curve, tmp_path):
-    """FSDP2 too, as a check of it on one GPU: every parameter is a DTensor."""
-    more = "--steps", "4"
-    (out, found), (whole, expected) = (curve("train_dit", 1, None, more, way) for way in (True, False))
-    same(found, expected, ("loss", "flow", "text", "grad_norm"))
-    close(out, whole)
-    (tmp_path / "split.py").write_text(
-        "import parallel, torch\n"
-        "from dit import DiT\n"
-        "devices, model = parallel.setup('cpu', 'float32'), DiT(8, 4, 16, 1, 2)\n"
-        "parallel.shard(model, devices, model.dit_blocks)\n"
-        "print({type(p).__name__ for p in model.parameters()}, devices.world)\n"
-        "parallel.finish()\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc-per-node=1", str(tmp_path / "split.py")], text=True, timeout=120,
-                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert "{'DTensor'} 1" in done.stdout, done.stderr[-3000:]
 
 
 def test_a_process_keeps_its_rows_of_weights_average_and_moments(curve):
@@ -139,7 +118,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(curve, tmp_path):
 def test_guided_samples_of_two_processes_are_those_of_one(curve):
     """Guidance asks the blocks for their modulations alone, outside of a step; their weights must be
     there. The pictures of the sample grid, drawn between steps, and what is learned after them."""
-    more = "--steps", "6", "--guidance", "3", "--sample-steps", "2", "--sample-every", "3"
+    more = "--guidance", "3", "--sample-steps", "2", "--sample-every", "3"
     (out, found), (whole, expected) = (curve("train_dit", n, None, more) for n in (2, 1))
     same(found, expected, ("loss", "flow", "text", "grad_norm", "background_right"))
     grids = [np.asarray(Image.open(o / "samples/step-0000003.png"), np.int16) for o in (out, whole)]
@@ -149,7 +128,7 @@ def test_guided_samples_of_two_processes_are_those_of_one(curve):
 
 def test_steps_of_questions_alone_leave_the_dit_out_on_every_process(curve):
     """Batches of both kinds: 12 of 13 samples ask, and in some batches all do."""
-    more = "--steps", "6", "--data", "builtin:qa=12", "builtin:synthetic=1"
+    more = "--data", "builtin:qa=12", "builtin:synthetic=1"
     (out, found), (whole, expected) = (curve("train_dit", n, None, more) for n in (2, 1))
     assert 0 < sum("flow" in line for line in expected) < 6
     same(found, expected, ("loss", "flow", "text", "grad_norm"))
@@ -159,12 +138,10 @@ def test_steps_of_questions_alone_leave_the_dit_out_on_every_process(curve):
 def test_stage_one_on_two_processes(curve):
     """Reconstruction, VGG terms, the discriminator, and its adaptive weight."""
     (out, found), (whole, expected) = curve("train_decoder", 2), curve("train_decoder", 1)
-    names = "l1", "lpips", "gram", "loss", "disc"
-    same(found[:6], expected[:6], names)
-    same(found, expected, names, 1e-3)                  # two that play against each other drift
-    same(found[:6], expected[:6], ("gan_lambda",), 1e-3)    # a ratio of norms of rounded gradients
+    same(found, expected, ("l1", "lpips", "gram", "loss", "disc"))
+    same(found, expected, ("gan_lambda",), 1e-3)        # a ratio of two norms of rounded gradients
     assert "gan_lambda" in expected[-1]
-    close(out, whole, 2e-2)
+    close(out, whole)
 
 
 @pytest.mark.slow
