@@ -321,18 +321,19 @@ def ask(args, llm, tokenizer, z):
 
 
 def condition(args, llm, tokenizer, words, device):
-    """What the LLM makes of a prompt: cond [1,N,Z]. When it does not draw: UserError, or of many
-    prompts, which should not end for one, a line that it was made to."""
+    """What the LLM makes of a prompt: cond [1,N,Z], and whether it was made to, as by --direct.
+    When it does not draw: UserError, or of many prompts, which should not end for one, a line that
+    it was made to."""
     if not args.direct:
         *said, cond = list(answer(llm, tokenizer, words, limit=args.max_tokens)) or [""]
         if not isinstance(cond, str):
-            return cond
+            return cond, False
         said = f"the model answered {''.join(said) + cond!r:.200} instead of drawing"
         if not args.prompts:
             raise UserError(f"{said}; ask for a picture (\"Can you generate a photo of ...?\") or "
                             "force one: --direct")
         tqdm.write(f"{words}: {said}; drawn as with --direct", file=sys.stderr)
-    return text.direct_condition(llm, tokenizer, [words], device)
+    return text.direct_condition(llm, tokenizer, [words], device), True
 
 
 @torch.no_grad()
@@ -351,7 +352,7 @@ def draw(args, items, llm, dit, tokenizer, decoder, alpha, guidance, device):
     for name, prompt, record in items:
         bar.set_description(prompt[:40])
         words = (args.template or "{}").replace("{}", prompt)
-        cond = condition(args, llm, tokenizer, words, device)               # [1,N,Z]
+        cond, made = condition(args, llm, tokenizer, words, device)         # [1,N,Z]
         drawn = [args.seed + i for i in range(count)]
         noise = torch.stack([noise_for(prompt, seed, N, dit.channels, args.schedule, device)
                              for seed in drawn])
@@ -363,7 +364,7 @@ def draw(args, items, llm, dit, tokenizer, decoder, alpha, guidance, device):
             info["guidance_interval"] = args.guidance_interval
         if args.template:
             info["template"] = args.template
-        if args.direct:
+        if made:
             info["direct"] = True
         if args.best_of:
             rows = best_of.scores(llm, tokenizer, z, prompt)

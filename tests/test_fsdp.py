@@ -23,21 +23,25 @@ SCRIPTS = {"train_dit": ["--sample-steps", "1", "--guidance", "1"],
            "train_decoder": ["--disc-start", "2", "--gan-start", "3"]}
 
 
+def launch(processes, *command):
+    """Run a script, by torchrun unless processes is 0 -> what it printed."""
+    by = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run([sys.executable, *(by if processes else ()), *map(str, command)],
+                          cwd=ROOT, text=True, capture_output=True, timeout=900,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def curve(tmp_path_factory):
     """curve(script, processes) -> run folder, log lines; equal calls share one run. start: a run
-    folder to go on from; more: flags."""
+    folder to go on from; more: flags; torchrun: also for one process."""
     @functools.cache
-    def run(script, processes, start=None, more=()):
+    def run(script, processes, start=None, more=(), torchrun=False):
         out = start or tmp_path_factory.mktemp("runs") / "run"
-        launch = [sys.executable]
-        if processes > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run([*launch, f"{script}.py", *COMMON, *SCRIPTS[script], *more,
-                               "--out", str(out)],
-                              cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                              capture_output=True, timeout=900)
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(processes if processes > 1 or torchrun else 0, f"{script}.py", *COMMON,
+               *SCRIPTS[script], *more, "--out", str(out))
         return out, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return run
 
@@ -107,6 +111,33 @@ def test_two_processes_give_the_curve_and_the_export_of_one(curve):
     check_stage_two(curve, 2)
 
 
+def check_twenty_steps(curve, processes):
+    more = "--steps", "20"
+    (_, found), (_, expected) = (curve("train_dit", n, None, more) for n in (processes, 1))
+    assert len({line["loss"] for line in expected}) == 20
+    same(found, expected, ("loss", "flow", "text"))
+    same(found, expected, ("grad_norm",), 1e-4)         # its rounding grows with the steps
+
+
+def test_twenty_steps_on_two_processes(curve):
+    check_twenty_steps(curve, 2)
+
+
+def test_one_process_under_torchrun(curve, tmp_path):
+    """FSDP2 too, as a check of it on one GPU: every parameter is a DTensor."""
+    (out, found), (whole, expected) = (curve("train_dit", 1, None, (), way) for way in (True, False))
+    same(found, expected, ("loss", "flow", "text", "grad_norm"))
+    close(out, whole)
+    (tmp_path / "split.py").write_text(
+        "import parallel, torch\n"
+        "from dit import DiT\n"
+        "devices, model = parallel.setup('cpu', 'float32'), DiT(8, 4, 16, 1, 2)\n"
+        "parallel.shard(model, devices, model.dit_blocks)\n"
+        "print({type(p).__name__ for p in model.parameters()}, devices.world)\n"
+        "parallel.finish()\n")
+    assert "{'DTensor'} 1" in launch(1, tmp_path / "split.py")
+
+
 def test_a_process_keeps_its_rows_of_weights_average_and_moments(curve):
     check_pieces(curve("train_dit", 2)[0], curve("train_dit", 1)[0], 2)
 
@@ -167,6 +198,7 @@ def test_compiled_blocks_on_two_processes(curve):
 @pytest.mark.slow
 def test_four_processes(curve, tmp_path):
     check_stage_two(curve, 4)
+    check_twenty_steps(curve, 4)
     check_pieces(curve("train_dit", 4)[0], curve("train_dit", 1)[0], 4)
     check_resume(curve, tmp_path, 4, 2)
 
@@ -183,8 +215,5 @@ def test_a_barrier_waits_longer_than_a_collective(tmp_path):
         "parallel.barrier(devices)\n"
         "print('here', parallel.total([1.0], devices))\n"
         "parallel.finish()\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc-per-node=2", str(tmp_path / "waits.py")], text=True, timeout=120,
-                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("here") == done.stdout.count("[2.0]") == 2    # they may write at once
+    said = launch(2, tmp_path / "waits.py")
+    assert said.count("here") == said.count("[2.0]") == 2       # they may write at once
