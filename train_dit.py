@@ -349,6 +349,7 @@ def main():
         init, config = weights.read_weights(path, "--init")
     own = not args.llm and "diffusion_model_channels" in config     # the LLM comes with --init
     if own:
+        llm_config = weights.stage2_config(config, init, f"--init {args.init}")
         where = path if path.is_dir() else path.parent
     if planned:
         encoder, vae = weights.random_towers(args, devices.dtype)     # shapes, so far
@@ -358,13 +359,11 @@ def main():
         encoder, vae, decoder, tokenizer, files = weights.load_towers(args, tiny, where, devices)
     V, name = tokenizer.get_vocab_size(), size.llm if args.llm == "random" else args.llm or size.llm
     scratch = own or tiny or planned or args.llm == "random"        # no pretrained LLM to load
-    if own:
-        llm_config = weights.stage2_config(config, init, f"--init {args.init}")
-    elif tiny:
+    if tiny and not own:
         llm_config = dict(text.TINY, vocab_size=V)
     elif not scratch:
         llm_config = dict(weights.config_of(files["llm"], "--llm"), vocab_size=V)
-    else:
+    elif not own:
         llm_config = text.QWEN_7B if "7b" in name.lower() else text.QWEN_1_5B
         if (Path(name) / "config.json").is_file():                  # a folder of another shape
             llm_config = dict(weights.config_of(name, "--llm"),
