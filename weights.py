@@ -240,6 +240,8 @@ def load_encoder(path, devices, layers=1):
     state, config = read_weights(final_of(path), "--encoder")
     if any(k.startswith("vision_model.") for k in state):       # the full SigLIP file has text too
         state = {k: v for k, v in state.items() if k.startswith("vision_model.")}
+    elif "embeddings.patch_embedding.weight" in state:          # the tower alone, by transformers 5
+        state = {f"vision_model.{k}": v for k, v in state.items()}
     with user_errors(what), torch.device("meta"):
         model = encoders.build_encoder(config, layers, devices.dtype)
     headless = () if any(".head." in k for k in state) else ("vision_model.head.",)

@@ -489,6 +489,10 @@ def test_encoder_folders(tmp_path):
     assert model.vision_model.encoder.layers[0].self_attn.heads == 12 and model.resample == 3
     (tmp_path / "siglip/preprocessor_config.json").write_text('{"resample": 2}')
     assert weights.load_encoder(tmp_path / "siglip", CPU).resample == 2
+    config = json.loads((tmp_path / "siglip/config.json").read_text())      # as transformers 5
+    alone = {k.removeprefix("vision_model."): v for k, v in state.items()}  # writes the tower alone
+    model = weights.load_encoder(write(tmp_path / "5", config, alone, tokenizer=False), CPU)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
     keys = dino_keys(24, 2, 16, 14)
     state = random_state(keys, seed=3)
