@@ -1,6 +1,6 @@
-"""Against transformers and diffusers themselves: what they save loads here and gives their numbers.
+"""Against the libraries themselves: what they save or bring loads here and gives their numbers.
 
-    pip install transformers diffusers && python -m pytest -q tests/test_libraries.py
+    pip install transformers diffusers lpips && python -m pytest -q tests/test_libraries.py
 
 Skipped where they are not installed; the golden files hold such outputs for everyone. Small models
 with random weights, of odd widths and depths, written by `save_pretrained`.
@@ -121,6 +121,24 @@ def test_flux_vae(tmp_path):
     close(ours.posterior(x)[0], theirs.mean)
     close(ours.posterior(x)[1], theirs.logvar)
     close(ours.decode(ours.encode(x)), model.decode(theirs.mean).sample / 2 + 0.5)
+
+
+@torch.no_grad()
+def test_lpips(tmp_path):
+    """The published `lin*`, which the package brings, on VGG16 with random weights."""
+    lpips = pytest.importorskip("lpips", reason="an optional comparison")
+    import torchvision
+    vgg = random_weights(torchvision.models.vgg16())
+    torch.save(vgg.state_dict(), tmp_path / "vgg16.pth")
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    slices = [m for i in range(1, 6) for m in getattr(theirs.net, f"slice{i}")]
+    for mine, other in zip(slices, vgg.features):       # the same layers in five parts
+        mine.load_state_dict(other.state_dict())
+    lin = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
+    ours = weights.load_perceptual(tmp_path / "vgg16.pth", lin, CPU)
+    a, b = torch.rand(2, 2, 3, 64, 64)
+    b[0] = a[0].lerp(b[0], 0.1)                         # one pair alike
+    close(ours.lpips(ours.maps(a), ours.maps(b)), theirs(2 * a - 1, 2 * b - 1).flatten())
 
 
 @pytest.mark.parametrize("resample", [2, 3])
