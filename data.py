@@ -141,6 +141,8 @@ class JsonLines:
 
     def read(self, j):
         fields = json.loads(read_bytes(self.path, *self.rows[j, 1:].tolist()))
+        if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
+            raise ValueError('expected an object with "image" (no sample of text alone)')
         return read_bytes(os.path.join(os.path.dirname(self.path), fields["image"])), fields
 
 

@@ -643,8 +643,8 @@ def test_bad_files(tmp_path):
     refused(tmp_path / "plain", "3 images, 0 of them with a caption")
     assert Mixture([str(tmp_path / "plain")], 16, text=False)[0]["conversations"] == []
     lines = tmp_path / "a.jsonl"
-    for text, message in (("", "0 records"), ("[1]", ":1 .TypeError"),
-                          ('{"caption": "x"}', ":1 .KeyError: 'image'"),
+    for text, message in (("", "0 records"), ("[1]", ":1 .*expected an object"),
+                          ('{"caption": "x"}', ':1 .ValueError: .*with "image"'),
                           ('{"image": "plain/000.png"}', ":1 .*: no caption, prompt or conv")):
         lines.write_text(text)
         refused(lines, message)
