@@ -10,11 +10,13 @@
 printed is the share of picks that the judge passes, beside the mean of all (a random pick) and the
 groups with any that passes (the judge's own pick: the ceiling). Gain: of the pick of 16 over a
 random one, prompt by prompt, so that which prompts are hard is not in its interval. AUC: how often
-a verifier puts a passing candidate of a prompt before a failing one; 0.5 is chance.
+a verifier puts a passing candidate of a prompt before a failing one; 0.5 is chance; also apart for
+prompts of one thing and of two.
 
 Why a verifier fails: `--candidates reencoded` shows it the drawn pictures again, decoded and
-encoded (are drawn latents what misleads it?), `clean` rendered scenes, of which half have one thing
-of another kind, the commonest failure (does it know the kinds at all?).
+encoded (are drawn latents what misleads it?), `rendered` what the judge saw in them, drawn cleanly
+in the same places (are lumps?), `clean` rendered scenes, of which half have one thing of another
+kind, the commonest failure (does it know the kinds at all?).
 """
 import argparse
 import dataclasses
@@ -76,6 +78,21 @@ def clean(prompts, encoder):
     return torch.stack(latents), good.expand(len(prompts), -1)
 
 
+def rendered(latents, prompts, encoder, decoder):
+    """The things that the judge sees in drawn candidates [P,n,N,C], on the background asked for ->
+    latents [P,n,N,C], passed [P,n] bool."""
+    device, out, passed = next(encoder.parameters()).device, [], []
+    for z, p in zip(latents, tqdm(prompts, desc="looking")):
+        seen = [benchmark.look(x)[1] for x in decoder(z.to(device)).float()]
+        scenes = [dataclasses.replace(p.scene, things=tuple(
+            world.Thing(t.kind, t.colour, t.size, t.x, t.y) for t in found)) for found in seen]
+        x = evaluate.scene_pictures([dataclasses.replace(p, scene=s) for s in scenes],
+                                    encoder.image_size)                     # [n,3,S,S]
+        out.append(encoder(x.to(device)))
+        passed.append([benchmark.compare(p.scene.background, found, p)[0] for found in seen])
+    return torch.stack(out), torch.tensor(passed)
+
+
 def auc(good, order):
     """Pairs of a passing and a failing candidate that `order` (best first) puts right: a share."""
     place = np.argsort(order)
@@ -90,7 +107,8 @@ def main():
     p.add_argument("--ranker", help="a run whose LLM ranks (default: --run's)")
     p.add_argument("--keep", type=Path, nargs="+", required=True, help="latents and verdicts of 16 "
                    "candidates a prompt, drawn if absent; the next file has the next 16 seeds")
-    p.add_argument("--candidates", choices=["drawn", "reencoded", "clean"], default="drawn")
+    p.add_argument("--candidates", choices=["drawn", "reencoded", "rendered", "clean"],
+                   default="drawn")
     p.add_argument("--count", type=runs.positive(), default=12, help="prompts of a category")
     p.add_argument("--steps", type=runs.positive(), default=25)
     p.add_argument("--guidance", type=float)
@@ -114,6 +132,8 @@ def main():
         args, encoder=pixels, decoder=pixels)
     if args.candidates == "reencoded":
         latents = [encoder(decoder(z.to(devices.device)).float().clamp(0, 1)) for z in latents]
+    elif args.candidates == "rendered":
+        latents, passed = rendered(latents, prompts, encoder, decoder)
     elif args.candidates == "clean":
         latents, passed = clean(prompts, encoder)
     passed = passed.numpy()
@@ -124,7 +144,7 @@ def main():
     print(f"{len(prompts)} prompts, {passed.mean():.3f} of the {args.candidates} candidates pass, "
           f"{len(mixed)} prompts have both kinds; ranked by {args.run}\n\n{'pick':<10}"
           + "".join(f"{f'best of {k}':>12}" for k in SIZES)
-          + f"{'gain at 16 (95 %)':>30}{'AUC (95 %)':>25}")
+          + f"{'gain at 16 (95 %)':>30}{'AUC (95 %)':>25}{'one thing, two':>18}")
     for name in ("random", *best_of.KEYS, "judge"):
         shares = []
         for k in SIZES:
@@ -137,14 +157,17 @@ def main():
                     picks = [good[g].mean() if name == "random" else good[g].any() for g in groups]
                 share.append(np.mean(picks))
             shares.append(evaluate.interval([share]))
-        pairs = [auc(passed[k], best_of.rank(rows[k], name)) for k in mixed] \
-            if name in best_of.KEYS and mixed else [0.5 if name == "random" else 1.0]
+        pairs = [auc(passed[k], best_of.rank(rows[k], name)) if name in best_of.KEYS else
+                 0.5 if name == "random" else 1.0 for k in mixed]
+        by = [[v for k, v in zip(mixed, pairs) if len(prompts[k].things) == n] for n in (1, 2)]
+        by = [float(np.mean(b)) if b else None for b in by]
         gain = evaluate.interval([[a - good.mean() for a, good in zip(share, passed)]])
         results[name] = {"share": [s[0] for s in shares], "at 16": shares[-1], "gain": gain,
-                         "auc": evaluate.interval([pairs])}
+                         "auc": evaluate.interval([pairs or [0.5]]), "auc by things": by}
         print(f"{name:<10}" + "".join(f"{s[0]:>12.3f}" for s in shares)
               + "{:>+11.3f} ({:+.3f} to {:+.3f})".format(*gain)
-              + "{:>9.3f} ({:.3f} to {:.3f})".format(*results[name]["auc"]))
+              + "{:>9.3f} ({:.3f} to {:.3f})".format(*results[name]["auc"])
+              + "{:>11}, {}".format(*("-" if b is None else f"{b:.3f}" for b in by)))
     print(json.dumps({"task": "best of N", "run": str(args.run),
                       "candidates": args.candidates, "prompts": len(prompts),
                       "mixed": len(mixed), **results}))
