@@ -291,6 +291,8 @@ def scene(source: str, seed: int, i: int) -> Scene:
         else:                           # qa; align without sprites, which want far longer training
             s = compose(rand, source == "builtin:qa" and rand() < 0.5, False,
                         ("plain", "plain", "two-tone", "gradient"))
+            if source == "builtin:align" and s and len(groups(s)) != 2 and rand() < 0.8:
+                continue                # to check two things takes far more questions than one
         if s:
             return s
 

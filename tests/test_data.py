@@ -228,8 +228,9 @@ def test_answers_are_right():
 
 
 def test_verifiers_questions_are_those_of_best_of():
-    """builtin:align trains what best_of.py asks, word for word; it shows shapes only."""
-    asked, mixture = collections.Counter(), Mixture(["builtin:align"], 8, seed=1)
+    """builtin:align trains what best_of.py asks, word for word; it shows shapes only, in six of ten
+    scenes two different ones."""
+    asked, pairs, mixture = collections.Counter(), 0, Mixture(["builtin:align"], 8, seed=1)
     for n in range(400):
         r = mixture[n]
         q, a = (t["value"] for t in r["conversations"])
@@ -240,7 +241,9 @@ def test_verifiers_questions_are_those_of_best_of():
         else:
             assert q == f"<image>\n{best_of.QUESTION.format(words)}"
         asked[r["question"]] += 1
+        pairs += len(world.groups(r["scene"])) == 2
     assert set(asked) == {"describe", "align"} and 0.4 < asked["align"] / 400 < 0.6
+    assert 0.55 < pairs / 400 < 0.7
 
 
 def test_brief_captions_say_less():
