@@ -130,8 +130,7 @@ class JsonLines:
         out = [self.path]
         for j in range(len(self)):
             try:
-                fields = json.loads(read_bytes(self.path, *self.rows[j, 1:].tolist()))
-                out.append(os.path.join(os.path.dirname(self.path), fields["image"]))
+                out.append(self.line(j)[0])
             except CORRUPT:
                 pass
         return out
@@ -139,11 +138,16 @@ class JsonLines:
     def key(self, j):
         return f"{self.path}:{self.rows[j, 0]}"
 
-    def read(self, j):
+    def line(self, j):
+        """-> the path of its image, the object itself."""
         fields = json.loads(read_bytes(self.path, *self.rows[j, 1:].tolist()))
         if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
             raise ValueError('expected an object with "image" (no sample of text alone)')
-        return read_bytes(os.path.join(os.path.dirname(self.path), fields["image"])), fields
+        return os.path.join(os.path.dirname(self.path), fields["image"]), fields
+
+    def read(self, j):
+        image, fields = self.line(j)
+        return read_bytes(image), fields
 
 
 class Tars:

@@ -17,6 +17,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import golden  # noqa: E402
 import parallel  # noqa: E402
 import sample  # noqa: E402
 import text_model as text  # noqa: E402
@@ -37,13 +38,9 @@ PROCESSORS = {"squash": ("SiglipImageProcessor", dict(size=dict(height=64, width
                                                    crop_size=dict(height=64, width=64)))}
 
 
-def random_weights(model, seed=0):
+def random_weights(model):
     """Larger ones than an initialisation's, so that every part of the network is heard."""
-    g = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=g)
-        p.data = (noise / p[0].numel() ** 0.5 if p.dim() > 1 else
-                  0.1 * noise + (not name.endswith("bias")))
+    golden.randomise(model)
     return model.eval()
 
 
