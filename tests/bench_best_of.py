@@ -163,10 +163,12 @@ def main():
         by = [float(np.mean(b)) if b else None for b in by]
         gain = evaluate.interval([[a - good.mean() for a, good in zip(share, passed)]])
         results[name] = {"share": [s[0] for s in shares], "at 16": shares[-1], "gain": gain,
-                         "auc": evaluate.interval([pairs or [0.5]]), "auc by things": by}
+                         "auc": evaluate.interval([pairs]) if mixed else None,
+                         "auc by things": by}
         print(f"{name:<10}" + "".join(f"{s[0]:>12.3f}" for s in shares)
               + "{:>+11.3f} ({:+.3f} to {:+.3f})".format(*gain)
-              + "{:>9.3f} ({:.3f} to {:.3f})".format(*results[name]["auc"])
+              + ("{:>9.3f} ({:.3f} to {:.3f})".format(*results[name]["auc"]) if mixed else
+                 f"{'-':>25}")
               + "{:>11}, {}".format(*("-" if b is None else f"{b:.3f}" for b in by)))
     print(json.dumps({"task": "best of N", "run": str(args.run),
                       "candidates": args.candidates, "prompts": len(prompts),
