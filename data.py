@@ -141,9 +141,12 @@ class JsonLines:
     def line(self, j):
         """-> the path of its image, the object itself."""
         fields = json.loads(read_bytes(self.path, *self.rows[j, 1:].tolist()))
-        if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
-            raise ValueError('expected an object with "image" (no sample of text alone)')
-        return os.path.join(os.path.dirname(self.path), fields["image"]), fields
+        image = fields.get("image") if isinstance(fields, dict) else None
+        if isinstance(image, list) and len(image) == 1:
+            image, = image
+        if not isinstance(image, str):
+            raise ValueError('expected an object with "image", one path (no text alone)')
+        return os.path.join(os.path.dirname(self.path), image), fields
 
     def read(self, j):
         image, fields = self.line(j)
@@ -408,7 +411,7 @@ class Mixture:
                 raise DataError(f"--data {name}: expected one of {', '.join(BUILTIN)}, or a path")
         try:
             self.files = [None if n in BUILTIN else open_source(n, text) for n in self.names]
-        except DataError as e:
+        except (DataError, OSError) as e:
             raise DataError(f"--data {e}") from None
         # What `export` wrote is cropped already.
         self.crops = ["squash" if f and f.in_order else crop for f in self.files]
@@ -671,7 +674,8 @@ def contact_sheet(images: list, texts: list, columns: int, side: int = 128) -> I
 
 def show(args):
     """Draw the first samples of a stream with their captions."""
-    if os.path.splitext(args.out)[1].lower() not in Image.registered_extensions():
+    form = Image.registered_extensions().get(os.path.splitext(args.out)[1].lower())
+    if form not in Image.SAVE:
         raise DataError(f"--out {args.out}: expected the name of a picture, such as sheet.png")
     mixture, texts = Mixture([args.source], args.resolution, args.seed, args.crop, text=False), []
     records = [mixture[n] for n in range(args.count)]
@@ -717,7 +721,7 @@ def check(args):
         for path in inside:                               # shard by shard: one may be cut short
             try:
                 source = open_source(path, text=False)
-            except DataError as e:
+            except (DataError, OSError) as e:
                 total, broken = total + 1, broken + 1
                 print(e)
                 continue
@@ -766,7 +770,8 @@ def main():
     try:
         globals()[args.command](args)
     except (DataError, OSError) as e:
-        print(f"error: {'' if isinstance(e, DataError) else '--out: '}{e}", file=sys.stderr)
+        what = str(e).replace("--data", "--source") if isinstance(e, DataError) else f"--out: {e}"
+        print(f"error: {what}", file=sys.stderr)
         sys.exit(2)
 
 

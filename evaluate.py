@@ -247,12 +247,12 @@ def decoder(args):
 # t2i and vqa
 # ------------------------------------------------------------------------------------------------
 
-def interval(groups, draws=2000):
-    """[values of a category, ...] -> (mean of the categories' means, low, high): 95 % of bootstrap
-    draws, which take each category's values again with replacement."""
+def interval(groups):
+    """[values of a category, ...] -> (mean of the categories' means, low, high): 95 % of 2,000
+    bootstrap draws, which take each category's values again with replacement."""
     rand, means = np.random.default_rng(0), []
     for values in map(np.asarray, groups):
-        again = values[rand.integers(len(values), size=(draws, len(values)))]
+        again = values[rand.integers(len(values), size=(2000, len(values)))]
         means.append(again.mean(1))
     low, high = np.percentile(np.mean(means, 0), (2.5, 97.5))
     return tuple(round(float(v), 4) for v in (np.mean([np.mean(g) for g in groups]), low, high))
@@ -348,8 +348,8 @@ def t2i(args):
     x_hat = reconstruct(encoder, decoder, scene_pictures(prompts, encoder.image_size))
     ceiling = [benchmark.judge(x, p)[0] for x, p in zip(x_hat, prompts)]
     scores, failures = [], []
-    for p, drawn in zip(prompts, draw(args, [p.text for p in prompts], devices.device, llm, dit,
-                                      tokenizer, decoder, alpha, guidance)):
+    for drawn, p in zip(draw(args, [p.text for p in prompts], devices.device, llm, dit, tokenizer,
+                             decoder, alpha, guidance), prompts):
         verdicts = [benchmark.judge(x, p) for x in drawn]
         scores.append(np.mean([passed for passed, _ in verdicts]))
         failures += [(x, p, why) for x, (passed, why) in zip(drawn, verdicts) if not passed]
@@ -419,9 +419,8 @@ def vqa(args):
         print(f"{kind:<10}{len(values):>10}{mean:>8.3f}{f'{low:.3f} to {high:.3f}':>16}"
               f"{most:>11.3f}")
     print("\ncommonest: right by always saying the commonest answer of the kind")
-    if args.show:
-        for r, q, a in list(zip(records, asked, said))[:args.show]:
-            print(f"  {q}  {a}  [{r['conversations'][1]['value']}]")
+    for r, q, a in list(zip(records, asked, said))[:args.show]:
+        print(f"  {q}  {a}  [{r['conversations'][1]['value']}]")
     print(json.dumps({"task": "vqa", "run": str(args.run), "seed": args.seed, **results.pop("all"),
                       "kinds": results}))
 

@@ -155,12 +155,14 @@ def read_prompts(path, layout):
                 items.append((name, record["prompt"].strip(), record))
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts {file}: not UTF-8 text ({error.reason} at byte {error.start})")
+    except OSError as error:
+        raise UserError(f"--prompts {file}: {error.strerror}")
     if not items:
         raise UserError(f"{flag}: no prompt in it; expected one a line, or .txt files in a folder")
     for name, prompt, _ in items:
         if not prompt:
             raise UserError(f"{flag}: the prompt of {name} is empty")
-        if "/" in name or name.startswith("."):
+        if "/" in name or "\0" in name or name.startswith(".") or len(name.encode()) > 200:
             raise UserError(f"{flag}: item_id {name!r} is no file name")
     if len({name for name, _, _ in items}) < len(items):
         raise UserError(f"{flag}: an item_id comes twice; pictures would overwrite each other")
@@ -256,17 +258,30 @@ def arguments(argv=None):
     if not 0 <= lo <= hi <= 1:
         raise UserError(f"--guidance-interval {lo:g} {hi:g}: expected 0 <= LO <= HI <= 1")
     check_schedule(args)
+    prints = mode == "image" or mode == "latent" and args.text
+    for flag in ("out", "decoder"):
+        if prints and getattr(args, flag):
+            raise UserError(f"--{flag} has no meaning with a question: its answer is printed")
     args.out = args.out or Path("out" if args.prompts else "out.png")
-    if not (mode == "image" or mode == "latent" and args.text):         # those print
+    if not prints:
         check_out(args.out, "--out", None if args.prompts else ".png")
-    if args.layout == "geneval":
-        more = [p for p in args.out.glob("*/samples/*.png") if p.stem >= f"{args.n:04d}"]
-        if more:
-            raise UserError(f"--out {args.out} holds {more[0]} of an earlier run with a larger "
-                            "--n, which the scorer would count too; take another --out")
     if args.save_latent:
         check_out(args.save_latent, "--save-latent", ".safetensors")
     return args
+
+
+def check_layout(args, names):
+    """Raises UserError where --out holds pictures that a scorer would count besides those of the
+    prompts with these names."""
+    old = []
+    if args.layout == "geneval":
+        old = [p for p in args.out.glob("*/samples/*.png")
+               if p.parts[-3] not in names or p.stem >= f"{args.n:04d}"]
+    elif args.layout == "dpg":
+        old = [p for p in args.out.glob("*.png") if p.stem not in names]
+    if old:
+        raise UserError(f"--out {args.out} holds {old[0]} of an earlier run, which the scorer would "
+                        "count too; take another --out")
 
 
 def check_schedule(args):
@@ -437,6 +452,7 @@ def main(argv=None):
     picture = open_image(args.image or args.reconstruct) if args.image or args.reconstruct else None
     items = read_prompts(args.prompts, args.layout) if args.prompts else [
         ("", args.text, {"prompt": args.text})]
+    check_layout(args, {name for name, *_ in items})
     if args.latent and not args.latent.is_file():
         raise UserError(f"--latent {args.latent}: no such file")
     run, = weights.locate([("model", args.run, "--run")])

@@ -476,7 +476,8 @@ def relation_of(scene: Scene):
 
 def caption(scene: Scene, rand=None, web: bool = False) -> str:
     """A true caption, complete without `rand`. With it, a relation is named six times in ten; with
-    `web` also, it takes the forms of alt text, a fifth of which leave something out."""
+    `web` also, four times, and it takes the forms of alt text, a fifth of which leave something
+    out."""
     if scene.words:
         w = scene.words[0]
         text = " ".join(w.text for w in scene.words)

@@ -347,8 +347,9 @@ def make(form, folder):
         (folder / "metadata.jsonl").write_text("\n".join(
             json.dumps({"file_name": n, "text": t}) for n, t in zip(names, texts)))
     elif form == "jsonl":
-        (folder / "all.jsonl").write_text("\n".join(
-            json.dumps({"image": n, "caption": t}) for n, t in zip(names, texts)))
+        (folder / "all.jsonl").write_text("\n".join(       # a path, or a list of one
+            json.dumps({"image": [n] if k % 2 else n, "caption": t})
+            for k, (n, t) in enumerate(zip(names, texts))))
         return str(folder / "all.jsonl")
     else:
         for shard in range(3):
@@ -648,6 +649,7 @@ def test_bad_files(tmp_path):
     lines = tmp_path / "a.jsonl"
     for text, message in (("", "0 records"), ("[1]", ":1 .*expected an object"),
                           ('{"caption": "x"}', ':1 .ValueError: .*with "image"'),
+                          ('{"image": ["plain/000.png", "b.png"]}', ':1 .ValueError: .*one path'),
                           ('{"image": "plain/000.png"}', ":1 .*: no caption, prompt or conv")):
         lines.write_text(text)
         refused(lines, message)

@@ -433,6 +433,9 @@ def files(tmp_path_factory):
     (f / "empty.png").touch()
     (f / "text.png").write_text("not a picture")
     (f / "folder").mkdir()
+    (f / "nested/a.txt").mkdir(parents=True)
+    (f / "dpg").mkdir()
+    (f / "dpg/17.png").touch()
     save_file({"latents": torch.zeros(1, N, C)}, f / "z.safetensors")
     for name, shape in (("wide", (1, N, C + 1)), ("long", (1, N + 1, C)), ("flat", (C,)),
                         ("none", (0, N, C))):
@@ -441,6 +444,7 @@ def files(tmp_path_factory):
     (f / "more/00000/samples").mkdir(parents=True)
     for i in range(2):
         (f / f"more/00000/samples/{i:04d}.png").touch()
+    shutil.copytree(f / "more/00000", f / "other/00001")
     save_file({"latents": torch.full((1, N, C), float("nan"))}, f / "nan.safetensors")
     (f / "cut.safetensors").write_bytes((f / "z.safetensors").read_bytes()[:300])
     for name, lines in {
@@ -449,6 +453,7 @@ def files(tmp_path_factory):
             "list.jsonl": "[1]", "key.jsonl": '{"text": "a cat"}', "number.jsonl": '{"prompt": 3}',
             "blank.jsonl": '{"prompt": " "}', "same.jsonl": '{"prompt": "a", "item_id": 1}\n' * 2,
             "path.jsonl": '{"prompt": "a", "item_id": "../a"}',
+            "name.jsonl": '{"prompt": "a", "item_id": "' + "a" * 300 + '"}',
             "half.jsonl": '{"prompt": "a \\ud83d circle"}'}.items():
         (f / name).write_text(lines)
     (f / "latin.txt").write_bytes("a \u00e9t\u00e9".encode("latin-1"))
@@ -496,6 +501,8 @@ BAD = [
     ("--image {f}/good.png --prompts {f}/good.txt", "--image|--prompts"),
     ("--image {f}/good.png", "--image|good.png|question"),
     ("cat --image {f}/good.png --n 4", "--n|--image"),
+    ("cat --image {f}/good.png --out a.txt", "--out|printed"),
+    ("cat --latent {f}/z.safetensors --decoder {f}/folder", "--decoder|printed"),
     ("cat --latent {f}/z.safetensors --best-of 4", "--best-of|--latent"),
     ("--reconstruct {f}/good.png --direct", "--direct|--reconstruct"),
     (f"--reconstruct {{f}}/good.png --run {ROOT}/assets/tiny/decoder.safetensors",
@@ -528,10 +535,14 @@ BAD = [
     ("--prompts {f}/blank.jsonl", "blank.jsonl|empty"),
     ("--prompts {f}/same.jsonl --layout dpg", "same.jsonl|item_id|twice"),
     ("--prompts {f}/path.jsonl --layout dpg", "path.jsonl|item_id|../a"),
+    ("--prompts {f}/name.jsonl --layout dpg", "name.jsonl|item_id|aaa"),
+    ("--prompts {f}/nested", "a.txt|directory"),
     ("--prompts {f}/chat.txt", "00001|<|im_end|>"),
     ("--prompts {f}/long.txt", "00001|too long|context"),
     ("--prompts {f}/half.jsonl", "00000|not valid Unicode"), ("latin", "not valid Unicode"),
     ("--prompts {f}/good.txt --layout geneval --n 1 --out {f}/more", "--out|0001.png|earlier run"),
+    ("--prompts {f}/good.txt --layout geneval --out {f}/other", "--out|00001|earlier run"),
+    ("--prompts {f}/good.txt --layout dpg --out {f}/dpg", "--out|17.png|earlier run"),
     ("long", "too long|shorten"), ("long --image {f}/good.png", "too long|shorten"),
     ("image", "<image>|leave it out"), ("cat --template a+<image>+{}", "<image>|leave it out"),
     ("cat --out {f}/folder", "--out|folder|.png"), ("cat --out a.jpg", "--out a.jpg|.png"),
