@@ -10,6 +10,8 @@ The latent is what the language model sees of a picture, so a drawn one goes bac
 
 `scores` gives all of them for each candidate, `rank` orders by one; neither knows of a decoder.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -69,7 +71,7 @@ def answers(llm, tokenizer, z, words, limit=48):
 
 def certainty(logits):
     """Logits [...,V] -> [...]: -mean over the vocabulary of log(V p), 0 for a uniform p. fp32."""
-    return -(F.log_softmax(logits.float(), -1).mean(-1) + torch.tensor(logits.shape[-1]).log())
+    return -(F.log_softmax(logits.float(), -1).mean(-1) + math.log(logits.shape[-1]))
 
 
 @torch.no_grad()

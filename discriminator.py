@@ -181,18 +181,16 @@ class Discriminator(nn.Module):
 # augmentation and losses
 # ------------------------------------------------------------------------------------------------
 
-def augment(images, generator=None, draws=None):
-    """Differentiable augmentation (arXiv 2006.10738), one draw an image: [B,3,H,W] in [0,1].
+def augment(images, draws):
+    """Differentiable augmentation (arXiv 2006.10738) of images [B,3,H,W] in [0,1], by draws [B,5],
+    uniform in [0,1) -> [B,3,H,W].
 
     Translation by up to 1/8 of the side with grey fill, brightness, saturation, contrast; no
     cutout, as in the RAE code. Its numbers are for [-1,1], so this goes there and back: the fill
-    is 0 and brightness +-0.5 on that scale. `generator`: of the CPU, or of the images' device; or
-    `draws` [B,5], uniform in [0,1), made elsewhere (train_decoder.py keys them by image).
+    is 0 and brightness +-0.5 on that scale.
     """
-    x, (B, _, H, W) = 2 * images - 1, images.shape
-    device = getattr(generator, "device", images.device)
-    r = (torch.rand(5, B, generator=generator, device=device) if draws is None else draws.mT)
-    r = r.to(images.device, non_blocking=True)[..., None, None, None]   # [5, B, 1, 1, 1]
+    x, (_, _, H, W) = 2 * images - 1, images.shape
+    r = draws.mT[..., None, None, None]                                 # [5, B, 1, 1, 1]
     dy, dx = round(H / 8), round(W / 8)
     x = F.pad(x, (dx, dx, dy, dy))                                      # [B, 3, H+2dy, W+2dx]
     top = (r[0, :, 0, 0, 0] * (2 * dy + 1)).long()                      # [B], 0..2dy

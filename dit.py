@@ -28,7 +28,7 @@ class Size:
 
 
 # Parameters and training FLOPs are of the DiT alone with N = 256, C = 1152 (tiny: 64 tokens of
-# 96); tests/test_models.py recomputes both.
+# 96); tests/test_ladder.py recomputes both from 0.5b on.
 #                     D depth  H  LLM
 SIZES = {
     "tiny": Size(    160,  6,  5, "tiny"),                          # 0.003 B    0.001 TFLOP/image
@@ -167,7 +167,7 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(D, heads, qk_norm), SwiGLU(D)
         self.adaLN_modulation = adaLN(Z, 6 * D)
 
-    def forward(self, x, c, rope, m=None):          # x [B,N,D], c = SiLU(condition) [B,N or 1,Z]
+    def forward(self, x, c, rope, m=None):          # x [B,N,D], SiLU(c) [B,N or 1,Z]
         if m is None:                               # else given: see DiT.modulations
             m = self.adaLN_modulation[1](c)                                 # [B,N,6D]
         shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, -1)
@@ -186,7 +186,7 @@ class FinalLayer(nn.Module):
         self.linear = Linear(D, C)
         self.adaLN_modulation = adaLN(Z, 2 * D)
 
-    def forward(self, x, c, m=None):
+    def forward(self, x, c, m=None):                                        # as Block's
         shift, scale = (self.adaLN_modulation[1](c) if m is None else m).chunk(2, -1)
         return self.linear(modulate(self.norm_final(x), shift, scale))      # [B,N,C]
 
@@ -227,7 +227,7 @@ class NullCondition(nn.Module):
         self.dropout_embedding = nn.Parameter(torch.zeros(Z))
 
     def forward(self, cond, drop):                          # [B,N,Z], [B] bool: which lose theirs
-        return torch.where(drop[:, None, None], self.dropout_embedding.to(cond.dtype), cond)
+        return torch.where(drop[:, None, None], self.dropout_embedding, cond)       # fp32
 
 
 class DiT(nn.Module):
@@ -285,14 +285,16 @@ class DiT(nn.Module):
         return x
 
     def modulation_input(self, t, cond):
-        """t [B], cond [B,N or 1,Z] -> what every adaLN's Linear takes, [B,N or 1,Z]."""
+        """t [B], cond [B,N or 1,Z], either B may be 1 -> what every adaLN's Linear takes,
+        [B,N or 1,Z]."""
         c = F.silu(self.t_embedder(t)[:, None] + cond.float())              # fp32
         return F.silu(c).to(self.dtype)             # the SiLU in front of every adaLN, hoisted
 
     def modulations(self, t, cond):
-        """t [B], cond [B,N or 1,Z] -> what they do to each block of the trunk and to the last
-        layer: yields [B,N or 1,6D], at the end 2D. x_t has no part in it, so the samples of one
-        prompt share it, and for the null condition a table over all times t is small."""
+        """t [B], cond [B,N or 1,Z], either B may be 1 -> what they do to each block of the trunk
+        and, without a wide head, to the last layer: yields [B,N or 1,6D], at the end 2D. x_t has no
+        part in it, so the samples of one prompt share it, and for the null condition a table over
+        all times t is small."""
         c = self.modulation_input(t, cond)
         for block in self.dit_blocks[:self.depth]:
             yield block.modulation(c)
@@ -300,7 +302,8 @@ class DiT(nn.Module):
             yield self.final_layer.adaLN_modulation[1](c)
 
     def forward(self, x_t, t=None, cond=None, drop=None, m=None):
-        """x_t [B,N,C], t [B], cond [B,N,Z] (or [B,1,Z], as for the null condition) -> v [B,N,C].
+        """x_t [B,N,C], t [B] or [1], cond [B,N,Z] (or [B,1,Z], as for the null condition) ->
+        v [B,N,C].
 
         drop [B] bool replaces the condition of those images by the learned null condition.
         m: `modulations` of t and cond, in their place (sampling, where many x_t share them).

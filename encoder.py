@@ -215,16 +215,15 @@ class DinoBlock(nn.Module):
 class DINOv2(nn.Module):
     """DINOv2 without registers; WebSSL-DINO is this network (reference: transformers Dinov2Model).
 
-    The latent is `last_hidden_state[:, 1:]`: the network's own affine norm, no further one.
-    image_size: the size it runs at (default: of the config); positions are interpolated when the
-    checkpoint's table has another grid.
+    The latent is `last_hidden_state[:, 1:]`: the network's own affine norm, no further one. It runs
+    at the config's image_size.
     """
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
     crop = "center"             # the short side resized, then the middle
     resample = 3
 
-    def __init__(self, config, layers=1, dtype=torch.float32, image_size=None):
+    def __init__(self, config, layers=1, dtype=torch.float32):
         super().__init__()
         c = {**WEBSSL_300M, "layer_norm_eps": 1e-6, **config}
         if c.get("use_swiglu_ffn"):
@@ -234,14 +233,12 @@ class DINOv2(nn.Module):
             raise ValueError(f"--layers {layers}: the encoder has {c['num_hidden_layers']} blocks")
         C, eps = c["hidden_size"], c["layer_norm_eps"]
         self.config, self.layers, self.dtype = c, layers, dtype
-        self.image_size, self.patch_size = image_size or c["image_size"], c["patch_size"]
-        self.grid = self.image_size // self.patch_size
-        self.tokens, self.channels = self.grid ** 2, C
-        table = (c["image_size"] // c["patch_size"]) ** 2
+        self.image_size, self.patch_size = c["image_size"], c["patch_size"]
+        self.tokens, self.channels = (self.image_size // self.patch_size) ** 2, C
         self.embeddings = nn.Module()
         self.embeddings.cls_token = nn.Parameter(torch.zeros(1, 1, C))
         self.embeddings.mask_token = nn.Parameter(torch.zeros(1, C))        # in the files, unused
-        self.embeddings.position_embeddings = nn.Parameter(torch.zeros(1, 1 + table, C))
+        self.embeddings.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.tokens, C))
         self.embeddings.patch_embeddings = nn.ModuleDict(
             {"projection": nn.Conv2d(3, C, self.patch_size, self.patch_size)})
         self.encoder = nn.Module()
@@ -253,17 +250,6 @@ class DINOv2(nn.Module):
             value = torch.tensor(getattr(self, name), device="cpu").view(1, 3, 1, 1)
             self.register_buffer(f"image_{name}", value, False)
 
-    def positions(self):
-        """[1,1+N,C]; bicubic from the checkpoint's grid when it differs (as transformers does)."""
-        table = self.embeddings.position_embeddings
-        if table.shape[1] == 1 + self.tokens:
-            return table
-        cls, grid = table[:, :1], table[:, 1:]
-        side = int(grid.shape[1] ** 0.5)
-        grid = grid.transpose(1, 2).unflatten(2, (side, side))              # [1,C,side,side]
-        grid = F.interpolate(grid, (self.grid, self.grid), mode="bicubic", align_corners=False)
-        return torch.cat([cls, grid.flatten(2).transpose(1, 2)], 1)
-
     def blocks(self, images):
         """images [B,3,H,W] in [0,1] -> the outputs of the last `layers` blocks, each [B,1+N,C]."""
         x = (resize(images.float(), self.image_size) - self.image_mean) / self.image_std
@@ -272,7 +258,7 @@ class DINOv2(nn.Module):
                      stride=self.patch_size)
         x = x.flatten(2).transpose(1, 2)                                    # [B,N,C]
         x = torch.cat([self.embeddings.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
-        x = x + self.positions().to(x.dtype)                                # [B,1+N,C]
+        x = x + self.embeddings.position_embeddings.to(x.dtype)             # [B,1+N,C]
         if self.layers == 1:
             return [self.run(self.encoder.layer, x)]
         outputs = []
@@ -296,7 +282,8 @@ class DINOv2(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 def init_weights(model, seed):
-    """Trunc-normal 0.02 for matrices, zero biases, unit norms; on the CPU generator, by name order.
+    """Trunc-normal 0.02 for matrices, zero biases, unit norms; on the CPU generator, in the order
+    of named_parameters.
 
     For training an encoder from scratch (train_encoder.py) and for random-weight timing runs.
     """
@@ -320,7 +307,7 @@ HF_DINOV2 = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, 
                  image_size=224, patch_size=14)
 
 
-def build_encoder(config, layers=1, dtype=torch.float32, image_size=None):
+def build_encoder(config, layers=1, dtype=torch.float32):
     """The encoder that a config.json names: `model_type` siglip* or dinov2; SO400M if it is empty.
 
     Raises ValueError.
@@ -331,7 +318,7 @@ def build_encoder(config, layers=1, dtype=torch.float32, image_size=None):
         raise ValueError(f"encoder model_type is {kind!r}; known: siglip_vision_model, dinov2")
     model = (SigLIP2({**(HF_SIGLIP if config else {}), **config}, layers, dtype)
              if kind.startswith("siglip") else
-             DINOv2({**HF_DINOV2, **config}, layers, dtype, image_size))
+             DINOv2({**HF_DINOV2, **config}, layers, dtype))
     if model.channels % (heads := model.config["num_attention_heads"]):
         raise ValueError(f"hidden_size {model.channels} is not a multiple of "
                          f"num_attention_heads {heads}")

@@ -52,16 +52,16 @@ def compat_schedule(steps, alpha):
     """
     g = time_shift(torch.linspace(1 / 1000, 1, 1000, dtype=torch.float64), alpha)
     index = torch.tensor([round(k * 999 / (steps - 1)) for k in range(steps)])
-    tau = g[index]                                              # [steps], ascending, tau[-1] = 1
+    tau = g[index].tolist()                                     # [steps], ascending, tau[-1] = 1
     walk = [(tau[k], tau[k - 1]) for k in range(steps - 2, 0, -1)]
     return walk + [(tau[-2], tau[-1])]
 
 
 def schedule_pairs(schedule, steps, alpha):
-    """The list of (t_from, t_to) Euler steps of `clean` or `compat`."""
+    """The list of (t_from, t_to) Euler steps of `clean` or `compat`, numbers."""
     if schedule == "compat":
         return compat_schedule(steps, alpha)
-    times = clean_schedule(steps, alpha)
+    times = clean_schedule(steps, alpha).tolist()
     return list(zip(times[:-1], times[1:]))
 
 
@@ -70,8 +70,8 @@ def euler(velocity, noise, pairs, progress=None):
     """dx = v dt from noise [B,N,C] to a latent; velocity(x, t [B]) -> [B,N,C]. Update in fp32."""
     x = noise.float()
     for t_from, t_to in pairs if progress is None else progress(pairs):
-        t = torch.full((len(x),), float(t_from), device=x.device)
-        x = x + float(t_to - t_from) * velocity(x, t).float()
+        t = torch.full((len(x),), t_from, device=x.device)
+        x = x + (t_to - t_from) * velocity(x, t).float()
     return x
 
 
@@ -101,7 +101,7 @@ def generate(dit, cond, noise, alpha, steps, guidance=1.0, schedule="clean", pro
     of another size may round differently.
     """
     pairs, shared = schedule_pairs(schedule, steps, alpha), len(cond) == 1
-    times = torch.tensor([float(t) for t, _ in pairs], device=noise.device)             # [S]
+    times = torch.tensor([t for t, _ in pairs], device=noise.device)                    # [S]
     table = [None] * len(pairs)
     if guidance != 1:
         table = list(zip(*(m.split(1) for m in dit.modulations(times, dit.null_condition(1)))))
@@ -113,7 +113,7 @@ def generate(dit, cond, noise, alpha, steps, guidance=1.0, schedule="clean", pro
         m = dit.modulations(t[:1], cond) if shared else None                # of [1,N,6D]
         alone = shared and b == 1                       # one image a pass: with both its branches
         if null and alone:
-            m = (torch.cat([a, b.expand_as(a)]) for a, b in zip(m, null))   # of [2,N,6D]
+            m = (torch.cat([c, u.expand_as(c)]) for c, u in zip(m, null))   # of [2,N,6D]
         if m and len(x) > 1:
             m = list(m)                                 # else block by block, while it is in cache
         for part, y in zip(x.split(b), cond.expand(len(x), -1, -1).split(b)):

@@ -121,8 +121,9 @@ class Layer(nn.Module):
 
 def pick(x, index):
     """Rows index [B,M] of x [B,K,H] -> [B,M,H], zero where there is no such row. A product with
-    ones and zeros, which is exact: the backward pass of `gather` is a scatter, for which the TPU's
-    compiler sums the whole batch on every chip (LOG.md)."""
+    ones and zeros, which is exact where fp32 products are (`parallel.setup` sees to it): the
+    backward pass of `gather` is a scatter, for which the TPU's compiler sums the whole batch on
+    every chip (LOG.md)."""
     rows = torch.arange(x.shape[1], device=x.device)
     return (index[..., None] == rows).to(x.dtype) @ x
 
@@ -161,7 +162,7 @@ class TextModel(nn.Module):
 
         start [B]: position of the first of the N image positions (L or more: no image). answer [B]
         bool: the image is the answer, so its positions take the learned queries; otherwise they
-        take mm_projector(z), z [B,N,C].
+        take mm_projector(z), z [B,N,C]. Without z every image is an answer.
         """
         x = F.embedding(ids.clamp(min=0), self.model.embed_tokens.weight).to(self.dtype)
         if start is None:
@@ -190,8 +191,8 @@ class TextModel(nn.Module):
         cos, sin = (a.repeat(1, 2).to(x.dtype) for a in (angle.cos(), angle.sin()))  # [L,hd]
         if cache is None:
             return self.model.norm(self.run(layers, x, cos, sin))
-        for layer, past in zip(layers, cache):
-            x = layer(x, cos, sin, past)
+        for layer, kv in zip(layers, cache):
+            x = layer(x, cos, sin, kv)
         return self.model.norm(x)
 
     def run(self, layers, x, cos, sin):
@@ -212,9 +213,10 @@ class TextModel(nn.Module):
         return F.linear(h, self.head_weight().to(h.dtype)).float()
 
     def condition(self, h, start):
-        """Hidden states [B,L,H] at the N query positions, projected: cond [B,N,Z]."""
+        """Hidden states [B,L,H] at the N query positions, projected: cond [B,N,Z]. Where there is
+        no image (start L) it is of zeros."""
         index = start[:, None] + torch.arange(self.tokens, device=h.device)         # [B,N]
-        return self.diff_head_projector(pick(h, index.clamp(max=h.shape[1] - 1)))
+        return self.diff_head_projector(pick(h, index))
 
     def text_loss(self, h, where, targets):
         """Cross-entropy of the labelled next tokens, summed (the caller divides by their number in
@@ -240,13 +242,15 @@ class TextModel(nn.Module):
         """Training FLOPs of one sequence of `length` tokens, `labelled` of which go through the
         head: 6 per weight and token, 4 where the weights are frozen, for the gradient still passes
         to the queries. Attention is counted in full: the causal half is not skipped in the count,
-        as is usual."""
+        as is usual. Both projectors run on every sequence's N positions."""
         c, H = self.config, self.width
         hd = H // c["num_attention_heads"]
         layer = 2 * H * H + 2 * H * hd * c["num_key_value_heads"] + 3 * H * c["intermediate_size"]
         layers, head = length * c["num_hidden_layers"] * layer, labelled * c["vocab_size"] * H
         products = length * c["num_hidden_layers"] * 2 * length * H # q k^T and its product with v
-        return (4 if frozen else 6) * (layers + head) + 6 * products
+        ours = self.tokens * sum(p.numel() for name, p in self.named_parameters()
+                                 if "projector" in name and p.dim() == 2)
+        return (4 if frozen else 6) * (layers + head) + 6 * (products + ours)
 
     def activation_bytes(self, length):
         """What the backward pass keeps of one sequence, eager: 16 H + 4 MLP values a token and
@@ -408,9 +412,9 @@ def expand(ids, labels, tokens):
 
 def prompt_ids(tokenizer, text, image=False):
     """Ids that ask for an answer: the chat up to the assistant's header. image: with a picture."""
-    user = ("<im_start><image><im_end>\n" if image else "") + text
-    return encode_text(tokenizer, f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-                       f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n")
+    turn = {"from": "human", "value": "<image>\n" * image + text}
+    return (chat(tokenizer, [turn], has_image=image)[0]
+            + encode_text(tokenizer, "<|im_start|>assistant\n"))
 
 
 def pad_batch(samples, pad_id, multiple=64):
@@ -451,6 +455,6 @@ def direct_condition(llm, tokenizer, prompts, device):
     for prompt in prompts:
         turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": ANSWER}]
         rows.append(expand(*chat(tokenizer, turns), llm.tokens))
-    ids, _, start, answer = pad_batch(rows, tokenizer.token_to_id("<|endoftext|>"))
+    ids, _, start, _ = pad_batch(rows, tokenizer.token_to_id("<|endoftext|>"))
     start = start.to(device)
-    return llm.condition(llm(llm.embed(ids.to(device), start, answer.to(device))), start)
+    return llm.condition(llm(llm.embed(ids.to(device), start)), start)

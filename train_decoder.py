@@ -5,8 +5,10 @@
     python train_decoder.py --latent vae         # the baseline: FLUX's AutoencoderKL
 
     z = encoder(x) + noise;   x_hat = decoder(z)                   paper section 2, Tables 7 and 8
-    L   = l1 |x_hat - x| + lpips LPIPS(x_hat, x) + gram Gram(x_hat, x) + gan lambda GAN(D(x_hat))
-    L_D = hinge(D(x), D(x_hat))                    D: heads on a frozen DINO (discriminator.py)
+    L   = l1 |x_hat - x| + lpips LPIPS(x_hat, x) + gram Gram(x_hat, x) - gan lambda D(T(x_hat))
+    L_D = hinge(D(T(x)), D(T(x')))                 D: heads on a frozen DINO (discriminator.py)
+                                                   T: augment; x' = decoder(encoder(x)), 8 bits
+For the VAE kl KL is added to L, and z is a draw of its posterior.
 """
 import argparse
 import functools
@@ -413,7 +415,7 @@ def main():
                 z, (mean, logvar) = None, model.posterior(x)                # [B,c,h,w]
                 x_hat = (model.decoder(mean + (0.5 * logvar).exp() * batch["noise"]) + 1) / 2
                 kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-                log["kl"] = args.kl * kl
+                log["kl"] = kl
             else:
                 with torch.no_grad():
                     z = encoder(x)                                          # [B,N,C]
@@ -426,9 +428,9 @@ def main():
                 rec = rec + args.lpips * log["lpips"] + args.gram * log["gram"]
             # each loss' gradient is taken at the picture: one backward pass through each network
             g, = torch.autograd.grad(rec, x_hat)
-            loss = rec.detach() + log.get("kl", 0)
+            loss = rec.detach() + args.kl * log.get("kl", 0)
             if adversarial:
-                gan = gans.g_loss(disc(gans.augment(x_hat, draws=batch["fake_g"])))
+                gan = gans.g_loss(disc(gans.augment(x_hat, batch["fake_g"])))
                 g_gan, = torch.autograd.grad(gan, x_hat)
                 last = model.decoder.conv_out.weight if vae else model.decoder_pred.weight
                 weight = gans.adaptive_weight(
@@ -438,7 +440,9 @@ def main():
                 g = g + args.gan * weight * g_gan
                 loss = loss + args.gan * weight * gan.detach()
                 log.update(gan=gan, gan_lambda=weight)
-            ends = [(x_hat, g * part)] + ([(log["kl"], torch.full_like(kl, part))] if vae else [])
+            ends = [(x_hat, g * part)]
+            if vae:
+                ends.append((kl, torch.full_like(kl, args.kl * part)))
             torch.autograd.backward(*zip(*ends))
             if judging:
                 kept.append((x, z, batch))
@@ -458,8 +462,8 @@ def main():
             for i, (x, z, batch) in enumerate(kept):
                 disc.train(i == 0)      # a step of the spectral norms' power iteration: once
                 fake = (reconstruct(x, z).clamp(0, 1) * 255).round() / 255
-                pair = [gans.augment(x, draws=batch["real_d"]),
-                        gans.augment(fake, draws=batch["fake_d"])]
+                pair = [gans.augment(x, batch["real_d"]),
+                        gans.augment(fake, batch["fake_d"])]
                 real, fake = disc(torch.cat(pair)).chunk(2)                 # logits, each [B,L*N]
                 d = d_loss(real, fake)
                 (d * part).backward()

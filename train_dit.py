@@ -4,7 +4,7 @@
     python train_dit.py --size 2b --data shards/ --batch 2048
 
     z    = encoder(image)                                   frozen
-    cond = LLM(chat(prompt), queries) at the queries        [B,N,Z]
+    cond = Linear(LLM(chat(prompt), queries) at the queries)        [B,N,Z]
     x_t  = (1-t) z + t eps;   v = DiT(x_t, t, cond)
     loss = CE(text) + 2 |v - (eps - z)|^2                   paper sections 2.2, 3.1, appendix B
 

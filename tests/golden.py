@@ -118,7 +118,8 @@ def dit(config, weights, inputs):
     out = {"velocity": model(inputs.get("xt", xt), t, cond),
            "loss": flow.flow_loss(model(xt, t, cond), x, noise),
            # the grid in ascending order, from the steps that walk it downwards (stray step last)
-           "time_grid": torch.stack([pairs[-2][1], *[a for a, _ in pairs[-2::-1]], pairs[-1][1]]),
+           "time_grid": torch.tensor([pairs[-2][1], *[a for a, _ in pairs[-2::-1]], pairs[-1][1]],
+                                     dtype=torch.float64),
            "sample_cfg1": flow.euler(lambda x, t: model(x, t, cond), noise, pairs)}
     if c["class_dropout_prob"] > 0:
         null = model.null_condition(len(cond))                              # [B,1,Z]

@@ -136,7 +136,7 @@ def test_gradients_reach_the_picture_and_not_the_frozen_nets(nets):
     x = torch.rand(2, 3, 64, 64)
     x_hat = torch.rand(2, 3, 64, 64, requires_grad=True)
     lpips, gram = vgg(x_hat, x)
-    (lpips.sum() + gram.sum() + gans.g_loss(disc(gans.augment(x_hat)))).backward()
+    (lpips.sum() + gram.sum() + gans.g_loss(disc(gans.augment(x_hat, torch.rand(2, 5))))).backward()
     assert (x_hat.grad.flatten(1).abs().sum(1) > 0).all()
     frozen = [*encoder.parameters(), *vgg.parameters(), *disc.dino.parameters()]
     assert all(p.grad is None and not p.requires_grad for p in frozen)
@@ -174,7 +174,7 @@ def test_first_step_is_the_sum_of_its_terms(gan_run, nets):
     x_hat, W = model(encoder(x)), model.decoder_pred.weight
     l1, (lpips, gram) = (x_hat - x).abs().mean(), (v.mean() for v in vgg(x_hat, x))
     rec = l1 + lpips + 100 * gram
-    gan = -disc.eval()(gans.augment(x_hat, draws=batch["fake_g"])).mean()
+    gan = -disc.eval()(gans.augment(x_hat, batch["fake_g"])).mean()
     a, b = (torch.autograd.grad(v, W, retain_graph=True)[0].norm() for v in (rec, gan))
     weight = (a / (b + 1e-6)).clamp(0, 1e4)
     (rec + 0.5 * weight * gan).backward()
@@ -206,8 +206,8 @@ def test_discriminator_sees_8_bit_pictures_of_the_updated_decoder(gan_run, nets)
             fake = (model(encoder(x)).clamp(0, 1) * 255).round() / 255
         disc.load_state_dict(weights.load_discriminator(args.dino, DEVICES).state_dict())
         disc.train()
-        pair = (gans.augment(x, draws=batch["real_d"]),
-                gans.augment(fake, draws=batch["fake_d"]))
+        pair = (gans.augment(x, batch["real_d"]),
+                gans.augment(fake, batch["fake_d"]))
         real, fake = disc(torch.cat(pair)).chunk(2)
         losses.append(0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()))
         if updated:
@@ -327,7 +327,7 @@ def test_vae_end_to_end(nets, tmp_path, capsys):
         l1 = (x_hat - batch["images"] / 255).abs().mean()
     kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum() / 4
     log = lines(out)[0]
-    assert log["kl"] == pytest.approx(1e-6 * kl.item(), abs=1e-7)
+    assert log["kl"] == pytest.approx(kl.item(), rel=1e-4)
     assert log["l1"] == pytest.approx(l1.item(), rel=1e-4)
     model = weights.load_vae(out / "final/ema.safetensors", DEVICES)
     assert model.config["scaling_factor"] != 1 and model.shift != 0
