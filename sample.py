@@ -270,18 +270,13 @@ def arguments(argv=None):
     return args
 
 
-def check_layout(args, names):
-    """Raises UserError where --out holds pictures that a scorer would count besides those of the
-    prompts with these names."""
-    old = []
-    if args.layout == "geneval":
-        old = [p for p in args.out.glob("*/samples/*.png")
-               if p.parts[-3] not in names or p.stem >= f"{args.n:04d}"]
-    elif args.layout == "dpg":
-        old = [p for p in args.out.glob("*.png") if p.stem not in names]
-    if old:
-        raise UserError(f"--out {args.out} holds {old[0]} of an earlier run, which the scorer would "
-                        "count too; take another --out")
+def check_geneval(args, names):
+    """Raises UserError where --out holds pictures that GenEval's scorer would count besides those
+    of the prompts with these names. (DPG-Bench's go by item_id: several runs may fill a folder.)"""
+    for p in args.out.glob("*/samples/*.png"):
+        if p.parts[-3] not in names or p.stem >= f"{args.n:04d}":
+            raise UserError(f"--out {args.out} holds {p} of an earlier run, which the scorer would "
+                            "count too; take another --out")
 
 
 def check_schedule(args):
@@ -452,7 +447,8 @@ def main(argv=None):
     picture = open_image(args.image or args.reconstruct) if args.image or args.reconstruct else None
     items = read_prompts(args.prompts, args.layout) if args.prompts else [
         ("", args.text, {"prompt": args.text})]
-    check_layout(args, {name for name, *_ in items})
+    if args.layout == "geneval":
+        check_geneval(args, {name for name, *_ in items})
     if args.latent and not args.latent.is_file():
         raise UserError(f"--latent {args.latent}: no such file")
     run, = weights.locate([("model", args.run, "--run")])

@@ -434,8 +434,6 @@ def files(tmp_path_factory):
     (f / "text.png").write_text("not a picture")
     (f / "folder").mkdir()
     (f / "nested/a.txt").mkdir(parents=True)
-    (f / "dpg").mkdir()
-    (f / "dpg/17.png").touch()
     save_file({"latents": torch.zeros(1, N, C)}, f / "z.safetensors")
     for name, shape in (("wide", (1, N, C + 1)), ("long", (1, N + 1, C)), ("flat", (C,)),
                         ("none", (0, N, C))):
@@ -542,7 +540,6 @@ BAD = [
     ("--prompts {f}/half.jsonl", "00000|not valid Unicode"), ("latin", "not valid Unicode"),
     ("--prompts {f}/good.txt --layout geneval --n 1 --out {f}/more", "--out|0001.png|earlier run"),
     ("--prompts {f}/good.txt --layout geneval --out {f}/other", "--out|00001|earlier run"),
-    ("--prompts {f}/good.txt --layout dpg --out {f}/dpg", "--out|17.png|earlier run"),
     ("long", "too long|shorten"), ("long --image {f}/good.png", "too long|shorten"),
     ("image", "<image>|leave it out"), ("cat --template a+<image>+{}", "<image>|leave it out"),
     ("cat --out {f}/folder", "--out|folder|.png"), ("cat --out a.jpg", "--out a.jpg|.png"),
