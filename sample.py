@@ -259,9 +259,8 @@ def arguments(argv=None):
         raise UserError(f"--guidance-interval {lo:g} {hi:g}: expected 0 <= LO <= HI <= 1")
     check_schedule(args)
     prints = mode == "image" or mode == "latent" and args.text
-    for flag in ("out", "decoder"):
-        if prints and getattr(args, flag):
-            raise UserError(f"--{flag} has no meaning with a question: its answer is printed")
+    if prints and args.out:
+        raise UserError(f"--out {args.out} has no meaning with a question: its answer is printed")
     args.out = args.out or Path("out" if args.prompts else "out.png")
     if not prints:
         check_out(args.out, "--out", None if args.prompts else ".png")

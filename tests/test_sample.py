@@ -500,7 +500,7 @@ BAD = [
     ("--image {f}/good.png", "--image|good.png|question"),
     ("cat --image {f}/good.png --n 4", "--n|--image"),
     ("cat --image {f}/good.png --out a.txt", "--out|printed"),
-    ("cat --latent {f}/z.safetensors --decoder {f}/folder", "--decoder|printed"),
+    ("cat --latent {f}/z.safetensors --out a.png", "--out|printed"),
     ("cat --latent {f}/z.safetensors --best-of 4", "--best-of|--latent"),
     ("--reconstruct {f}/good.png --direct", "--direct|--reconstruct"),
     (f"--reconstruct {{f}}/good.png --run {ROOT}/assets/tiny/decoder.safetensors",
