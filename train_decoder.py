@@ -8,7 +8,8 @@
     L   = l1 |x_hat - x| + lpips LPIPS(x_hat, x) + gram Gram(x_hat, x) - gan lambda D(T(x_hat))
     L_D = hinge(D(T(x)), D(T(x')))                 D: heads on a frozen DINO (discriminator.py)
                                                    T: augment; x' = decoder(encoder(x)), 8 bits
-For the VAE kl KL is added to L, and z is a draw of its posterior.
+
+The VAE adds kl KL to L, and its z is a draw of the posterior.
 """
 import argparse
 import functools

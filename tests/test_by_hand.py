@@ -202,8 +202,8 @@ def test_pngs_are_rounded_and_compat_ones_cut(tmp_path):
 
 def test_the_default_schedule_is_shifted():
     pairs = flow.schedule_pairs("clean", 4, 8.0)
-    assert [float(a) for a, _ in pairs] == pytest.approx([1, 24 / 25, 8 / 9, 8 / 11])
-    assert [float(b) for _, b in pairs] == pytest.approx([24 / 25, 8 / 9, 8 / 11, 0])
+    assert [a for a, _ in pairs] == pytest.approx([1, 24 / 25, 8 / 9, 8 / 11])
+    assert [b for _, b in pairs] == pytest.approx([24 / 25, 8 / 9, 8 / 11, 0])
     assert flow.clean_schedule(4, 1.0).tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0])
 
 

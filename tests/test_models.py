@@ -67,9 +67,9 @@ def test_euler_solves_a_straight_path(schedule):
 
 def test_compat_times_of_the_spec():
     pairs = flow.compat_schedule(50, flow.shift_alpha(256, 1152))
-    assert float(pairs[0][0]) == pytest.approx(0.997601, abs=1e-6)      # starts off the grid,
-    assert float(pairs[-2][1]) == pytest.approx(0.008422, abs=1e-6)     # never reaches 0,
-    assert [float(x) for x in pairs[-1]] == pytest.approx([0.997601, 1.0], abs=1e-6)  # stray step
+    assert pairs[0][0] == pytest.approx(0.997601, abs=1e-6)      # starts off the grid,
+    assert pairs[-2][1] == pytest.approx(0.008422, abs=1e-6)     # never reaches 0,
+    assert list(pairs[-1]) == pytest.approx([0.997601, 1.0], abs=1e-6)  # stray step
 
 
 def test_training_times_are_logit_normal_then_shifted():
