@@ -12,6 +12,7 @@ start (`setup`), place (`shard`, `mark`, `place`), step (`adamw`, `clip_grad`, `
 import contextlib
 import datetime
 import functools
+import gc
 import logging
 import math
 import os
@@ -455,5 +456,10 @@ def peak_tflops(devices):
 
 
 def finish():
+    """Leave the process groups. A group's threads end with the last reference to it, and one that
+    still drops the tensor of its last collective when Python ends would abort the process. (DTensor
+    keeps the mesh of a sharded model; its last collective is long past.)"""
     if dist.is_initialized():
+        patient.cache_clear()
         dist.destroy_process_group()
+        gc.collect()                    # what lies in cycles of the script's objects

@@ -207,13 +207,14 @@ def test_a_barrier_waits_longer_than_a_collective(tmp_path):
     """One process may encode a data set alone (--cache-latents), for hours; gloo gives up after half
     an hour, here after three seconds."""
     (tmp_path / "waits.py").write_text(
-        "import datetime, time, torch.distributed as dist, parallel\n"
+        "import datetime, time, torch.distributed as dist, parallel, run\n"
         "start = dist.init_process_group\n"
         "dist.init_process_group = lambda b: start(b, timeout=datetime.timedelta(seconds=3))\n"
-        "devices = parallel.setup('cpu', 'float32')\n"
-        "time.sleep(8 * devices.main)\n"
-        "parallel.barrier(devices)\n"
-        "print('here', parallel.total([1.0], devices))\n"
-        "parallel.finish()\n")
+        "def main():\n"
+        "    devices = parallel.setup('cpu', 'float32')\n"
+        "    time.sleep(8 * devices.main)\n"
+        "    parallel.barrier(devices)\n"
+        "    print('here', parallel.total([1.0], devices))\n"
+        "run.main(main)\n")
     said = launch(2, tmp_path / "waits.py")
     assert said.count("here") == said.count("[2.0]") == 2       # they may write at once
