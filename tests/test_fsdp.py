@@ -205,9 +205,9 @@ def test_four_processes(curve, tmp_path):
 
 def test_a_barrier_waits_longer_than_a_collective(tmp_path):
     """One process may encode a data set alone (--cache-latents), for hours; gloo gives up after half
-    an hour, here after three seconds."""
+    an hour, here after three seconds. At the end no thread of gloo's outlives Python."""
     (tmp_path / "waits.py").write_text(
-        "import datetime, time, torch.distributed as dist, parallel, run\n"
+        "import datetime, glob, time, torch.distributed as dist, parallel, run\n"
         "start = dist.init_process_group\n"
         "dist.init_process_group = lambda b: start(b, timeout=datetime.timedelta(seconds=3))\n"
         "def main():\n"
@@ -215,6 +215,8 @@ def test_a_barrier_waits_longer_than_a_collective(tmp_path):
         "    time.sleep(8 * devices.main)\n"
         "    parallel.barrier(devices)\n"
         "    print('here', parallel.total([1.0], devices))\n"
-        "run.main(main)\n")
+        "run.main(main)\n"
+        "for name in glob.glob('/proc/self/task/*/comm'):\n"
+        "    assert 'gloo' not in open(name).read()\n")
     said = launch(2, tmp_path / "waits.py")
     assert said.count("here") == said.count("[2.0]") == 2       # they may write at once
