@@ -164,6 +164,7 @@ def test_stage_one_on_four_devices(curve, devices):
     _, expected, _ = curve("train_decoder", 0)
     out, found, counts = curve("train_decoder", devices)
     same(found, expected, ("l1", "lpips", "gram", "loss", "disc"), 1e-3)
+    same(found[:2], expected[:2], ("loss", "l1"), 1e-5)     # ten steps; rounding grows with each
     compiles = [c for c, _ in counts[:21]]              # another program with D, and one with GAN
     assert len(set(compiles[7:11])) == 1 and len(set(compiles[11:21])) == 1, compiles
 
