@@ -278,7 +278,7 @@ def draw(args, prompts, device, llm, dit, tokenizer, decoder, alpha, guidance):
                                             args.schedule, device)
                              for p in some for i in range(args.n)]).to(device)          # [bn,N,C]
         z = flow.generate(dit, cond.repeat_interleave(args.n, 0), noise, alpha, args.steps,
-                          guidance, args.schedule)
+                          guidance, args.schedule, interval=args.guidance_interval)
         yield from decoder(z).float().cpu().clamp(0, 1).split(args.n)
 
 
@@ -344,7 +344,8 @@ def t2i(args):
     devices, llm, dit, tokenizer, config, encoder, decoder = load_run(args)
     alpha, guidance = sample.alpha_and_guidance(args, dit, config)
     print(f"{len(prompts)} prompts x {args.n} pictures by {args.run}, {args.steps} steps "
-          f"({args.schedule}), guidance {guidance:g}, on {devices}\n", flush=True)
+          f"({args.schedule}), guidance {guidance:g} in {list(args.guidance_interval)}, on "
+          f"{devices}\n", flush=True)
     x_hat = reconstruct(encoder, decoder, scene_pictures(prompts, encoder.image_size))
     ceiling = [benchmark.judge(x, p)[0] for x, p in zip(x_hat, prompts)]
     scores, failures = [], []
@@ -368,7 +369,7 @@ def t2i(args):
         failure_sheet(failures, args.sheet)
     print(json.dumps({"task": "t2i", "run": str(args.run), "steps": args.steps,
                       "schedule": args.schedule, "seed": args.seed,
-                      "guidance": guidance, "n": args.n, "dtype": str(devices.dtype),
+                      "guidance": guidance, "guidance_interval": args.guidance_interval, "n": args.n, "dtype": str(devices.dtype),
                       **results.pop("overall"), "categories": results}))
 
 
@@ -498,6 +499,8 @@ def main():
     q.add_argument("--steps", type=runs.positive(), help="default 25; of --prompts 50")
     q.add_argument("--schedule", choices=["clean", "compat"], default="clean")
     q.add_argument("--guidance", type=runs.positive(float, zero=True), help="default: as sample.py")
+    q.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"),
+                   help="guide only at times t in it; default 0 1, all (1 is noise)")
     q.add_argument("--per-category", type=runs.positive(), default=40, help="prompts a category")
     q.add_argument("--batch", type=runs.positive(), default=32, help="pictures at a time")
     q.add_argument("--seed", type=runs.seed, default=0, help="of the noise")

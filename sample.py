@@ -254,9 +254,6 @@ def arguments(argv=None):
         raise UserError(f"{flag} {args.n}: DPG-Bench's scorer takes 1 or 4 pictures a prompt")
     args.steps, args.seed = args.steps or 50, args.seed or 0
     args.schedule, args.verifier = args.schedule or "clean", args.verifier or "prompt"
-    lo, hi = args.guidance_interval = tuple(args.guidance_interval or (0.0, 1.0))
-    if not 0 <= lo <= hi <= 1:
-        raise UserError(f"--guidance-interval {lo:g} {hi:g}: expected 0 <= LO <= HI <= 1")
     check_schedule(args)
     prints = mode == "image" or mode == "latent" and args.text
     if prints and args.out:
@@ -279,9 +276,13 @@ def check_geneval(args, names):
 
 
 def check_schedule(args):
-    """Raises UserError for fewer steps than the schedule takes."""
+    """Raises UserError for fewer steps than the schedule takes, and times that are none. Fills
+    --guidance-interval."""
     if args.schedule == "compat" and args.steps < 3:
         raise UserError(f"--steps {args.steps}: --schedule compat needs at least 3")
+    lo, hi = args.guidance_interval = tuple(args.guidance_interval or (0.0, 1.0))
+    if not 0 <= lo <= hi <= 1:
+        raise UserError(f"--guidance-interval {lo:g} {hi:g}: expected 0 <= LO <= HI <= 1")
 
 
 def check_text(words, flag, tokenizer, config, tokens):
@@ -433,6 +434,9 @@ def alpha_and_guidance(args, dit, config):
     if guidance != 1 and not guided:
         raise UserError(f"--guidance {guidance:g}: this model has no null condition (trained with "
                         "--cond-drop 0); use --guidance 1")
+    if guidance == 1 and args.guidance_interval != (0.0, 1.0):
+        raise UserError(f"--guidance-interval {' '.join(map(str, args.guidance_interval))}: "
+                        "guidance is off; give --guidance too")
     base = config.get("diffusion_base_dim") or flow.SHIFT_BASE
     return alpha or flow.shift_alpha(dit.tokens, dit.channels, base), guidance
 
@@ -476,9 +480,6 @@ def main(argv=None):
         return ask(args, llm, tokenizer, z)
 
     alpha, guidance = alpha_and_guidance(args, dit, config)
-    if guidance == 1 and args.guidance_interval != (0.0, 1.0):
-        raise UserError(f"--guidance-interval {' '.join(map(str, args.guidance_interval))}: "
-                        "guidance is off; give --guidance too")
     _, decoder = weights.load_codec(config, args, devices, encoder=False)
     if args.latent:
         with torch.no_grad():

@@ -52,7 +52,8 @@ def draw(args, prompts, first):
         cond = text.direct_condition(llm, tokenizer, [p.text], devices.device)
         noise = torch.stack([flow.noise_for(p.text, first + i, dit.tokens, dit.channels)
                              for i in range(SIZES[-1])]).to(devices.device)
-        z = flow.generate(dit, cond, noise, alpha, args.steps, guidance)  # [16,N,C]
+        z = flow.generate(dit, cond, noise, alpha, args.steps, guidance,
+                          interval=args.guidance_interval)                      # [16,N,C]
         latents.append(z.cpu())
         passed.append([benchmark.judge(x, p)[0] for x in decoder(z).float()])
     return torch.stack(latents), torch.tensor(passed)
@@ -112,9 +113,11 @@ def main():
     p.add_argument("--count", type=runs.positive(), default=12, help="prompts of a category")
     p.add_argument("--steps", type=runs.positive(), default=25)
     p.add_argument("--guidance", type=float)
+    p.add_argument("--guidance-interval", type=float, nargs=2)
     p.add_argument("--dtype", choices=["bfloat16", "float32"])
     args = p.parse_args()
     args.device, args.encoder, args.decoder, args.schedule = "auto", None, None, "clean"
+    sample.check_schedule(args)
     pool = [q for q in benchmark.prompts(40)
             if q.category in benchmark.CATEGORIES and q.scene.things[0].colour]
     prompts = [q for name in ("single object", "colours", "two objects", "attribution")
