@@ -192,8 +192,11 @@ class Tars:
                     if rest.strip(b"\0"):
                         raise tarfile.ReadError(f"no header at byte {tar.offset}, and it goes on")
         except (tarfile.TarError, OSError) as e:
+            mend = "fetch it again"
+            if read_bytes(path, 0, 2) == b"\x1f\x8b":
+                mend = "it is compressed: unpack it with gunzip"
             raise DataError(f"{path}: unreadable as a tar after {len(found)} records ({e}); "
-                            "fetch it again, or leave it out of --data") from None
+                            f"{mend}, or leave it out of --data") from None
         return found.values()
 
     def __len__(self):
@@ -231,7 +234,11 @@ def open_source(name: str, text: bool = True):
     """Folder, JsonLines or Tars for a path; shards may be `a/{000..123}.tar`, a glob or a folder of
     tars. Raises DataError."""
     if os.path.isdir(name):
-        paths = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
+        inside = [os.path.join(name, f) for f in sorted(os.listdir(name))]
+        paths = [p for p in inside if p.endswith(".tar")]
+        if paths and (lone := sum(p.lower().endswith(IMAGES) for p in inside)):
+            print(f"note: {name} holds tars, the {lone} pictures beside them are left out",
+                  file=sys.stderr)
         return Tars(paths, text) if paths else Folder(name, text)
     if not name.endswith((".jsonl", ".tar")):
         what = "a file of no known kind" if os.path.exists(name) else "neither built in nor a path"
@@ -295,6 +302,7 @@ def file_record(source, j: int, resolution: int, crop: str, text: bool, rand,
     picture."""
     data, fields = source.read(j)
     words = fields.get("caption") or fields.get("prompt") or fields.get("text")
+    words = words.strip() if isinstance(words, str) else words
     talk = fields.get("conversations")
     for said in [words or "", *(t[k] for t in talk or [] for k in ("from", "value"))]:
         if not isinstance(said, str):
@@ -493,7 +501,8 @@ class SkipCounter:
             if key not in self.keys:
                 print(f"skipped {key}: {reason}", file=sys.stderr)
             self.keys.add(key)
-        if self.broken > 10 and self.broken > 0.01 * self.seen:
+        certain = self.broken - math.sqrt(self.broken)      # 12 of the first 1,184 are chance
+        if self.broken > 10 and certain > 0.01 * self.seen:
             raise DataError(f"{self.broken} of {self.seen} samples were broken, above 1 %, such as "
                             f"{skipped[0][0]}; `python data.py check` lists them; mend them or "
                             "leave the source out of --data")
@@ -678,8 +687,9 @@ def show(args):
     if form not in Image.SAVE:
         raise DataError(f"--out {args.out}: expected the name of a picture, such as sheet.png")
     mixture, texts = Mixture([args.source], args.resolution, args.seed, args.crop, text=False), []
-    records = [mixture[n] for n in range(args.count)]
+    records, skips = [mixture[n] for n in range(args.count)], SkipCounter()
     for r in records:
+        skips.update(r["skipped"], args.count)
         turns = [t["value"].replace("<image>", "").strip() for t in r["conversations"]]
         texts.append(" ".join(turns[:1] if r["task"] == "t2i" else turns))
     contact_sheet([r["image"] for r in records], texts, min(args.columns, args.count),
@@ -691,8 +701,10 @@ def export(args):
     """Write the first samples of a stream as tars; given to --data, they are that stream again."""
     mixture = Mixture([args.source], args.resolution, args.seed, args.crop, text=False)
     os.makedirs(args.out, exist_ok=True)
-    if glob.glob(os.path.join(glob.escape(args.out), "*.tar")):
-        raise DataError(f"--out {args.out} holds tars already; give another --out or empty it")
+    for what, ends in (("tars", ".tar"), ("pictures", IMAGES)):
+        if any(f.lower().endswith(ends) for f in os.listdir(args.out)):
+            raise DataError(f"--out {args.out} holds {what} already; give another --out or empty "
+                            "it")
     skips = SkipCounter()
     for first in range(0, args.count, args.shard):
         with tarfile.open(os.path.join(args.out, f"{first // args.shard:05d}.tar"), "w") as tar:
@@ -728,7 +740,7 @@ def check(args):
             lonely = getattr(source, "lonely", 0)
             total, broken = total + len(source) + lonely, broken + lonely
             if lonely:
-                print(f"{path}: {lonely} records without an image")
+                print(f"{path}: {lonely} records without an image (links are not followed)")
             for j in range(len(source)):
                 try:
                     file_record(source, j, 64, "squash", args.text, random.random)

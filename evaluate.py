@@ -146,7 +146,9 @@ def load_codec(args, devices):
     wanted += [("encoder for the features", args.features, "--features")] * bool(args.features)
     paths = weights.locate(wanted)
     encoder = weights.load_encoder(paths[0], devices, config.get("layers", 1))
-    decoder = weights.load_decoder(file, devices, encoder.channels, encoder.mean, encoder.std)
+    decoder = weights.load_decoder(file, devices, encoder.channels, encoder.mean, encoder.std,
+                                   flag="--run")
+    weights.note_pair(decoder, paths[0], "--run")
     features = weights.load_encoder(paths[1], devices) if args.features else encoder
     resolution = decoder.patch * decoder.grid
     return lambda x: decoder(decoder.normalise(encoder(x))), resolution, features, tiny
@@ -332,6 +334,9 @@ def t2i(args):
     if any(given) and not all(given):
         raise UserError("--prompts FILE, --layout geneval|dpg and --out FOLDER go together; for "
                         "the built-in benchmark give none of them")
+    for flag, default in (("--per-category", 40), ("--batch", 32), ("--sheet", None)):
+        if args.prompts and getattr(args, flag[2:].replace("-", "_")) != default:
+            raise UserError(f"{flag} is for the built-in benchmark, not for --prompts")
     if args.prompts:                    # sample.py does that; it refuses what it has no flag for
         sample.main(sys.argv[2:])
         return print(json.dumps({"task": "t2i", **{k: str(getattr(args, k)) for k in (

@@ -54,6 +54,10 @@ def main(function):
         parallel.finish()
     except BaseException as error:
         end_workers()
+        if isinstance(error, KeyboardInterrupt):        # before the loop, or after it
+            print("interrupted; of a training the same command goes on from its last checkpoint",
+                  file=sys.stderr)
+            sys.exit(130)
         if isinstance(error, (UserError, DataError)):
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -274,6 +278,16 @@ class Run:
         if getattr(args, "export", False) and (args.fresh or not there):
             raise UserError("--export writes what is there, --fresh moves it aside: give one of "
                             "them" if args.fresh else f"--export: {self.dir} has no checkpoint")
+        if not there and not args.fresh and (self.dir / "final").exists():
+            raise UserError(f"--out {self.dir} holds final/ and no checkpoint to go on from; --fresh "
+                            "moves it aside, or give another --out")
+        here = self.dir.resolve()
+        if args.fresh and here in (Path.cwd(), *Path.cwd().parents):
+            raise UserError(f"--out {self.dir} --fresh: that would move the working folder aside; "
+                            "give another --out")
+        if args.fresh and args.init and here in (args.init.resolve(), *args.init.resolve().parents):
+            raise UserError(f"--init {args.init} is in --out, which --fresh would move aside; give "
+                            "another --out")
         args.dtype = str(devices.dtype).removeprefix("torch.")  # the one taken, typed or not
         mine = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
                 if k not in FREE and k not in free}
@@ -314,8 +328,7 @@ class Run:
         if self.devices.world * square != each ** 2:        # not all the same: found by all
             raise UserError(f"--out {self.dir} is not the same folder in every process: give one "
                             "on a disk that all hosts see")
-        if self.main and not self.latest and (any((self.dir / "samples").iterdir())
-                                              or (self.dir / "final").exists()):
+        if self.main and not self.latest and any((self.dir / "samples").iterdir()):
             print(f"{self.dir} holds a run without a checkpoint: it is started again")
 
     def _ask_to_stop(self, *_):
@@ -493,7 +506,7 @@ class Run:
             self.meter.wait += time.perf_counter() - begin
             self.keys += batch["keys"]
             self.skips.update(batch["skipped"], self.args.micro_batch // self.devices.world,
-                              batch.get("long", ()))
+                              batch.get("unfit", ()))
             yield batch
 
     def end_step(self, done, norm, flops, plot, sample=None, **values):
@@ -623,7 +636,7 @@ class Run:
             self.bar.close()
             saved = self.latest is not None and self.latest.name == f"step-{step:07d}"
             print(f"stopped {'and saved' if saved else 'but could not save'} at step {step}; the "
-                  "same command again goes on from "
+                  f"same command {'without --fresh' if self.args.fresh else 'again'} goes on from "
                   f"{'there' if saved else self.latest or 'the start'}")
 
     def finish(self):

@@ -130,6 +130,8 @@ def read_prompts(path, layout):
     flag = f"--prompts {path}"
     if not path.exists():
         raise UserError(f"{flag}: no such file or folder")
+    if path.suffix.lower() in (".json", ".csv", ".tsv", ".parquet"):
+        raise UserError(f"{flag}: expected a text file of lines, a .jsonl or a folder of .txt")
     items, files = [], sorted(path.glob("*.txt")) if path.is_dir() else [path]
     try:
         for file in files:
@@ -142,7 +144,7 @@ def read_prompts(path, layout):
                 if not line.strip():
                     continue
                 record = {"prompt": line.strip()}
-                if path.suffix == ".jsonl":
+                if path.suffix.lower() == ".jsonl":
                     try:
                         record = json.loads(line)
                     except ValueError as error:
@@ -261,6 +263,8 @@ def arguments(argv=None):
     args.out = args.out or Path("out" if args.prompts else "out.png")
     if not prints:
         check_out(args.out, "--out", None if args.prompts else ".png")
+    if args.reconstruct and args.out.resolve() == args.reconstruct.resolve():
+        raise UserError(f"--out {args.out} is the picture of --reconstruct; give another --out")
     if args.save_latent:
         check_out(args.save_latent, "--save-latent", ".safetensors")
     return args

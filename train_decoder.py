@@ -282,7 +282,7 @@ def main():
         resolution = patch * encoder.grid
         source = weights.TINY_TOWER if tiny else weights.HUB[args.latent][0]
         config = decoders.decoder_config(args.size, C, N, patch, encoder.mean, encoder.std)
-        config.update(encoder=str(args.encoder or source), layers=args.layers,
+        config.update(encoder=weights.lasting(args.encoder) or source, layers=args.layers,
                       latent_stats=bool(args.latent_stats))
         with torch.device("meta" if args.dry_run else "cpu"):
             model = decoders.Decoder(config, devices.dtype)

@@ -142,6 +142,9 @@ def arguments():
     if args.repa_weight and not args.repa:
         raise UserError(f"--repa-weight {args.repa_weight:g} needs --repa LAYER")
     args.repa_weight = args.repa_weight or 0.5
+    if args.init and args.llm == "random":
+        raise UserError(f"--llm random with --init {args.init}, whose LLM is trained: give one of "
+                        "them")
     if args.random_init and args.size == "tiny":
         raise UserError("--random-init is for the sizes from 0.5b on; tiny needs no download")
     if args.bench and args.cache_latents:
@@ -185,11 +188,15 @@ class Collate:
         self.labelled = length and max(length - tokens, 1)          # an image's positions have none
 
     def __call__(self, records):
-        rows, long = [], []
+        rows, unfit = [], []
         for r in records:
             row = text.expand(*text.chat(self.tokenizer, r["conversations"]), self.tokens)
+            why = [f"its text holds {s}, which the chat format uses" for s in text.SPECIAL
+                   if any(s in turn["value"] for turn in r["conversations"])]
             if len(row[0]) > self.limit:                # never cut through an image: no loss at all
-                long.append((r["key"], f"{len(row[0])} tokens, more than {self.limit} (--length)"))
+                why.append(f"{len(row[0])} tokens, more than {self.limit} (--length)")
+            if why:
+                unfit.append((r["key"], why[0]))
                 row = (row[0][:1], [text.IGNORE], None, False)
             rows.append(row)
         pad = self.tokenizer.token_to_id("<|endoftext|>")
@@ -208,7 +215,7 @@ class Collate:
             "normal": torch.stack([torch.randn((), generator=g) for g in draws]),
             "drop": torch.stack([torch.rand((), generator=g) < self.cond_drop for g in draws]),
             "eps": torch.stack([torch.randn(shape, generator=g) for g in draws]),
-            "keys": [r["key"] for r in records], "long": long,
+            "keys": [r["key"] for r in records], "unfit": unfit,
             "skipped": [s for r in records for s in r["skipped"]]}
         if self.posterior:                              # last, so that the other draws are the same
             batch["posterior"] = torch.stack([torch.randn(shape, generator=g) for g in draws])
@@ -316,9 +323,10 @@ def buckets(t, each, answer):
 def note_changes(name, config, now):
     """Say in what this run {flag: value} differs from the one that --init comes from."""
     theirs = {"--shift": config.get("shift_alpha"), "--layers": config.get("encoder_layers"),
-              "--encoder": weights.tower_of(config)}
+              "--encoder": weights.tower_of(config), "--decoder": config.get("decoder")}
     for flag, value in theirs.items():
         before, after = (f"{v:.7g}" if isinstance(v, float) else v for v in (value, now[flag]))
+        after = after or "its encoder's own"                                # --decoder
         if value and before != after:
             print(f"note: --init {name} was trained with {flag} {before}, this run takes {after}; "
                   f"{flag} {before} keeps the former", file=sys.stderr)
@@ -373,10 +381,12 @@ def main():
     decode = None if planned else vae.decode if vae else decoder
     alpha = (flow.shift_alpha(N, C, args.shift_base) if args.shift == "auto" else
              1.0 if args.shift == "none" else float(args.shift))
-    tower = args.encoder or (weights.TINY_TOWER if tiny else weights.HUB[args.latent][0])
+    tower = weights.lasting(args.encoder) or (weights.TINY_TOWER if tiny else
+                                              weights.HUB[args.latent][0])
     if init and devices.main:
         note_changes(args.init, config,
-                     {"--shift": alpha, "--layers": args.layers, "--encoder": tower})
+                     {"--shift": alpha, "--layers": args.layers, "--encoder": tower,
+                      "--decoder": weights.lasting(args.decoder)})
     if size.width <= C and not args.allow_narrow:
         raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the "
                         f"latent's {C} channels. Noise fills all C dimensions of a token, so a "
@@ -424,7 +434,7 @@ def main():
     length, labelled = first["ids"].shape[1], first["where"].shape[1]       # a typical L and K
     if (first["targets"] == text.IGNORE).all():
         raise UserError(f"--length {args.length}: none of the first 16 samples fits, such as "
-                        f"{': '.join(first['long'][-1])}")
+                        f"{': '.join(first['unfit'][-1])}")
 
     with weights.user_errors("the LLM"), torch.device("meta"):  # shapes: the table takes no memory
         model = networks(text.TextModel(llm_config, N, encoder.channels, size.width, devices.dtype))
@@ -595,9 +605,10 @@ def main():
             return
     run.finish()
     codec = weights.TINY_VAE if tiny else weights.FLUX_VAE
+    seen = files["decoder"] if args.encoder and decoder else args.decoder
     config = weights.model_config(llm, dit, tower, alpha,
-                                  (args.vae or codec) if vae else None, args.layers, args.decoder,
-                                  args.cond_drop)
+                                  (weights.lasting(args.vae) or codec) if vae else None,
+                                  args.layers, weights.lasting(seen), args.cond_drop)
     for name in ("model", "ema"):
         run.export(name, weights.model_state(llm, dit), config)
         runs.swap(named, ema)

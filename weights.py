@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -96,7 +97,8 @@ def read_weights(path, flag="--init"):
         file = next((folder / n for n in FILES if (folder / n).is_file()), *packed[:1] or [None])
         if file is None:
             raise UserError(f"{flag} {path}: no weights; expected one of {', '.join(FILES)} (in a "
-                            "run folder: final/, written when the run ends)")
+                            "run folder: final/, written when the run ends, or of train_dit.py by "
+                            "the same command with --export)")
     else:
         folder = file.parent
     if file.suffix in (".zst", ".zstd"):
@@ -176,17 +178,19 @@ def depth_of(state, blocks):
 def locate(wanted):
     """[(what, path or hub id, flag), ...] -> paths that exist.
 
-    A hub id is looked for in weights/NAME, then downloaded into the local hub cache. Raises one
-    UserError that lists every missing one, where it was looked for, and its flag.
+    A hub id is looked for in weights/NAME, here and beside this file, then downloaded into the
+    local hub cache (but weights/NAME and runs/NAME are no hub ids). Raises one UserError that lists
+    every missing one, where it was looked for, and its flag.
     """
     paths, missing = [], []
     for what, name, flag in wanted:
         local = Path("weights") / Path(str(name)).name
-        if Path(name).exists() or local.exists():
-            paths.append(Path(name) if Path(name).exists() else local)
+        places = (Path(name), local, Path(__file__).parent / local)
+        if found := next((p for p in places if p.exists()), None):
+            paths.append(found)
             continue
         looked = f"{name}, {local}"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        if re.fullmatch(r"(?!(weights|runs)/)[\w.-]+/[\w.-]+", str(name)):
             from huggingface_hub import snapshot_download
             part = ["vae/*"] if what == "vae" else None         # FLUX's other files are 50 GB
             try:                                        # without a network: what is in the cache
@@ -254,14 +258,32 @@ def load_encoder(path, devices, layers=1):
     return model.requires_grad_(False).eval().to(devices.device)
 
 
-def load_decoder(path, devices, channels, mean, std, layers=None, as_it_is=False):
+def lasting(name):
+    """A name for configs, which are read from any folder: of a file or folder its whole path, of
+    the tiny networks and of hub ids (and of None) itself."""
+    whole = Path(name).resolve() if name and Path(name).exists() else None
+    if whole and whole.is_relative_to(ASSETS):
+        return str(whole.relative_to(ASSETS.parent.parent))
+    return str(whole) if whole else name
+
+
+def note_pair(decoder, encoder, flag="--decoder"):
+    """Say where a decoder was trained for another encoder than the one in use."""
+    theirs, used = decoder.config.get("encoder"), lasting(str(encoder))
+    if theirs and lasting(theirs) != used:
+        print(f"note: {flag} was trained for the encoder {theirs}, this one is {used}",
+              file=sys.stderr)
+
+
+def load_decoder(path, devices, channels, mean, std, layers=None, as_it_is=False,
+                 flag="--decoder"):
     """A decoder in the compute dtype for latents of `channels` channels, which sum `layers` blocks
     of the encoder (None: do not check). mean, std: of the encoder's normalisation, because a
     published decoder's config does not hold them; nor need its hidden_size and patch_size be right:
     the weights' win. as_it_is: takes the encoder's latent, also where it was trained on a latent
     normalised by its statistics. Raises UserError."""
-    what = f"--decoder {path}"
-    state, config = read_weights(final_of(path), "--decoder")
+    what = f"{flag} {path}"
+    state, config = read_weights(final_of(path), flag)
     ends = ("decoder_embed.weight", "decoder_layers.0.intermediate.dense.weight",
             "decoder_pred.weight")
     if lacks := [k for k in ends if k not in state]:
@@ -362,6 +384,7 @@ def load_towers(args, tiny, llm, devices):
     else:
         codec = None, load_decoder(files["decoder"], devices, encoder.channels, encoder.mean,
                                    encoder.std, args.layers, as_it_is=True)
+        note_pair(codec[1], files["encoder"])
     files = {k: "random weights" if (k, llm) == ("llm", "random") else str(v)
              for k, v in files.items()}
     return encoder, *codec, tokenizer, files
@@ -425,7 +448,7 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
     tower = tower_of(config) or "encoder"
     vae = plain_name(config.get("generation_alignment_tower") or "")
     names = TINY_CODEC if tower == TINY_TOWER else (
-        tower, next((d for e, d in HUB.values() if e == tower), "decoder"))
+        tower, next((d for e, d in HUB.values() if e == tower), None))
     if vae and decoder:
         if encoder and args.encoder:
             raise UserError(f"--encoder {args.encoder}: the latent of {args.run} is a VAE's, which "
@@ -436,6 +459,8 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
         return (model if encoder else None), model.decode
     wanted = [("encoder", args.encoder or names[0], "--encoder"),
               ("decoder", args.decoder or config.get("decoder") or names[1], "--decoder")]
+    if decoder and not wanted[1][1]:
+        raise UserError(f"{args.run} has the encoder {tower} and names no decoder; give --decoder")
     paths = locate([w for w, needed in zip(wanted, (encoder, decoder)) if needed])
     layers = config.get("encoder_layers") or 1
     e = load_encoder(paths[0], devices, layers) if encoder else None
@@ -443,7 +468,9 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
         return e, None
     dino = "dino" in f"{tower} {args.encoder}".lower()
     kind = e or (encoders.DINOv2 if dino else encoders.SigLIP2)
-    return e, load_decoder(paths[-1], devices, C, kind.mean, kind.std, layers, as_it_is=True)
+    d = load_decoder(paths[-1], devices, C, kind.mean, kind.std, layers, as_it_is=True)
+    note_pair(d, paths[0] if encoder else args.encoder or tower)
+    return e, d
 
 # ------------------------------------------------------------------------------------------------
 # Stage 2: the language model and the DiT

@@ -215,7 +215,7 @@ def test_draws_belong_to_the_image():
         assert torch.equal(part[key][0], batch[key][7]), key
     assert part["ids"].shape == (2, 64) and part["answer"].tolist() == [True, False]
     assert (part["targets"][1] == text.IGNORE).all() and part["start"][1] == 64
-    (key, why), = part["long"]
+    (key, why), = part["unfit"]
     assert key == "k9" and "more than 1024" in why and not part["skipped"]
     collate = train_dit.Collate(collate.tokenizer, 2, 3, 5, 0.1, length=96)         # --length
     assert collate(records[:3])["ids"].shape == (3, 96)
