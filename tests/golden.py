@@ -155,8 +155,8 @@ def lpips(config, weights, inputs):
         for i, conv in enumerate(convs):
             g = torch.Generator().manual_seed(seed + i)
             weight = torch.randn(conv.weight.shape, generator=g)
-            conv.weight.data = weight * (2 / weight[0].numel()) ** 0.5
-            conv.bias.data = 0.1 * torch.randn(conv.bias.shape, generator=g)
+            conv.weight.data.copy_(weight * (2 / weight[0].numel()) ** 0.5)     # in its own dtype
+            conv.bias.data.copy_(0.1 * torch.randn(conv.bias.shape, generator=g))
         for k, lin in enumerate(lins):
             g = torch.Generator().manual_seed(seed + 100 + k)
             lin.weight.data = torch.rand(lin.weight.shape, generator=g)

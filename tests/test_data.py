@@ -93,10 +93,8 @@ def test_epochs_are_permutations(size):
 
 
 def test_hq_is_600_scenes_of_any_seed():
-    keys = [Mixture(["builtin:hq"], 16)[n]["key"] for n in range(0, 600, 7)]
     mixture = Mixture(["builtin:hq"], 16)
     assert len(mixture) == 600 and len({mixture[n]["key"] for n in range(600)}) == 600
-    assert len(set(keys)) == len(keys)
     assert world.scene("builtin:hq", 1, 5) == world.scene("builtin:hq", 2, 605)
     with pytest.raises(TypeError, match="builtin:web is endless"):
         len(Mixture(["builtin:hq", "builtin:web"], 16))
@@ -214,9 +212,7 @@ def test_answers_are_right():
             assert a.lower() == world.NUMBERS[sum(t.kind == what for t in s.things)] + "."
         elif kind == "exists":
             yes = any(world.noun(t.kind) in q for t in s.things)
-            assert yes or a == "No."
-            if a == "Yes.":
-                assert yes
+            assert a == ("Yes." if yes else "No.")
         elif kind == "align":
             text = q.split("the prompt: ")[1][:-1]
             assert (text == world.caption(s)) == (a == "Yes.")
