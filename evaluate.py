@@ -374,7 +374,8 @@ def t2i(args):
         failure_sheet(failures, args.sheet)
     print(json.dumps({"task": "t2i", "run": str(args.run), "steps": args.steps,
                       "schedule": args.schedule, "seed": args.seed,
-                      "guidance": guidance, "guidance_interval": args.guidance_interval, "n": args.n, "dtype": str(devices.dtype),
+                      "guidance": guidance, "guidance_interval": args.guidance_interval,
+                      "n": args.n, "dtype": str(devices.dtype),
                       **results.pop("overall"), "categories": results}))
 
 

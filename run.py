@@ -279,8 +279,8 @@ class Run:
             raise UserError("--export writes what is there, --fresh moves it aside: give one of "
                             "them" if args.fresh else f"--export: {self.dir} has no checkpoint")
         if not there and not args.fresh and (self.dir / "final").exists():
-            raise UserError(f"--out {self.dir} holds final/ and no checkpoint to go on from; --fresh "
-                            "moves it aside, or give another --out")
+            raise UserError(f"--out {self.dir} holds final/ and no checkpoint to go on from; "
+                            "--fresh moves it aside, or give another --out")
         here = self.dir.resolve()
         if args.fresh and here in (Path.cwd(), *Path.cwd().parents):
             raise UserError(f"--out {self.dir} --fresh: that would move the working folder aside; "

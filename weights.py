@@ -178,14 +178,14 @@ def depth_of(state, blocks):
 def locate(wanted):
     """[(what, path or hub id, flag), ...] -> paths that exist.
 
-    A hub id is looked for in weights/NAME, here and beside this file, then downloaded into the
-    local hub cache (but weights/NAME and runs/NAME are no hub ids). Raises one UserError that lists
-    every missing one, where it was looked for, and its flag.
+    A name is looked for here and beside this file, itself and in weights/; then, as a hub id (which
+    weights/NAME and runs/NAME are not), downloaded into the local hub cache. Raises one UserError
+    that lists every missing one, where it was looked for, and its flag.
     """
     paths, missing = [], []
     for what, name, flag in wanted:
         local = Path("weights") / Path(str(name)).name
-        places = (Path(name), local, Path(__file__).parent / local)
+        places = (place / p for p in (name, local) for place in (Path(), Path(__file__).parent))
         if found := next((p for p in places if p.exists()), None):
             paths.append(found)
             continue

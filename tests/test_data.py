@@ -3,6 +3,7 @@
     pytest tests/test_data.py
 """
 import collections
+import gzip
 import io
 import itertools
 import json
@@ -383,6 +384,27 @@ def test_formats(form, tmp_path):
     assert got == collate([mixture[n] for n in range(16)])
 
 
+def test_what_is_left_out_is_said(tmp_path):
+    """By `show` broken pictures; of a folder those beside its tars; of a compressed tar why."""
+    pictures(tmp_path / "in", 12)
+    for k in range(12):
+        (tmp_path / f"in/{k:03d}.txt").write_text(f"  picture {k}\n")
+    (tmp_path / "in/003.png").write_bytes(b"x")
+    done = run("show", "--source", tmp_path / "in", "--count", 12, "--out", tmp_path / "sheet.png")
+    assert done.returncode == 0 and f"skipped {tmp_path}/in/003.png" in done.stderr
+    write_tar(tmp_path / "in/a.tar", [("0.png", png(0)), ("0.txt", b"a cat")])
+    assert len(Mixture([str(tmp_path / "in")], 8)) == 1
+    done = run("check", tmp_path / "in/a.tar")
+    assert done.returncode == 0
+    done = run("show", "--source", tmp_path / "in", "--count", 1, "--out", tmp_path / "sheet.png")
+    assert "the 12 pictures beside them are left out" in done.stderr
+    (tmp_path / "b.tar").write_bytes(gzip.compress((tmp_path / "in/a.tar").read_bytes()))
+    with pytest.raises(DataError, match="b.tar.*compressed: unpack it"):
+        Mixture([str(tmp_path / "b.tar")], 8)
+    (tmp_path / "a.jsonl").write_text('{"image": "in/000.png", "caption": "  "}\n')
+    assert run("check", tmp_path / "a.jsonl").returncode == 1
+
+
 def test_a_tar_of_a_folder(tmp_path):
     """As `tar cf` packs one: with the folder itself, and files that no record has."""
     pictures(tmp_path / "in", 2)
@@ -498,6 +520,9 @@ def test_export_is_the_same_stream(source, tmp_path):
         assert [digest(other[n]) for n in range(25)] == [digest(live[n]) for n in range(25)]
     assert run("check", tmp_path).returncode == 0
     assert "holds tars already" in run("export", "--out", tmp_path).stderr
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.PNG").touch()
+    assert "holds pictures already" in run("export", "--out", tmp_path / "in").stderr
 
 
 def train(out, *argv, monkeypatch):
@@ -600,6 +625,8 @@ def test_above_one_percent_the_run_stops():
     counter.update([(f"k{j}", "bad") for j in range(10)], 20)       # many, but no more than 10
     counter.update([], 2000)
     counter.update([("k10", "bad")], 1)                             # 11, but below 1 %
+    chance = SkipCounter()
+    chance.update([(f"k{j}", "bad") for j in range(12)], 1184)      # of records of which 1 % are
     with pytest.raises(DataError, match="31 of 2031 .* 1 %"):
         counter.update([(f"m{j}", "bad") for j in range(20)], 10)
 

@@ -294,7 +294,7 @@ def test_second_process_refuses(commands, tmp_path, restore_signals):
 # ------------------------------------------------------------------------------------------------
 
 def arguments(out, **other):
-    return argparse.Namespace(**{**dict(out=out, fresh=False, wandb=None, bench=None, keep=2, lr=1e-3, steps=9,
+    return argparse.Namespace(**{**dict(out=out, fresh=False, init=None, wandb=None, bench=None, keep=2, lr=1e-3, steps=9,
                                         log_every=1), **other})
 
 
@@ -308,6 +308,22 @@ def restore_signals():
 
 def tensors(value):
     return {"a": torch.full((3, 2), float(value)), "ema.a": torch.full((3, 2), value / 2)}
+
+
+def test_a_result_without_checkpoints_is_not_replaced(saved, monkeypatch):
+    """Who deletes checkpoints to save room keeps final/; who moves a run aside, what it begins from."""
+    (saved / "final").mkdir()
+    shutil.rmtree(saved / "checkpoints")
+    with pytest.raises(parallel.UserError, match="holds final/ and no checkpoint.*--fresh"):
+        runs.Run(arguments(saved), CPU)
+    for init in (saved, saved / "final"):
+        with pytest.raises(parallel.UserError, match=f"--init {init} is in --out"):
+            runs.Run(arguments(saved, fresh=True, init=init), CPU)
+    runs.Run(arguments(saved, fresh=True, init=saved.with_name("other")), CPU)
+    monkeypatch.chdir(saved / "samples")
+    for out in (Path("."), Path(".."), saved):
+        with pytest.raises(parallel.UserError, match="would move the working folder"):
+            runs.Run(arguments(out, fresh=True), CPU)
 
 
 @pytest.fixture

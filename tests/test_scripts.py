@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def dit_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "dit"
     done = run(*DIT, "--out", out)
     return out, done
+
+
+def test_readme_s_lines_for_python():
+    section = (ROOT / "README.md").read_text().split("## From Python\n")[1].split("\n## ")[0]
+    code = textwrap.dedent(section) + "print(image.shape, v.shape == z.shape, image.std() > 0.05)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True,
+                          text=True)
+    assert done.stdout == "torch.Size([1, 3, 64, 64]) True tensor(True)\n", done.stderr
 
 
 def test_run_folder(dit_run):

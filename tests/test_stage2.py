@@ -410,6 +410,38 @@ def test_finetuning(plain, tmp_path, capsys):
     train(tmp_path / "c", *recipe, "--data", "builtin:web", status=2)       # endless
 
 
+def test_a_run_knows_its_own_encoder_and_decoder(tmp_path, monkeypatch, capsys):
+    """Named from the folder they lie in, found from any; a pair that does not belong together is
+    named, at training, drawing and finetuning."""
+    state, config = weights.read_weights(weights.TINY_CODEC[1])
+    shutil.copy(weights.TINY_CODEC[0], tmp_path / "enc.safetensors")
+    save_file(state, tmp_path / "dec.safetensors", metadata={"config": json.dumps(
+        dict(config, encoder=str(tmp_path / "enc.safetensors")))})
+    draw = ["a cat", "--direct", "--steps", "1", "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
+    train("a", "--encoder", "enc.safetensors")
+    note = f"was trained for the encoder assets/tiny/encoder.safetensors, this one is {tmp_path}/enc"
+    assert note in capsys.readouterr().err
+    train("b", "--encoder", "enc.safetensors", "--decoder", "dec.safetensors")
+    assert "note" not in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path / "a")
+    for name, decoder in (("a", "assets/tiny/decoder.safetensors"),
+                          ("b", f"{tmp_path}/dec.safetensors")):
+        found = weights.config_of(tmp_path / name)
+        assert found["mm_vision_tower_aux_list"] == [f"{tmp_path}/enc.safetensors"]
+        assert found["decoder"] == decoder
+        sample.main([*draw, "--run", str(tmp_path / name)])
+        assert (note in capsys.readouterr().err) == (name == "a")
+    train("c", "--init", tmp_path / "b")
+    said = capsys.readouterr().err
+    assert f"was trained with --decoder {tmp_path}/dec.safetensors, this run takes its encoder's" in said
+    state, config = weights.read_weights(tmp_path / "b/final")
+    save_file(state, tmp_path / "b/final/ema.safetensors", metadata={"config": json.dumps(
+        dict(config, decoder=None))})
+    with pytest.raises(parallel.UserError, match="names no decoder; give --decoder"):
+        sample.main([*draw, "--run", str(tmp_path / "b")])
+
+
 def test_no_cached_latents_on_several_xla_hosts(monkeypatch, capsys):
     hosts = parallel.Devices("xla", torch.device("cpu"), 0, 2, torch.float32, {"fsdp": 4, "tensor": 1})
     monkeypatch.setattr(parallel, "setup", lambda *args: hosts)
