@@ -148,7 +148,7 @@ def load_codec(args, devices):
     encoder = weights.load_encoder(paths[0], devices, config.get("layers", 1))
     decoder = weights.load_decoder(file, devices, encoder.channels, encoder.mean, encoder.std,
                                    flag="--run")
-    weights.note_pair(decoder, paths[0], "--run")
+    weights.note_pair(decoder, name, "--run")
     features = weights.load_encoder(paths[1], devices) if args.features else encoder
     resolution = decoder.patch * decoder.grid
     return lambda x: decoder(decoder.normalise(encoder(x))), resolution, features, tiny
@@ -348,9 +348,9 @@ def t2i(args):
     prompts = benchmark.prompts(args.per_category)
     devices, llm, dit, tokenizer, config, encoder, decoder = load_run(args)
     alpha, guidance = sample.alpha_and_guidance(args, dit, config)
+    at = "" if (where := args.guidance_interval) == (0, 1) else f" at t in {list(where)}"
     print(f"{len(prompts)} prompts x {args.n} pictures by {args.run}, {args.steps} steps "
-          f"({args.schedule}), guidance {guidance:g} in {list(args.guidance_interval)}, on "
-          f"{devices}\n", flush=True)
+          f"({args.schedule}), guidance {guidance:g}{at}, on {devices}\n", flush=True)
     x_hat = reconstruct(encoder, decoder, scene_pictures(prompts, encoder.image_size))
     ceiling = [benchmark.judge(x, p)[0] for x, p in zip(x_hat, prompts)]
     scores, failures = [], []

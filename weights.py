@@ -268,9 +268,13 @@ def lasting(name):
 
 
 def note_pair(decoder, encoder, flag="--decoder"):
-    """Say where a decoder was trained for another encoder than the one in use."""
+    """Say where a decoder was trained for another encoder than the one in use, each as it was named
+    (a hub id may lie in a folder of its name)."""
     theirs, used = decoder.config.get("encoder"), lasting(str(encoder))
-    if theirs and lasting(theirs) != used:
+    same = theirs and (lasting(theirs) == used or
+                       not Path(theirs).is_absolute() and theirs != TINY_TOWER
+                       and Path(theirs).name == Path(used).name)
+    if theirs and not same:
         print(f"note: {flag} was trained for the encoder {theirs}, this one is {used}",
               file=sys.stderr)
 
@@ -384,7 +388,8 @@ def load_towers(args, tiny, llm, devices):
     else:
         codec = None, load_decoder(files["decoder"], devices, encoder.channels, encoder.mean,
                                    encoder.std, args.layers, as_it_is=True)
-        note_pair(codec[1], files["encoder"])
+        if devices.main:
+            note_pair(codec[1], wanted[0][1])
     files = {k: "random weights" if (k, llm) == ("llm", "random") else str(v)
              for k, v in files.items()}
     return encoder, *codec, tokenizer, files
@@ -469,7 +474,7 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
     dino = "dino" in f"{tower} {args.encoder}".lower()
     kind = e or (encoders.DINOv2 if dino else encoders.SigLIP2)
     d = load_decoder(paths[-1], devices, C, kind.mean, kind.std, layers, as_it_is=True)
-    note_pair(d, paths[0] if encoder else args.encoder or tower)
+    note_pair(d, wanted[0][1])
     return e, d
 
 # ------------------------------------------------------------------------------------------------

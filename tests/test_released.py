@@ -708,6 +708,16 @@ def test_damaged_files(tmp_path, name):
     assert len(message) < 600 and not (tmp_path / "m" / "ran").exists()
 
 
+@pytest.mark.parametrize("theirs, used, noted", [
+    (None, "any", 0), (weights.TINY_TOWER, weights.TINY_CODEC[0], 0), (weights.TINY_TOWER, "a/b", 1),
+    ("google/siglip2", "google/siglip2", 0), ("google/siglip2", "weights/siglip2", 0),
+    ("google/siglip2", "facebook/webssl", 1), ("/there/enc", "/there/enc", 0),
+    ("/there/enc", "/here/enc", 1), (weights.TINY_TOWER, "/here/encoder.safetensors", 1)])
+def test_a_decoder_of_another_encoder_is_noted(theirs, used, noted, capsys):
+    weights.note_pair(SimpleNamespace(config={"encoder": theirs}), used)
+    assert capsys.readouterr().err.count("note: --decoder was trained for") == noted
+
+
 def test_decoders_that_do_not_fit(tmp_path):
     for k, (config, channels, says) in enumerate((
             (MAE, 32, "takes latents of 24 channels, the encoder gives 32"),
