@@ -57,7 +57,9 @@ def main(function):
         if isinstance(error, KeyboardInterrupt):        # before the loop, or after it
             print("interrupted; of a training the same command goes on from its last checkpoint",
                   file=sys.stderr)
-            sys.exit(130)
+            sys.stdout.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)         # as Python ends: shells ask what ended it
         if isinstance(error, (UserError, DataError)):
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
