@@ -501,7 +501,7 @@ class SkipCounter:
             if key not in self.keys:
                 print(f"skipped {key}: {reason}", file=sys.stderr)
             self.keys.add(key)
-        certain = self.broken - math.sqrt(self.broken)      # 12 of the first 1,184 are chance
+        certain = self.broken - math.sqrt(self.broken)      # at 1 % chance alone would pass it
         if self.broken > 10 and certain > 0.01 * self.seen:
             raise DataError(f"{self.broken} of {self.seen} samples were broken, above 1 %, such as "
                             f"{skipped[0][0]}; `python data.py check` lists them; mend them or "
@@ -687,9 +687,10 @@ def show(args):
     if form not in Image.SAVE:
         raise DataError(f"--out {args.out}: expected the name of a picture, such as sheet.png")
     mixture, texts = Mixture([args.source], args.resolution, args.seed, args.crop, text=False), []
-    records, skips = [mixture[n] for n in range(args.count)], SkipCounter()
+    records = [mixture[n] for n in range(args.count)]
+    for key, why in dict.fromkeys(s for r in records for s in r["skipped"]):
+        print(f"skipped {key}: {why}", file=sys.stderr)
     for r in records:
-        skips.update(r["skipped"], args.count)
         turns = [t["value"].replace("<image>", "").strip() for t in r["conversations"]]
         texts.append(" ".join(turns[:1] if r["task"] == "t2i" else turns))
     contact_sheet([r["image"] for r in records], texts, min(args.columns, args.count),

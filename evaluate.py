@@ -334,18 +334,18 @@ def t2i(args):
     if any(given) and not all(given):
         raise UserError("--prompts FILE, --layout geneval|dpg and --out FOLDER go together; for "
                         "the built-in benchmark give none of them")
-    for flag, default in (("--per-category", 40), ("--batch", 32), ("--sheet", None)):
-        if args.prompts and getattr(args, flag[2:].replace("-", "_")) != default:
+    for flag in ("--per-category", "--batch", "--sheet"):
+        if args.prompts and getattr(args, flag[2:].replace("-", "_")):
             raise UserError(f"{flag} is for the built-in benchmark, not for --prompts")
     if args.prompts:                    # sample.py does that; it refuses what it has no flag for
         sample.main(sys.argv[2:])
         return print(json.dumps({"task": "t2i", **{k: str(getattr(args, k)) for k in (
             "run", "prompts", "layout", "out")}}))
-    args.steps = args.steps or 25
+    args.steps, args.batch = args.steps or 25, args.batch or 32
     sample.check_schedule(args)
     if args.sheet:
         sample.check_out(args.sheet, "--sheet", ".png")
-    prompts = benchmark.prompts(args.per_category)
+    prompts = benchmark.prompts(args.per_category or 40)
     devices, llm, dit, tokenizer, config, encoder, decoder = load_run(args)
     alpha, guidance = sample.alpha_and_guidance(args, dit, config)
     at = "" if (where := args.guidance_interval) == (0, 1) else f" at t in {list(where)}"
@@ -507,8 +507,8 @@ def main():
     q.add_argument("--guidance", type=runs.positive(float, zero=True), help="default: as sample.py")
     q.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"),
                    help="guide only at times t in it; default 0 1, all (1 is noise)")
-    q.add_argument("--per-category", type=runs.positive(), default=40, help="prompts a category")
-    q.add_argument("--batch", type=runs.positive(), default=32, help="pictures at a time")
+    q.add_argument("--per-category", type=runs.positive(), help="prompts a category (40)")
+    q.add_argument("--batch", type=runs.positive(), help="pictures at a time (32)")
     q.add_argument("--seed", type=runs.seed, default=0, help="of the noise")
     q.add_argument("--sheet", type=Path, help="draw failures with the judge's reasons: a PNG")
     q.add_argument("--prompts", type=Path, help="instead: a .jsonl, a text file, a folder of .txt")

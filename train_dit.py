@@ -326,7 +326,6 @@ def note_changes(name, config, now):
               "--encoder": weights.tower_of(config), "--decoder": config.get("decoder")}
     for flag, value in theirs.items():
         before, after = (f"{v:.7g}" if isinstance(v, float) else v for v in (value, now[flag]))
-        after = after or "its encoder's own"                                # --decoder
         if value and before != after:
             print(f"note: --init {name} was trained with {flag} {before}, this run takes {after}; "
                   f"{flag} {before} keeps the former", file=sys.stderr)
@@ -383,10 +382,11 @@ def main():
              1.0 if args.shift == "none" else float(args.shift))
     tower = weights.lasting(args.encoder) or (weights.TINY_TOWER if tiny else
                                               weights.HUB[args.latent][0])
+    decoder_name = weights.lasting(files["decoder"] if args.encoder and decoder else args.decoder)
     if init and devices.main:
         note_changes(args.init, config,
                      {"--shift": alpha, "--layers": args.layers, "--encoder": tower,
-                      "--decoder": weights.lasting(args.decoder)})
+                      "--decoder": decoder_name or "its encoder's own"})
     if size.width <= C and not args.allow_narrow:
         raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the "
                         f"latent's {C} channels. Noise fills all C dimensions of a token, so a "
@@ -605,10 +605,9 @@ def main():
             return
     run.finish()
     codec = weights.TINY_VAE if tiny else weights.FLUX_VAE
-    seen = files["decoder"] if args.encoder and decoder else args.decoder
     config = weights.model_config(llm, dit, tower, alpha,
                                   (weights.lasting(args.vae) or codec) if vae else None,
-                                  args.layers, weights.lasting(seen), args.cond_drop)
+                                  args.layers, decoder_name, args.cond_drop)
     for name in ("model", "ema"):
         run.export(name, weights.model_state(llm, dit), config)
         runs.swap(named, ema)

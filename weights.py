@@ -261,20 +261,20 @@ def load_encoder(path, devices, layers=1):
 def lasting(name):
     """A name for configs, which are read from any folder: of a file or folder its whole path, of
     the tiny networks and of hub ids (and of None) itself."""
-    whole = Path(name).resolve() if name and Path(name).exists() else None
-    if whole and whole.is_relative_to(ASSETS):
-        return str(whole.relative_to(ASSETS.parent.parent))
-    return str(whole) if whole else name
+    if not name or not Path(name).exists():
+        return name
+    whole, assets = Path(name).resolve(), ASSETS.resolve()
+    return str(whole.relative_to(assets.parent.parent) if whole.is_relative_to(assets) else whole)
 
 
 def note_pair(decoder, encoder, flag="--decoder"):
     """Say where a decoder was trained for another encoder than the one in use, each as it was named
     (a hub id may lie in a folder of its name)."""
-    theirs, used = decoder.config.get("encoder"), lasting(str(encoder))
-    same = theirs and (lasting(theirs) == used or
-                       not Path(theirs).is_absolute() and theirs != TINY_TOWER
-                       and Path(theirs).name == Path(used).name)
-    if theirs and not same:
+    theirs, used = lasting(decoder.config.get("encoder")), lasting(str(encoder))
+    if not theirs or theirs == used:
+        return
+    hub_id = theirs != TINY_TOWER and not Path(theirs).is_absolute()
+    if not (hub_id and Path(theirs).name == Path(used).name):
         print(f"note: {flag} was trained for the encoder {theirs}, this one is {used}",
               file=sys.stderr)
 

@@ -392,6 +392,12 @@ def test_what_is_left_out_is_said(tmp_path):
     (tmp_path / "in/003.png").write_bytes(b"x")
     done = run("show", "--source", tmp_path / "in", "--count", 12, "--out", tmp_path / "sheet.png")
     assert done.returncode == 0 and f"skipped {tmp_path}/in/003.png" in done.stderr
+    many = tmp_path / "many"
+    pictures(many, 30)
+    for k in range(0, 30, 2):                               # `show` shows what can be shown
+        (many / f"{k:03d}.png").write_bytes(b"x")
+    done = run("show", "--source", many, "--count", 30, "--out", tmp_path / "sheet.png")
+    assert done.returncode == 0 and done.stderr.count("skipped") == 15, done.stderr
     write_tar(tmp_path / "in/a.tar", [("0.png", png(0)), ("0.txt", b"a cat")])
     assert len(Mixture([str(tmp_path / "in")], 8)) == 1
     done = run("check", tmp_path / "in/a.tar")

@@ -49,6 +49,8 @@ from test_sample import TOKENIZER, Scripted, draws, small_dit
 from test_stage1 import SMALL, call, first_batch, lines
 
 CPU = parallel.setup("cpu", "float32")
+OFF = ["--lpips", "0", "--gram", "0"]
+ENCODER = ["--width", "48", "--depth", "1", "--tokenizer", weights.ASSETS]
 
 
 def test_the_noise_of_a_prompt_and_a_seed_is_no_other_s():
@@ -230,11 +232,22 @@ def test_metrics_are_of_stored_pictures():
     assert torch.equal(rows["fake"], stored.flatten(2).mean(1))
 
 
-def test_decoders_are_measured_on_adm_s_crop(tmp_path, monkeypatch):
+@pytest.fixture
+def mixtures(monkeypatch):
+    """The mixtures that a script makes, in order."""
     made, real = [], data.Mixture
-    monkeypatch.setattr(data, "Mixture", lambda *a, **o: (made.append(o), real(*a, **o))[1])
+
+    def make(*args, **options):
+        made.append(real(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(data, "Mixture", make)
+    return made
+
+
+def test_decoders_are_measured_on_adm_s_crop(mixtures):
     call(evaluate, "decoder", "--count", "2", "--no-lpips", "--data", "builtin:web", "--device", "cpu")
-    assert made == [dict(crop="center", text=False)]
+    assert [(m.crops, m.text) for m in mixtures] == [(["center"], False)]
 
 
 @pytest.fixture
@@ -258,11 +271,16 @@ def test_nor_are_those_of_questions_and_the_judge(asked):
     assert asked("vqa").seed == asked("judge").seed == 2000
 
 
+def two_blocks(path):
+    """The tiny decoder as one that takes the sum of the encoder's last two blocks."""
+    state, config = weights.read_weights(weights.TINY_CODEC[1])
+    save_file(state, path, metadata={"config": json.dumps({**config, "layers": 2})})
+    return path
+
+
 def test_a_decoder_of_two_blocks_is_measured_on_their_sum(tmp_path):
     """A decoder of the last two blocks' sum is measured on that latent."""
-    state, config = weights.read_weights(weights.TINY_CODEC[1])
-    path = tmp_path / "two.safetensors"
-    save_file(state, path, metadata={"config": json.dumps({**config, "layers": 2})})
+    path = two_blocks(tmp_path / "two.safetensors")
     reconstruct, *_ = evaluate.load_codec(
         types.SimpleNamespace(run=path, encoder=None, features=None), CPU)
     encoder = weights.load_encoder(weights.TINY_CODEC[0], CPU, layers=2)
@@ -545,25 +563,16 @@ def test_as_many_tokens_as_length_fit():
 
 @pytest.mark.parametrize("flags, want", [(["--latent", "vae"], (["squash"], 1)),
                                          (["--latent", "webssl"], (["center"], 3))])
-def test_pictures_are_as_the_network_wants_them(flags, want, monkeypatch, capsys):
+def test_pictures_are_as_the_network_wants_them(flags, want, mixtures, capsys):
     """Pictures are made square and resized as the network that sees them wants it."""
-    made, real = [], data.Mixture
-
-    def spy(*a, **o):
-        made.append(real(*a, **o))
-        return made[-1]
-
-    monkeypatch.setattr(data, "Mixture", spy)
     assert t.call("--size", "0.5b", "--allow-narrow", "--dry-run", *flags, "--data",
                   "builtin:web") == 0
-    assert (made[0].crops, made[0].resample) == want
+    assert (mixtures[0].crops, mixtures[0].resample) == want
 
 
 def test_latents_of_other_blocks_are_another_cache(tmp_path):
     """Latents of other blocks are another entry of the cache."""
-    state, config = weights.read_weights(weights.TINY_CODEC[1])
-    save_file(state, tmp_path / "two.safetensors",
-              metadata={"config": json.dumps({**config, "layers": 2})})
+    decoder = two_blocks(tmp_path / "two.safetensors")
     (tmp_path / "in").mkdir()
     for i in range(4):
         r = world.builtin_record("builtin:synthetic", 0, i, 64)
@@ -571,33 +580,28 @@ def test_latents_of_other_blocks_are_another_cache(tmp_path):
         (tmp_path / f"in/{i}.txt").write_text(r["caption"])
     options = ["--data", tmp_path / "in", "--cache-latents", tmp_path / "cache"]
     a, = t.train(tmp_path / "a", *options)
-    b, = t.train(tmp_path / "b", *options, "--layers", 2, "--decoder", tmp_path / "two.safetensors")
+    b, = t.train(tmp_path / "b", *options, "--layers", 2, "--decoder", decoder)
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 2 and a["flow"] != b["flow"]
 
 
 def test_the_discriminator_s_rate_reaches_its_end(nets, tmp_path):
     """The discriminator's rate: its own cosine, from its start to the run's end, to its own final rate."""
-    call(train_decoder, *SMALL, *nets, "--lpips", "0", "--gram", "0", "--gan", "0.5", "--steps",
-         "6", "--disc-start", "1", "--gan-start", "6", "--warmup-disc", "1", "--lr-disc", "1e-3",
+    call(train_decoder, *SMALL, *nets, *OFF, "--gan", "0.5", "--steps", "6", "--disc-start", "1", "--gan-start", "6", "--warmup-disc", "1", "--lr-disc", "1e-3",
          "--lr-disc-final", "1e-4", "--out", tmp_path / "r")
     want = [1e-4 + 9e-4 * (1 + math.cos(math.pi * max(0, k - 1) / 4)) / 2 for k in range(5)]
     assert [line["lr_disc"] for line in lines(tmp_path / "r")[1:]] == pytest.approx(want, abs=1e-7)
 
 
-def test_crops_of_training_and_of_measuring(monkeypatch, tmp_path):
-    made, real = [], data.Mixture
-    monkeypatch.setattr(data, "Mixture", lambda *a, **o:
-                        (made.append(o.get("crop")), real(*a, **o))[1])
-    call(train_decoder, *SMALL, "--lpips", "0", "--gram", "0", "--gan", "0", "--steps", "1",
-         "--out", tmp_path / "r")
-    assert made == ["random", "center"]  # what trains; what is measured
+def test_crops_of_training_and_of_measuring(mixtures, tmp_path):
+    call(train_decoder, *SMALL, *OFF, "--gan", "0", "--steps", "1", "--out", tmp_path / "r")
+    sources = len(train_decoder.DATA)
+    assert [m.crops for m in mixtures] == [["random"] * sources, ["center"] * sources]
 
 
 def test_lambda_of_the_vae_is_of_its_last_layer(nets, tmp_path):
     """Lambda of the VAE is of its decoder's last layer."""
-    call(train_decoder, *SMALL, *nets, "--latent", "vae", "--lpips", "0", "--gram", "0", "--gan",
-         "0.5", "--kl", "0", "--steps", "1", "--disc-start", "0", "--gan-start", "0", "--out",
-         tmp_path / "r")
+    call(train_decoder, *SMALL, *nets, *OFF, "--latent", "vae", "--gan", "0.5", "--kl", "0",
+         "--steps", "1", "--disc-start", "0", "--gan-start", "0", "--out", tmp_path / "r")
     torch.manual_seed(0)
     vae, batch = vaes.VAE(vaes.TINY), first_batch()
     disc, x = weights.load_discriminator(nets[3], CPU).eval(), batch["images"].float() / 255
@@ -612,8 +616,8 @@ def test_lambda_of_the_vae_is_of_its_last_layer(nets, tmp_path):
 def test_each_exported_vae_has_its_own_scale(tmp_path, monkeypatch):
     pictures = evaluate.pictures
     monkeypatch.setattr(train_decoder, "pictures", lambda m, n, d: pictures(m, min(n, 16), d))
-    call(train_decoder, *SMALL, "--latent", "vae", "--lpips", "0", "--gram", "0", "--gan", "0",
-         "--steps", "3", "--lr", "3e-3", "--warmup", "0", "--out", tmp_path / "r")
+    call(train_decoder, *SMALL, *OFF, "--latent", "vae", "--gan", "0", "--steps", "3",
+         "--lr", "3e-3", "--warmup", "0", "--out", tmp_path / "r")
     mixture = data.Mixture(train_decoder.DATA, 64, 0, crop="random", text=False)
     for name in ("model", "ema"):
         vae = weights.load_vae(tmp_path / f"r/final/{name}.safetensors", CPU)
@@ -651,13 +655,9 @@ def test_psnr_of_the_encoder_s_probe():
     assert values["probe_psnr"] == pytest.approx(20) and values["retrieval"] == 1
 
 
-def test_the_encoder_is_measured_on_unseen_pictures(tmp_path, monkeypatch):
-    made, real = [], data.Mixture
-    monkeypatch.setattr(data, "Mixture", lambda sources, size, seed=0, *a, **o:
-                        (made.append(seed), real(sources, size, seed, *a, **o))[1])
-    call(train_encoder, *SMALL, "--width", "48", "--depth", "1", "--steps", "1", "--seed", "3",
-         "--tokenizer", weights.ASSETS, "--out", tmp_path / "r")
-    assert made == [3, 1003]  # what trains; what is measured
+def test_the_encoder_is_measured_on_unseen_pictures(tmp_path, mixtures):
+    call(train_encoder, *SMALL, *ENCODER, "--steps", "1", "--seed", "3", "--out", tmp_path / "r")
+    assert [m.seed for m in mixtures] == [3, 1003]          # what trains; what is measured
 
 
 def encoder_hides(tmp_path, monkeypatch, *flags):
@@ -665,8 +665,7 @@ def encoder_hides(tmp_path, monkeypatch, *flags):
     seeds, hide = [], train_encoder.hide
     monkeypatch.setattr(train_encoder, "hide", lambda x, p, s, g:
                         (seeds.append(g.initial_seed()), hide(x, p, s, g))[1])
-    call(train_encoder, *SMALL, "--width", "48", "--depth", "1", "--steps", "2", "--tokenizer",
-         weights.ASSETS, *flags, "--out", tmp_path / "r")
+    call(train_encoder, *SMALL, *ENCODER, "--steps", "2", *flags, "--out", tmp_path / "r")
     return seeds
 
 
@@ -678,8 +677,7 @@ def test_micro_batches_hide_other_patches(tmp_path, monkeypatch):
 
 def test_accumulated_gradients_of_the_encoder_are_a_mean(tmp_path):
     """The gradient is the mean over the micro-batches (seen before the clip)."""
-    common = [*SMALL, "--width", "48", "--depth", "1", "--steps", "1", "--mask", "0",
-              "--tokenizer", weights.ASSETS]
+    common = [*SMALL, *ENCODER, "--steps", "1", "--mask", "0"]
     a = []
     for micro in ("4", "2"):
         with pytest.MonkeyPatch.context() as m:
@@ -828,6 +826,5 @@ def test_the_generator_s_pass_of_the_discriminator_is_in_eval_mode(nets, tmp_pat
     modes, forward = [], gans.Discriminator.forward
     monkeypatch.setattr(gans.Discriminator, "forward", lambda self, x:
                         (modes.append(self.training), forward(self, x))[1])
-    call(train_decoder, *SMALL, *nets, "--lpips", "0", "--gram", "0", "--gan", "0.5", "--steps",
-         "2", "--disc-start", "0", "--gan-start", "0", "--out", tmp_path / "r")
+    call(train_decoder, *SMALL, *nets, *OFF, "--gan", "0.5", "--steps", "2", "--disc-start", "0", "--gan-start", "0", "--out", tmp_path / "r")
     assert modes == [False, True] * 2
