@@ -1,0 +1,204 @@
+"""What every script shares: errors, argument types, the trainers' common flags, the end of a run.
+
+A UserError is bad input: one line on stderr and exit status 2. Exceptions of our own code, or of a
+fork's, are never caught: they end in a traceback.
+"""
+import argparse
+import contextlib
+import errno
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Bad input: what is wrong, the value found, what is accepted, the flag that fixes it."""
+
+
+class DataError(UserError):
+    """Bad input in a user's data."""
+
+
+class Stopped(Exception):
+    """A signal ended the run after it was saved. `signal` is its number."""
+
+    def __init__(self, number):
+        self.signal = number
+
+
+# ------------------------------------------------------------------------------------------------
+# Files of strangers
+# ------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def parsing(what, source=None, error=UserError):
+    """Surround one call into a parser: Pillow, json, tarfile, tokenizers, safetensors, torch.load.
+
+    Whatever it raises there is the fault of the file, and becomes one `error` that begins with
+    `what`. source: the file's path or its bytes, whose first bytes may say what the file really is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:              # parsers raise many kinds; none of our own code is inside
+        raise error(f"{printable(what)}: {fault(e, source)}") from e
+
+
+def fault(error, source=None):
+    """Say in one line what an exception of a parser, and the first bytes of its file, tell."""
+    head = source[:200] if isinstance(source, bytes) else b""
+    if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
+        with open(source, "rb") as f:
+            head = f.read(200)
+    if head.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not the file itself; `git lfs pull` fetches it"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "this is a web page, not the file itself; download the file again"
+    words = str(error)
+    if code := re.search(r"GLOBAL ([\w.]+)", words):
+        return (f"refused: the file holds code to run ({code[1]}), not only tensors; convert it to "
+                "safetensors if you trust it")
+    if "Weights only load failed" in words:
+        return "damaged, or not a file of tensors that torch.save wrote"
+    words = re.sub(r" <_io[^>]*>", "", words)               # the address of a buffer says nothing
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    return printable(f"{type(error).__name__}: {'; '.join(lines[:3])}")
+
+
+def printable(text):
+    """Escape control characters and unpaired surrogates, which file names may hold."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+                   for c in str(text))
+
+
+# ------------------------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and which refuses empty values (an unset shell
+    variable in quotes)."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {printable(message)} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        args, rest = super().parse_known_args(args, namespace)
+        for key, value in vars(args).items():
+            values = value if isinstance(value, list) else [value]
+            if any(isinstance(v, str) and not v for v in values) and key != "text":
+                self.error(f"--{key.replace('_', '-')} is empty")
+        return args, rest
+
+
+def positive(kind=int, zero=False):
+    """Return an argparse type: a finite number above zero (with `zero`, or zero)."""
+    def parse(text):
+        value = kind(text)
+        if not (value > 0 or (zero and value == 0)) or value == float("inf"):
+            raise ValueError
+        return value
+    parse.__name__ = f"{'non-negative' if zero else 'positive'} {kind.__name__}"
+    return parse
+
+
+def share(text):
+    """Argparse type: a number from 0 to below 1."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, not {text}")
+    return float(text)
+
+
+def seed(text):
+    """Argparse type: a seed, below 2**32."""
+    if not 0 <= int(text) < 2 ** 32:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2**32 - 1, not {text!r}")
+    return int(text)
+
+
+def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, remat="none"):
+    """Add the flags that all trainers share. The arguments are defaults; None is filled later."""
+    a = parser.add_argument_group("run").add_argument
+    a("--out", type=Path, help="run folder; one that holds a checkpoint is resumed")
+    a("--fresh", action="store_true", help="move an old run in --out aside first")
+    a("--steps", type=positive(), default=steps, help="optimizer steps")
+    a("--batch", type=positive(), default=batch, help="images per step, over all devices")
+    a("--micro-batch", type=positive(), help="images at a time; gradients accumulate to --batch")
+    a("--seed", type=seed, default=0, help="random seed")
+    a("--init", help="start from these weights: a run, a checkpoint, a released folder or a file")
+    a = parser.add_argument_group("data").add_argument
+    a("--data", nargs="+", default=data, metavar="SOURCE[=WEIGHT]",
+      help="builtin:web|synthetic|text|hq|qa|align|brief, a folder, a .jsonl, or tar shards")
+    a("--workers", type=positive(zero=True), default=1, help="data loading processes")
+    a = parser.add_argument_group("device").add_argument
+    a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
+    a("--dtype", choices=["bfloat16", "float32"],
+      help="of matrix products (default: bfloat16 where the device has it)")
+    a("--mesh", help="fsdp=8 or fsdp=16,tensor=4 (default: all devices on fsdp)")
+    a("--compile", action=argparse.BooleanOptionalAction,
+      help="torch.compile each block (default: on CUDA)")
+    a("--remat", choices=["none", "block"], default=remat,
+      help="recompute each block's activations in the backward pass")
+    a = parser.add_argument_group("log").add_argument
+    a("--log-every", type=positive(), default=log)
+    a("--sample-every", type=positive(zero=True), default=sample, help="0: never")
+    a("--save-every", type=positive(), default=save)
+    a("--keep", type=positive(), default=2, help="number of checkpoints to keep")
+    a("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+    a = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
+    a("--dry-run", action="store_true", help="print the start-up table and exit")
+    a("--bench", type=positive(), nargs="?", const=20, metavar="N",
+      help="time N steps; the first 20 %% are warm-up and not counted; write nothing")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
+
+
+def table(title, rows):
+    """Print a title and [(name, value)], one line each."""
+    def show(value):
+        if isinstance(value, dict):
+            return ", ".join(f"{k} {show(v)}" for k, v in value.items())
+        if isinstance(value, (list, tuple)):
+            numbers = all(isinstance(v, int) for v in value)
+            return (" x " if numbers else "\n" + " " * 25).join(map(show, value))
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        return f"{value:,}" if isinstance(value, int) else printable(value)
+
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<22} {show(value)}")
+
+
+# ------------------------------------------------------------------------------------------------
+
+def main(function):
+    """Run a script's main. Bad input is one line on stderr and exit status 2, a full disk 1; a run
+    that a signal stopped ends by that signal, so that a shell loop around it stops too."""
+    for stream in (sys.stdout, sys.stderr):     # a terminal that is not UTF-8 must not end a run
+        stream.reconfigure(errors="backslashreplace")
+    number = None
+    try:
+        function()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        number = stopped.signal
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        number = signal.SIGINT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}; free some space and run the same command again", file=sys.stderr)
+        sys.exit(1)
+    if number is not None:
+        sys.stdout.flush()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
