@@ -2,17 +2,21 @@
 
     s   = x_embedder(x_t) + pos_embed                                   # [B,N,D]
     c   = SiLU(t_embedder(t) + cond)                                    # [B,N,Z], one per token
-    shift, scale, gate, ... = Linear(SiLU(c))                       # a second SiLU: the authors'
+    shift, scale, gate, ... = Linear(SiLU(c))                           # a second SiLU, as in theirs
     s  += gate * Attn(modulate(RMSNorm(s)));  s += gate * SwiGLU(modulate(RMSNorm(s)))   # depth x
     v   = linear(modulate(RMSNorm(s)))                                  # [B,N,C]
 
-The form is LightningDiT (arXiv 2501.01423) with AdaLN per token: condition token i modulates latent
-token i, there is no cross-attention. Module names are the keys of the released checkpoints under
+This is LightningDiT (arXiv 2501.01423) with AdaLN per token: condition token i modulates latent
+token i; there is no cross-attention. Module names are the keys of the released checkpoints under
 `diff_head.model.`. With `head_width` the last blocks form the wide head of DiT-DH
 (arXiv 2510.11690): they run on a second embedding of x_t and are modulated by the trunk's output.
+
+B batch, N latent tokens (256), C latent channels (1152), D width, H heads, Z condition channels.
 """
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,8 +31,8 @@ class Size:
     llm: str         # default language model
 
 
-# Parameters and training FLOPs are of the DiT alone with N = 256, C = 1152 (tiny: 64 tokens of
-# 96); tests/test_ladder.py recomputes both from 0.5b on.
+# Paper, Table 10. Parameters and training FLOPs count the DiT alone with N = 256, C = 1152 (tiny:
+# 64 tokens of 96 channels); tests/test_ladder.py recomputes both from 0.5b on.
 #                     D depth  H  LLM
 SIZES = {
     "tiny": Size(    160,  6,  5, "tiny"),                          # 0.003 B    0.001 TFLOP/image
@@ -41,8 +45,25 @@ SIZES = {
 PAPER_NAMES = {"0.5B": "0.5b", "2.4B": "2b", "3.3B": "3b", "3.1B": "3b", "5.5B": "5b", "9.8B": "9b"}
 
 
+@dataclass(frozen=True)
+class DiTConfig:
+    channels: int            # C
+    tokens: int              # N, a square grid
+    width: int               # D
+    depth: int
+    heads: int               # H
+    cond_width: int = 0      # Z; 0: D
+    head_width: int = 0      # width of the wide head (equal to D: the single-width DDT); 0: D
+    head_depth: int = 0      # its blocks; 0: no wide head
+    head_heads: int = 0      # 0: as the trunk
+    qk_norm: bool = False    # RMSNorm on queries and keys
+    null: bool = True        # whether there is a learned null condition
+    predict: str = "v"       # what the last layer gives: "v", or "x", the clean latent
+    eps: float = 1e-6        # of the norms
+
+
 class Linear(nn.Linear):
-    """fp32 weights, product in the dtype of x (bf16 on accelerators), no autocast needed."""
+    """fp32 weights, product in the dtype of x (bf16 on accelerators); no autocast needed."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -51,7 +72,7 @@ class Linear(nn.Linear):
 class RMSNorm(nn.Module):
     """Statistics in fp32, cast back, then the weight (the authors' order)."""
 
-    def __init__(self, width, eps=1e-6):
+    def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
@@ -66,11 +87,12 @@ def modulate(x, shift, scale):
 
 
 # ------------------------------------------------------------------------------------------------
-# Positions: a fixed additive table and rotary angles, both used
+# Positions: a fixed additive table and rotary angles; both are used
 # ------------------------------------------------------------------------------------------------
 
 def sincos_positions(D, side):
-    """Fixed table [side*side, D]: first half of the channels codes the column, second the row."""
+    """Fixed table [side*side, D]: the first half of the channels codes the column, the second the
+    row."""
     omega = 10000.0 ** (-torch.arange(D // 4, dtype=torch.float64, device="cpu") / (D // 4))
     angle = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega
     axis = torch.cat([angle.sin(), angle.cos()], 1)                         # [side, D/2]
@@ -80,8 +102,9 @@ def sincos_positions(D, side):
 
 
 class RoPE(nn.Module):
-    """2-D rotary angles over one head: first half of it turns with the row, second with the column
-    (the additive table does the opposite). Adjacent channels form a pair: (a, b) -> (-b, a)."""
+    """2-D rotary angles over one head: its first half turns with the row, its second with the
+    column (the additive table does the opposite). Adjacent channels form a pair (a, b) -> (-b, a).
+    """
 
     def __init__(self, head_dim, side):
         super().__init__()
@@ -108,17 +131,17 @@ class RoPE(nn.Module):
 def attention(q, k, v):
     """Softmax attention of all tokens to all, each [B,H,N,hd]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # the fused kernel is 3 to 5 times
-        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v   # slower there (LOG.md)
+        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v   # slower (LOG.md, 2026-11-23)
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
-    def __init__(self, D, heads, qk_norm):
+    def __init__(self, D, heads, qk_norm, eps):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = Linear(D, 3 * D), Linear(D, D)
-        self.q_norm = RMSNorm(D // heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D // heads) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(D // heads, eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D // heads, eps) if qk_norm else nn.Identity()
 
     def forward(self, x, rope):                                             # [B,N,D]
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                # [B,N,3,H,hd]
@@ -142,9 +165,9 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(a) * b)
 
     def padded(self, x, more):
-        """The same with `more` hidden channels of zeros. At D = 2048 h is 5461: odd, so that no row
-        of a bf16 matrix is aligned as tensor cores want it. The zeros are put to the weights as
-        these are cast; they add silu(0) * 0 = 0, and parameters, gradients and files keep h."""
+        """The same with `more` hidden channels of zeros. At D = 2048 h is 5461: odd, so no row of a
+        bf16 matrix is aligned as tensor cores want it. The zeros join the weights as these are
+        cast and add silu(0) * 0 = 0; parameters, gradients and files keep h."""
         w12, b12 = self.w12.weight.to(x.dtype), self.w12.bias.to(x.dtype)
         w12 = F.pad(w12.unflatten(0, (2, -1)), (0, 0, 0, more)).flatten(0, 1)       # [2(h+more),D]
         b12 = F.pad(b12.unflatten(0, (2, -1)), (0, more)).flatten()
@@ -154,46 +177,40 @@ class SwiGLU(nn.Module):
 
 
 def adaLN(Z, out):
-    """SiLU, then Linear. The SiLU is the same in every block, so `DiT.modulation_input` applies it
-    once and the blocks call only `[1]`; the Sequential keeps the released key
-    `adaLN_modulation.1`."""
+    """SiLU, then Linear. The SiLU is the same in every block, so `DiT.forward` applies it once and
+    blocks call only `[1]`; the Sequential keeps the released key `adaLN_modulation.1`."""
     return nn.Sequential(nn.SiLU(), Linear(Z, out))
 
 
 class Block(nn.Module):
-    def __init__(self, D, heads, Z, qk_norm=False):
+    def __init__(self, D, heads, Z, qk_norm, eps):
         super().__init__()
-        self.norm1, self.norm2 = RMSNorm(D), RMSNorm(D)
-        self.attn, self.mlp = Attention(D, heads, qk_norm), SwiGLU(D)
+        self.norm1, self.norm2 = RMSNorm(D, eps), RMSNorm(D, eps)
+        self.attn, self.mlp = Attention(D, heads, qk_norm, eps), SwiGLU(D)
         self.adaLN_modulation = adaLN(Z, 6 * D)
 
-    def forward(self, x, c, rope, m=None):          # x [B,N,D], SiLU(c) [B,N or 1,Z]
-        if m is None:                               # else given: see DiT.modulations
-            m = self.adaLN_modulation[1](c)                                 # [B,N,6D]
+    def forward(self, x, c, rope):                  # x [B,N,D], c [B or 1, N or 1, Z]
+        m = self.adaLN_modulation[1](c)                                     # [B,N,6D]
         shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
-    def modulation(self, c):
-        """That alone; a method, so that FSDP2 can gather the weights for it (parallel.shard)."""
-        return self.adaLN_modulation[1](c)                                  # [B,N or 1,6D]
-
 
 class FinalLayer(nn.Module):
-    def __init__(self, D, C, Z):
+    def __init__(self, D, C, Z, eps):
         super().__init__()
-        self.norm_final = RMSNorm(D)
+        self.norm_final = RMSNorm(D, eps)
         self.linear = Linear(D, C)
         self.adaLN_modulation = adaLN(Z, 2 * D)
 
-    def forward(self, x, c, m=None):                                        # as Block's
-        shift, scale = (self.adaLN_modulation[1](c) if m is None else m).chunk(2, -1)
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation[1](c).chunk(2, -1)             # [B,N,D]
         return self.linear(modulate(self.norm_final(x), shift, scale))      # [B,N,C]
 
 
 class TokenEmbedder(nn.Module):
-    """A 1x1 convolution on the latent grid, that is a Linear a token; the key and shape [D,C,1,1]
-    are the released ones."""
+    """A 1x1 convolution on the latent grid, which is one Linear for each token. The key and the
+    shape [D,C,1,1] are the released ones."""
 
     def __init__(self, C, D):
         super().__init__()
@@ -204,15 +221,14 @@ class TokenEmbedder(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """Random Fourier features of t in [0,1], then an MLP; fp32. The 256 frequencies are in no
-    checkpoint: they are the CPU generator's normal draws after seed 114514."""
+    """Random Fourier features of t in [0,1], then an MLP, in fp32. The 256 frequencies are in no
+    checkpoint: the authors draw them with torch after the seed 114514."""
 
     def __init__(self, Z):
         super().__init__()
         self.mlp = nn.Sequential(Linear(512, Z), nn.SiLU(), Linear(Z, Z))
-        generator = torch.Generator().manual_seed(114514)
-        frequencies = torch.randn(256, generator=generator, device="cpu")
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        frequencies = np.load(Path(__file__).parent / "time_frequencies.npy")
+        self.register_buffer("frequencies", torch.from_numpy(frequencies), persistent=False)
 
     def forward(self, t):                                                   # [B] -> [B,Z]
         angle = t.float()[:, None] * self.frequencies * (2 * torch.pi)
@@ -220,139 +236,109 @@ class TimeEmbedder(nn.Module):
 
 
 class NullCondition(nn.Module):
-    """The learned condition of no prompt, one vector [Z] for all tokens (dropout, p = 0.1)."""
+    """The learned condition for no prompt: one vector [Z], the same for all tokens."""
 
     def __init__(self, Z):
         super().__init__()
         self.dropout_embedding = nn.Parameter(torch.zeros(Z))
 
-    def forward(self, cond, drop):                          # [B,N,Z], [B] bool: which lose theirs
-        return torch.where(drop[:, None, None], self.dropout_embedding, cond)       # fp32
-
 
 class DiT(nn.Module):
-    """Paper section 2.2, Table 1; reference class LightningDiT (and LightningDDT with a wide head).
+    """Paper section 3, Table 10; reference classes LightningDiT and, with a wide head,
+    LightningDDT.
 
-    channels C, tokens N (a square grid), width D, cond_width Z (default D). head_width/head_depth
-    add the DiT-DH head; equal to width it is the single-width DDT. null: whether the checkpoint has
-    a null condition. remat: recompute each block's activations in the backward pass. dtype: of the
-    whole stream: tokens, positions, modulation, rotation, residuals; fp32 are the weights, which
-    are cast as they are used, the norms' statistics and the time and its SiLUs up to their cast in
-    `modulation_input`.
+    dtype: of the token stream (tokens, positions, modulation, residuals). fp32 are the weights,
+    which are cast as they are used, the norms' statistics, and the time with its SiLUs. remat:
+    recompute each block's activations in the backward pass. Raises ValueError for sizes that do
+    not divide.
     """
 
-    def __init__(self, channels, tokens, width, depth, heads, cond_width=None, head_width=0,
-                 head_depth=0, head_heads=None, qk_norm=False, null=True, dtype=torch.float32):
+    def __init__(self, config, dtype=torch.float32):
         super().__init__()
-        C, D, Z = channels, width, cond_width or width
-        wide = head_depth > 0
-        D2, head_heads = (head_width or D, head_heads or heads) if wide else (D, heads)
-        side = int(tokens ** 0.5)
-        if side * side != tokens:
-            raise ValueError(f"{tokens} latent tokens are not a square grid")
-        for w, h, flag in ((D, heads, "--size"), (D2, head_heads, "--head-width")):
-            if w % (4 * h):
-                raise ValueError(f"DiT width {w} ({flag}) must be a multiple of 4 x heads "
-                                 f"= {4 * h}")
-        self.channels, self.tokens, self.width, self.depth, self.heads = C, tokens, D, depth, heads
-        self.cond_width, self.head_width, self.head_depth = Z, D2, head_depth
-        self.head_heads, self.dtype, self.remat = head_heads, dtype, False
+        self.config, self.dtype, self.remat = config, dtype, False
+        k = config
+        C, D, Z = k.channels, k.width, k.cond_width or k.width
+        wide = k.head_depth > 0
+        D2, heads2 = (k.head_width or D, k.head_heads or k.heads) if wide else (D, k.heads)
+        side = int(k.tokens ** 0.5)
+        if side * side != k.tokens:
+            raise ValueError(f"{k.tokens} latent tokens are not a square grid")
+        for width, heads in ((D, k.heads), (D2, heads2)):
+            if width % (4 * heads):
+                raise ValueError(f"the DiT's width {width} must be a multiple of 4 x heads = "
+                                 f"{4 * heads}")
+        if k.predict not in ("v", "x"):
+            raise ValueError(f"predict is {k.predict!r}; known are 'v' and 'x'")
 
-        self.pos_embed = nn.Parameter(sincos_positions(D, side)[None], requires_grad=False)
+        self.pos_embed = nn.Parameter(torch.empty(1, k.tokens, D), requires_grad=False)
         self.x_embedder = TokenEmbedder(C, D)
         self.t_embedder = TimeEmbedder(Z)
-        if null:
+        if k.null:
             self.y_embedder = NullCondition(Z)
         self.dit_blocks = nn.ModuleList(
-            [Block(D, heads, Z, qk_norm) for _ in range(depth)]
-            + [Block(D2, head_heads, D2, qk_norm) for _ in range(head_depth)])
+            [Block(D, k.heads, Z, k.qk_norm, k.eps) for _ in range(k.depth)]
+            + [Block(D2, heads2, D2, k.qk_norm, k.eps) for _ in range(k.head_depth)])
         if wide:
             self.s_embedder = TokenEmbedder(C, D2)
             self.s_projector = Linear(D, D2) if D2 != D else nn.Identity()
-            self.enc_rope, self.dec_rope = RoPE(D // heads, side), RoPE(D2 // head_heads, side)
+            self.enc_rope, self.dec_rope = RoPE(D // k.heads, side), RoPE(D2 // heads2, side)
         else:
-            self.feat_rope = RoPE(D // heads, side)
-        self.final_layer = FinalLayer(D2, C, D2 if wide else Z)
+            self.feat_rope = RoPE(D // k.heads, side)
+        self.final_layer = FinalLayer(D2, C, D2 if wide else Z, k.eps)
 
-    def run(self, blocks, x, c, rope, m=None):
+    def run(self, blocks, x, c, rope):
+        """Run a stack of blocks. (On XLA a compiled loop takes the place of this method.)"""
         for block in blocks:
-            if m is not None:
-                x = block(x, None, rope, next(m))
-            elif self.remat and torch.is_grad_enabled():
+            if self.remat and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, rope, use_reentrant=False)
             else:
                 x = block(x, c, rope)
         return x
 
-    def modulation_input(self, t, cond):
-        """t [B], cond [B,N or 1,Z], either B may be 1 -> what every adaLN's Linear takes,
-        [B,N or 1,Z]."""
-        c = F.silu(self.t_embedder(t)[:, None] + cond.float())              # fp32
-        return F.silu(c).to(self.dtype)             # the SiLU in front of every adaLN, hoisted
+    def forward(self, x_t, t, cond):
+        """x_t [B,N,C], t [B] or [1], cond [B or 1, N or 1, Z] -> velocity [B,N,C]."""
+        k = self.config
+        c = F.silu(self.t_embedder(t)[:, None] + cond.float())              # [B,N,Z], fp32
+        c = F.silu(c).to(self.dtype)                # the SiLU in front of every adaLN, hoisted
+        x = x_t.to(self.dtype)
+        s = self.x_embedder(x) + self.pos_embed.to(self.dtype)              # [B,N,D]
+        if not k.head_depth:
+            s = self.run(self.dit_blocks, s, c, self.feat_rope)
+            out = self.final_layer(s, c)                                    # [B,N,C]
+        else:
+            s = self.run(self.dit_blocks[:k.depth], s, c, self.enc_rope)    # trunk
+            s = F.silu(self.s_projector(F.silu(s)))     # [B,N,D2]; the outer one is each adaLN's
+            h = self.s_embedder(x)                      # no additive positions here, only RoPE
+            h = self.run(self.dit_blocks[k.depth:], h, s, self.dec_rope)    # wide head
+            out = self.final_layer(h, s)
+        if k.predict == "x":        # the network gives the clean latent (JiT, arXiv 2511.13720),
+            t = t.float().clamp(min=0.05)[:, None, None]            # x_t - z = t v; their clamp
+            out = (x_t.float() - out.float()) / t
+        return out
 
-    def modulations(self, t, cond):
-        """t [B], cond [B,N or 1,Z], either B may be 1 -> what they do to each block of the trunk
-        and, without a wide head, to the last layer: yields [B,N or 1,6D], at the end 2D. x_t has no
-        part in it, so the samples of one prompt share it, and for the null condition a table over
-        all times t is small."""
-        c = self.modulation_input(t, cond)
-        for block in self.dit_blocks[:self.depth]:
-            yield block.modulation(c)
-        if not self.head_depth:
-            yield self.final_layer.adaLN_modulation[1](c)
-
-    def forward(self, x_t, t=None, cond=None, drop=None, m=None):
-        """x_t [B,N,C], t [B] or [1], cond [B,N,Z] (or [B,1,Z], as for the null condition) ->
-        v [B,N,C].
-
-        drop [B] bool replaces the condition of those images by the learned null condition.
-        m: `modulations` of t and cond, in their place (sampling, where many x_t share them).
-        """
-        if drop is not None:
-            cond = self.y_embedder(cond, drop)
-        c = self.modulation_input(t, cond) if m is None else None           # [B,N,Z]
-        m = m and iter(m)
-        x_t = x_t.to(self.dtype)
-        s = self.x_embedder(x_t) + self.pos_embed.to(self.dtype)            # [B,N,D]
-        if not self.head_depth:
-            s = self.run(self.dit_blocks, s, c, self.feat_rope, m)
-            return self.final_layer(s, c, m and next(m))
-        s = self.run(self.dit_blocks[:self.depth], s, c, self.enc_rope, m)  # trunk
-        s = F.silu(self.s_projector(F.silu(s)))     # [B,N,D2]; the outer is that of each adaLN
-        h = self.s_embedder(x_t)                                # no positions: only RoPE here
-        h = self.run(self.dit_blocks[self.depth:], h, s, self.dec_rope)     # wide head
-        return self.final_layer(h, s)
-
-    def null_condition(self, batch):
-        """[B,1,Z]: the condition of the unconditional branch of guidance."""
-        return self.y_embedder.dropout_embedding.expand(batch, 1, -1)
+    def null_condition(self):
+        """Return the condition of the unconditional branch of guidance, [1,1,Z]."""
+        return self.y_embedder.dropout_embedding[None, None]
 
     def train_flops(self):
-        """Training FLOPs an image: forward 2 per multiply-add, backward twice the forward.
+        """Training FLOPs per image: 2 per multiply-add forward, twice as many backward.
 
         Per token and block: attention 4 D^2 + 2 N D, SwiGLU 3 h D, per-token AdaLN 6 Z D, a third
-        of it all. Embedders and final layer at the ends. Checked against torch's counter in tests.
+        of the whole. Embedders and final layer come at the ends. A test compares torch's counter.
         """
         def block(D, Z):
             hidden = int(2 / 3 * int(4 * D))
-            return 4 * D * D + 2 * self.tokens * D + 3 * hidden * D + 6 * Z * D
+            return 4 * D * D + 2 * k.tokens * D + 3 * hidden * D + 6 * Z * D
 
-        C, D, Z, D2 = self.channels, self.width, self.cond_width, self.head_width
-        macs = self.depth * block(D, Z) + C * D
-        if self.head_depth:
-            macs += self.head_depth * block(D2, D2) + C * D2 + (D * D2 if D2 != D else 0)
-        macs += C * D2 + 2 * D2 * (D2 if self.head_depth else Z)            # final layer
+        k = self.config
+        C, D, Z = k.channels, k.width, k.cond_width or k.width
+        D2 = (k.head_width or D) if k.head_depth else D
+        macs = k.depth * block(D, Z) + C * D
+        if k.head_depth:
+            macs += k.head_depth * block(D2, D2) + C * D2 + (D * D2 if D2 != D else 0)
+        macs += C * D2 + 2 * D2 * (D2 if k.head_depth else Z)               # final layer
         time = 512 * Z + Z * Z
-        return 6 * (macs * self.tokens + time)
-
-    def activation_bytes(self):
-        """What the backward pass keeps of one image, eager: 40 D values a token and block (counted
-        with saved_tensors_hooks, bf16); with remat a block's input, and one block in full."""
-        size = torch.empty(0, dtype=self.dtype).element_size() * self.tokens
-        widths = [self.width] * self.depth + [self.head_width] * self.head_depth
-        if self.remat:
-            return size * (sum(widths) + 40 * max(widths))
-        return size * 40 * sum(widths)
+        return 6 * (macs * k.tokens + time)
 
 
 def init_weights(model, seed):
@@ -363,6 +349,9 @@ def init_weights(model, seed):
     adaLN-zero).
     """
     generator = torch.Generator().manual_seed(seed)
+    if hasattr(model, "pos_embed"):
+        side = int(model.config.tokens ** 0.5)
+        model.pos_embed.data.copy_(sincos_positions(model.config.width, side)[None])
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             continue
