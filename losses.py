@@ -1,29 +1,147 @@
-"""The decoder's discriminator: a frozen DINO ViT-S/16 with small trained heads, and the GAN losses.
+"""The losses of the decoder besides L1: LPIPS, Gram and a GAN with a frozen DINO discriminator.
 
-From StyleGAN-T (arXiv 2301.09515) by way of the RAE code (arXiv 2510.11690), which Scale-RAE
-(arXiv 2601.16208, section 2 and Table 7) trains its decoders with. Keys are those of the RAE code:
-`dino.*` the trunk (a DINO file without the prefix), `heads.{i}.*`. fp32 throughout.
+    lpips(x_hat, x) = sum_l mean_hw sum_c w_l,c (u_l(x_hat) - u_l(x))^2,   u = F / |F| over channels
+    gram(x_hat, x)  = sum_l mean_cc' (G_l(x_hat) - G_l(x))^2,              G = F F^T / (c h w)
+
+F_l are the maps relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 of VGG16. LPIPS: arXiv 1801.03924.
+Gram: Gatys et al., CVPR 2016. Scale-RAE (arXiv 2601.16208, section 2) gives it the weight 100 but
+neither its layers nor its normalisation: these are our choice.
+The discriminator is StyleGAN-T's (arXiv 2301.09515) in the form of the RAE code (arXiv 2510.11690).
+
+Parameter names are the keys of the published files: `features.*` as in torchvision's VGG16,
+`lin{0..4}.model.1.weight` as in LPIPS v0.1, `dino.*` and `heads.{i}.*` as in the RAE code (a DINO
+file has no prefix). The discriminator computes in fp32 throughout.
 
 B batch, N patches (196), d trunk width (384), L number of heads of the discriminator (5).
 """
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-DINO_S16 = dict(dim=384, depth=12, num_heads=6, key_depths=(2, 5, 8, 11), patch=16, kernel_size=9,
-                image_size=224)
-TINY = dict(dim=64, depth=4, num_heads=4, key_depths=(1, 3), patch=8, kernel_size=9, image_size=64)
+# ------------------------------------------------------------------------------------------------
+# VGG16: LPIPS and Gram
+# ------------------------------------------------------------------------------------------------
+
+CONVS = (2, 2, 3, 3, 3)                     # convolutions per stage, with a max pool between stages
+WIDTHS = (64, 128, 256, 512, 512)           # channels per stage at width 1
+TINY_WIDTH = 1 / 8                          # the tiny preset: 8, 16, 32, 64, 64 channels
+
+
+class Perceptual(nn.Module):
+    """A frozen VGG16 with the LPIPS weights. width: factor on all channels. dtype: of the
+    convolutions; the losses are in fp32.
+
+    LPIPS weights start at 1/C: uncalibrated (without human judgements) until a file is loaded. The
+    tiny network keeps them.
+    """
+
+    def __init__(self, width=1.0, dtype=torch.float32):
+        super().__init__()
+        self.width, widths = width, [round(c * width) for c in WIDTHS]
+        layers, self.taps, c_in = [], [], 3
+        for n, c in zip(CONVS, widths):
+            layers += [nn.MaxPool2d(2)] if layers else []
+            for _ in range(n):
+                layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()]
+                c_in = c
+            self.taps.append(len(layers) - 1)               # 3, 8, 15, 22, 29: a stage's last ReLU
+        self.features = nn.ModuleList(layers).to(dtype)     # torchvision's numbering
+        for i, c in enumerate(widths):
+            lin = nn.Conv2d(c, 1, 1, bias=False)
+            nn.init.constant_(lin.weight, 1 / c)
+            # index 0 is the original's dropout, which is never active here
+            self.add_module(f"lin{i}", nn.ModuleDict({"model": nn.Sequential(nn.Identity(), lin)}))
+        # LPIPS' input statistics for images in [-1,1]; no file stores them
+        for name, value in (("shift", (-.030, -.088, -.188)), ("scale", (.458, .448, .450))):
+            value = torch.tensor(value, device="cpu").view(3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+        self.eval().requires_grad_(False)
+
+    def maps(self, images):
+        """images [B,3,H,W] in [0,1], H and W >= 16 -> five maps [B, c_l, H / 2^l, W / 2^l]."""
+        x, out = (2 * images - 1 - self.shift) / self.scale, []
+        x = x.to(self.features[0].weight.dtype)
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.taps:
+                out.append(x)
+        return out
+
+    def lpips(self, maps_a, maps_b):
+        """Two lists of maps -> LPIPS distance [B], fp32."""
+        total = 0.0
+        for i, (a, b) in enumerate(zip(maps_a, maps_b)):
+            a, b = unit(a.float()), unit(b.float())
+            w = self.get_submodule(f"lin{i}")["model"][1].weight.float()
+            total = total + F.conv2d((a - b).square(), w).mean(dim=(1, 2, 3))   # [B]
+        return total
+
+    def gram(self, maps_a, maps_b, layers=(0, 1, 2, 3, 4)):
+        """Two lists of maps -> Gram distance [B], fp32: the mean squared difference of the c x c
+        entries, summed over `layers` with weight 1."""
+        total = 0.0
+        for i in layers:
+            a, b = (f.float().flatten(2) for f in (maps_a[i], maps_b[i]))       # [B, c, hw]
+            difference = (a @ a.mT - b @ b.mT) / a[0].numel()                   # [B, c, c]
+            total = total + difference.square().mean(dim=(1, 2))                # [B]
+        return total
+
+    def forward(self, x_hat, x, gram_layers=(0, 1, 2, 3, 4)):
+        """Images [B,3,H,W] in [0,1] -> (lpips [B], gram [B]). Gradients reach only x_hat."""
+        maps_a = self.maps(x_hat)
+        with torch.no_grad():
+            maps_b = self.maps(x)
+        return self.lpips(maps_a, maps_b), self.gram(maps_a, maps_b, gram_layers)
+
+    def forward_flops(self, side):
+        """Return the FLOPs of the maps of one square image, 2 per multiply-add."""
+        total, c_in = 0, 3
+        for stage, (n, c) in enumerate(zip(CONVS, WIDTHS)):
+            c = round(c * self.width)
+            for _ in range(n):
+                total += 2 * 9 * c_in * c * (side >> stage) ** 2
+                c_in = c
+        return total
+
+
+def unit(f):
+    """Divide a map [B,c,h,w] by its norm over channels + 1e-10, as LPIPS does."""
+    # vector_norm, because its gradient where every ReLU is off is 0; that of sqrt(sum) is NaN
+    return f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10)
+
+
+# ------------------------------------------------------------------------------------------------
+# The discriminator's frozen trunk
+# ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class DiscConfig:
+    """The discriminator's sizes; the defaults are DINO ViT-S/16 with the RAE code's heads."""
+    dim: int = 384                          # d
+    depth: int = 12
+    num_heads: int = 6
+    key_depths: tuple = (2, 5, 8, 11)       # blocks whose outputs get a head, besides the last
+    patch: int = 16
+    kernel_size: int = 9                    # of the heads' residual convolution
+    image_size: int = 224
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or self.image_size % self.patch or self.kernel_size % 2 == 0:
+            raise ValueError(f"num_heads must divide dim, patch must divide image_size, and "
+                             f"kernel_size must be odd: {self}")
+        if max(self.key_depths) >= self.depth:
+            raise ValueError(f"key_depths {self.key_depths} with only {self.depth} blocks")
+
+
+TINY_DISC = DiscConfig(dim=64, depth=4, num_heads=4, key_depths=(1, 3), patch=8, image_size=64)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet
 
 
-# ------------------------------------------------------------------------------------------------
-# the frozen trunk
-# ------------------------------------------------------------------------------------------------
-
 class Block(nn.Module):
-    """Pre-norm transformer block of DINO: [B, 1+N, d] -> [B, 1+N, d]."""
+    """A pre-norm transformer block of DINO: [B, 1+N, d] -> [B, 1+N, d]."""
 
     def __init__(self, d, heads):
         super().__init__()
@@ -36,30 +154,32 @@ class Block(nn.Module):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # [B, heads, 1+N, d/heads]
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.attn["proj"](y)
-        y = F.gelu(self.mlp["fc1"](self.norm2(x)), approximate="tanh")  # the RAE code's; DINO: erf
-        return x + self.mlp["fc2"](y)
+        x = x + self.attn["proj"](y)                            # [B, 1+N, d]
+        y = self.mlp["fc1"](self.norm2(x))                      # [B, 1+N, 4d]
+        # the tanh GELU, as in the RAE code; DINO itself was trained with the exact (erf) one
+        return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
 
 
 class Dino(nn.Module):
-    """DINO ViT trunk (arXiv 2104.14294). `norm` is in its file but no activation passes it."""
+    """A DINO ViT (arXiv 2104.14294). Its files hold the final `norm`, which no activation uses."""
 
-    def __init__(self, dim, depth, num_heads, key_depths, patch, image_size):
+    def __init__(self, config):
         super().__init__()
-        self.key_depths, self.image_size = tuple(key_depths), image_size
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, stride=patch)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, dim))
-        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        # [-1,1] -> ImageNet-normalised: x * scale + shift
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+        d, patch, side = config.dim, config.patch, config.image_size // config.patch
+        self.key_depths, self.image_size = config.key_depths, config.image_size
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, d, patch, stride=patch)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, d))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side ** 2, d))
+        self.blocks = nn.ModuleList(Block(d, config.num_heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(d, eps=1e-6)
+        # from [-1,1] to ImageNet's normalisation: x * scale + shift; on the CPU in meta builds too
+        mean, std = (torch.tensor(v, device="cpu").view(1, 3, 1, 1) for v in (MEAN, STD))
         self.register_buffer("x_scale", 0.5 / std)
         self.register_buffer("x_shift", (0.5 - mean) / std)
 
     def forward(self, images):
-        """images [B,3,H,W] in [0,1] -> L activations [B, d, N]: the last block's, then key_depths'.
-        """
+        """images [B,3,H,W] in [0,1] -> L activations [B, d, N]: the last block's, then those of
+        key_depths."""
         x, size = 2 * images.float() - 1, (self.image_size, self.image_size)
         if x.shape[2:] != size:
             x = F.interpolate(x, size, mode="bilinear", align_corners=False)
@@ -74,22 +194,22 @@ class Dino(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# the trained heads
+# The discriminator's trained heads
 # ------------------------------------------------------------------------------------------------
 
 class SpectralConv1d(nn.Module):
-    """Circular conv1d with weight / sigma_max(weight) (arXiv 1802.05957), length kept.
+    """Circular conv1d with the weight W / sigma_max(W) (arXiv 1802.05957); the length stays.
 
-    sigma = u^T W v with one power iteration a call in train mode, none in eval mode. The triplet
-    weight_orig, weight_u, weight_v is torch.nn.utils.spectral_norm's.
+    sigma = u^T W v, with one power iteration per call in train mode and none in eval mode. The
+    triplet weight_orig, weight_u, weight_v is that of torch.nn.utils.spectral_norm.
     """
 
     def __init__(self, c_in, c_out, kernel):
         super().__init__()
-        conv = nn.Conv1d(c_in, c_out, kernel)                   # for PyTorch's default init
-        self.weight_orig, self.bias = conv.weight, conv.bias
-        self.register_buffer("weight_u", F.normalize(torch.randn(c_out), dim=0, eps=1e-12))
-        self.register_buffer("weight_v", F.normalize(torch.randn(c_in * kernel), dim=0, eps=1e-12))
+        self.weight_orig = nn.Parameter(torch.zeros(c_out, c_in, kernel))
+        self.bias = nn.Parameter(torch.zeros(c_out))
+        self.register_buffer("weight_u", torch.zeros(c_out))
+        self.register_buffer("weight_v", torch.zeros(c_in * kernel))
 
     def forward(self, x):
         W = self.weight_orig.flatten(1)                         # [c_out, c_in * kernel]
@@ -105,7 +225,7 @@ class SpectralConv1d(nn.Module):
 
 
 class LocalNorm(nn.Module):
-    """Batch norm over a virtual batch of one: statistics of each sample's channel over N."""
+    """Batch norm over a virtual batch of one: each sample's own statistics per channel, over N."""
 
     def __init__(self, c):
         super().__init__()
@@ -121,7 +241,7 @@ def conv_block(c, kernel):
 
 
 class Residual(nn.Module):
-    """(f(x) + x) / sqrt(2): keeps the variance."""
+    """(f(x) + x) / sqrt(2), which keeps the variance."""
 
     def __init__(self, fn):
         super().__init__()
@@ -132,62 +252,44 @@ class Residual(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Frozen trunk and L = 1 + len(key_depths) heads; config: the fields of `DINO_S16`.
+    """A frozen trunk and L = 1 + len(key_depths) trained heads.
 
-    `train()` for its own step (power iteration), `eval()` for the generator's. Raises ValueError
-    when the sizes do not divide or a key depth does not exist.
+    Call `train()` for its own step (power iterations) and `eval()` for the decoder's step.
     """
 
-    def __init__(self, config=None):
+    def __init__(self, config=DiscConfig()):
         super().__init__()
-        c = self.config = {**DINO_S16, **(config or {})}
-        d, kernel = c["dim"], c["kernel_size"]
-        if d % c["num_heads"] or c["image_size"] % c["patch"] or kernel % 2 == 0:
-            raise ValueError(f"discriminator: num_heads must divide dim, patch image_size, and "
-                             f"kernel_size be odd: {c}")
-        if max(c["key_depths"]) >= c["depth"]:
-            raise ValueError(f"key_depths {c['key_depths']} of a trunk of {c['depth']} blocks")
-        self.dino = Dino(d, c["depth"], c["num_heads"], c["key_depths"], c["patch"],
-                         c["image_size"])
-        self.dino.requires_grad_(False)
+        self.config, d = config, config.dim
+        self.dino = Dino(config).requires_grad_(False)
         self.heads = nn.ModuleList(
-            nn.Sequential(conv_block(d, 1), Residual(conv_block(d, kernel)),
-                          SpectralConv1d(d, 1, 1)) for _ in range(1 + len(c["key_depths"])))
+            nn.Sequential(conv_block(d, 1), Residual(conv_block(d, config.kernel_size)),
+                          SpectralConv1d(d, 1, 1)) for _ in range(1 + len(config.key_depths)))
 
     def forward(self, images):
-        """images [B,3,H,W] in [0,1] -> logits [B, L*N], high for real."""
+        """images [B,3,H,W] in [0,1] -> logits [B, L*N], high for real images."""
         features = self.dino(images)
         logits = [head(f).flatten(1) for head, f in zip(self.heads, features)]  # L of [B, N]
         return torch.cat(logits, 1)
 
     def forward_flops(self):
-        """FLOPs of one image, 2 per multiply-add -> (frozen trunk, trained heads)."""
-        c, d = self.config, self.config["dim"]
-        N = (c["image_size"] // c["patch"]) ** 2
-        trunk = c["depth"] * (N + 1) * (12 * d * d + 2 * (N + 1) * d) + 3 * N * c["patch"] ** 2 * d
-        heads = len(self.heads) * N * (d * d + c["kernel_size"] * d * d + d)
+        """Return the FLOPs of one image, 2 per multiply-add, as (frozen trunk, trained heads)."""
+        c, d = self.config, self.config.dim
+        N = (c.image_size // c.patch) ** 2
+        trunk = c.depth * (N + 1) * (12 * d * d + 2 * (N + 1) * d) + 3 * N * c.patch ** 2 * d
+        heads = len(self.heads) * N * (d * d + c.kernel_size * d * d + d)
         return 2 * trunk, 2 * heads
-
-    def activation_bytes(self):
-        """Kept for the backward pass through one image, fp32: a block the inputs of its two norms,
-        q, k, v, attention's output and its copy, GELU's input (4d) = 11 d a token (the frozen
-        Linears keep none); a head about 12 maps. Checked against autograd in the tests."""
-        c, d = self.config, self.config["dim"]
-        N = (c["image_size"] // c["patch"]) ** 2
-        return 4 * d * (c["depth"] * (N + 1) * 11 + len(self.heads) * N * 12)
 
 
 # ------------------------------------------------------------------------------------------------
-# augmentation and losses
+# Augmentation and GAN losses
 # ------------------------------------------------------------------------------------------------
 
 def augment(images, draws):
-    """Differentiable augmentation (arXiv 2006.10738) of images [B,3,H,W] in [0,1], by draws [B,5],
-    uniform in [0,1) -> [B,3,H,W].
+    """Augment images [B,3,H,W] in [0,1] differentiably (arXiv 2006.10738), by draws [B,5] that are
+    uniform in [0,1): two of translation, brightness, saturation, contrast.
 
-    Translation by up to 1/8 of the side with grey fill, brightness, saturation, contrast; no
-    cutout, as in the RAE code. Its numbers are for [-1,1], so this goes there and back: the fill
-    is 0 and brightness +-0.5 on that scale.
+    Translation is by up to 1/8 of the side, with grey fill. There is no cutout, as in the RAE code.
+    Its numbers are for [-1,1], so this function goes there and back: fill 0, brightness +-0.5.
     """
     x, (_, _, H, W) = 2 * images - 1, images.shape
     r = draws.mT[..., None, None, None]                                 # [5, B, 1, 1, 1]
@@ -208,27 +310,26 @@ def augment(images, draws):
 
 
 def d_loss_hinge(real, fake):
-    """Logits of real and fake images -> the discriminator's loss (a scalar)."""
+    """Logits of real and fake images -> the discriminator's loss, a scalar."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def d_loss_vanilla(real, fake):
-    """The non-saturating alternative to the hinge."""
+    """The non-saturating alternative to the hinge loss."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
 def g_loss(fake):
-    """The generator's loss: raise the logits of its images."""
+    """Logits of the decoder's images -> the decoder's loss, a scalar."""
     return -fake.mean()
 
 
-def adaptive_weight(rec_loss, gan_loss, last_weight, average=lambda grad: grad):
-    """|d rec / d W| / (|d gan / d W| + 1e-6), clamped to [0, 1e4], detached (arXiv 2012.09841).
+def adaptive_weight(rec_loss, gan_loss, last_weight, average=lambda gradient: gradient):
+    """Return |d rec / d W| / (|d gan / d W| + 1e-6), clamped to [0, 1e4] and detached (arXiv
+    2012.09841): the factor that balances the two losses at W = `last_weight`, the decoder's last
+    layer. Keeps both graphs for the backward pass.
 
-    Balances the two losses at W = `last_weight`, the decoder's `decoder_pred.weight`. Keeps both
-    graphs for the real backward pass. average: of a gradient over the processes that share a batch.
-    With a loss' gradient g at the picture x in hand, (x * g).sum() stands for the loss: above x it
-    has the same gradient.
+    average: averages a gradient over the processes that share a batch.
     """
     rec, gan = (average(torch.autograd.grad(loss, last_weight, retain_graph=True)[0])
                 for loss in (rec_loss, gan_loss))
@@ -236,15 +337,26 @@ def adaptive_weight(rec_loss, gan_loss, last_weight, average=lambda grad: grad):
 
 
 # ------------------------------------------------------------------------------------------------
-# weights
+# Initial weights, drawn on the CPU
 # ------------------------------------------------------------------------------------------------
 
-def init_weights(model, seed):
-    """Heads and, where no file replaces it, the trunk; drawn on the CPU generator.
+def init_perceptual(model, seed):
+    """Draw He-normal convolutions with zero biases (VGG has no norms) to train a network of one's
+    own. LPIPS weights stay 1/C."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.features:
+        if isinstance(module, nn.Conv2d):
+            std = (2 / module.weight[0].numel()) ** 0.5
+            module.weight.data = torch.randn(module.weight.shape, generator=generator) * std
+            module.bias.data.zero_()
 
-    Heads: PyTorch's default for convolutions, U(+-1/sqrt(fan in)), as in the RAE code; u and v
-    random unit vectors, then 15 power iterations, so that the first steps see a true norm. Trunk:
-    trunc-normal 0.02 matrices, zero biases, as DINO begins (a random trunk is a weak stand-in).
+
+def init_discriminator(model, seed):
+    """Draw the heads, and the trunk for the case that no file replaces it.
+
+    Heads: PyTorch's default for convolutions, U(+-1/sqrt(fan in)), as in the RAE code; u and v are
+    random unit vectors after 15 power iterations, so that the first steps have a correct norm.
+    Trunk: truncated normal 0.02 for matrices and zero biases, as DINO begins.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.heads.modules():
@@ -267,7 +379,7 @@ def init_weights(model, seed):
 
 
 def zero_k_bias(model):
-    """Zero the middle third of every qkv bias of the trunk."""
+    """Zero the key third of every qkv bias of the trunk, as the RAE code does on loading."""
     for block in model.dino.blocks:
         block.attn["qkv"].bias.data.view(3, -1)[1] = 0
     return model

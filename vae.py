@@ -1,31 +1,50 @@
-"""FLUX's VAE (diffusers AutoencoderKL, FLUX.1 form): the baseline latent of the paper.
+"""FLUX's VAE (diffusers' AutoencoderKL in the FLUX.1 form): the paper's baseline latent.
 
-The same two methods as the RAE: encode(images) -> tokens, decode(tokens) -> images. Key names are
-diffusers'; `from_ldm` turns the original `ae.safetensors` into them. Architecture: arXiv
-2112.10752.
+It has the methods of the representation autoencoder: encode(images) -> tokens and
+decode(tokens) -> images. Parameter names are diffusers' keys; `from_ldm` renames those of the
+original `ae.safetensors`. Architecture: arXiv 2112.10752.
 
 B batch, H W pixels, h w latent grid (H/f, W/f), c latent channels (16), N = h/2 * w/2 tokens of
-C = 4c channels (64). fp32 throughout, in training too: --dtype does not change it.
+C = 4c channels (64). The VAE computes in fp32, in training too: --dtype does not change it.
 """
 import math
 import re
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-# black-forest-labs/FLUX.1-dev, vae/config.json: f = 8, 256 px -> 32x32x16 -> 256 tokens of 64
-FLUX = dict(in_channels=3, out_channels=3, block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2, latent_channels=16, norm_num_groups=32, use_quant_conv=False,
-            use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)
-# f = 4, 64 px -> 16x16x16 -> 64 tokens of 64; a small VAE sets its own scale and shift when trained
-TINY = dict(FLUX, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8,
-            scaling_factor=1.0, shift_factor=0.0)
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """diffusers' fields that this network reads, under the same names. The defaults are FLUX.1-dev:
+    f = 8, 256 px -> 32 x 32 x 16 -> 256 tokens of 64 channels."""
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 16
+    norm_num_groups: int = 32
+    use_quant_conv: bool = False
+    use_post_quant_conv: bool = False
+    scaling_factor: float = 0.3611
+    shift_factor: float | None = 0.1159
+
+    def __post_init__(self):
+        if self.use_quant_conv or self.use_post_quant_conv:
+            raise ValueError("use_quant_conv or use_post_quant_conv is true in the VAE's config: "
+                             "only FLUX's form, without quant convolutions, is built here")
+
+
+# f = 4, 64 px -> 16 x 16 x 16 -> 64 tokens of 64; training measures the scale and the shift
+TINY = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8,
+                 scaling_factor=1.0, shift_factor=0.0)
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, conv, twice, around a skip: [B, c_in, h, w] -> [B, c_out, h, w]."""
+    """Twice GroupNorm, SiLU and conv, around a skip: [B, c_in, h, w] -> [B, c_out, h, w]."""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -41,7 +60,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions, as wide as the feature map."""
+    """Self-attention over all positions with one head, as wide as the feature map."""
 
     def __init__(self, c, groups):
         super().__init__()
@@ -57,7 +76,7 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """ResnetBlock, Attention, ResnetBlock at the lowest resolution."""
+    """A ResnetBlock, an Attention and a ResnetBlock at the lowest resolution."""
 
     def __init__(self, c, groups):
         super().__init__()
@@ -69,7 +88,7 @@ class MidBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """n ResnetBlocks at one resolution, then one convolution that halves or doubles it, or none."""
+    """n ResnetBlocks at one resolution, then at most one convolution that halves or doubles it."""
 
     def __init__(self, c_in, c_out, n, groups, resample):
         super().__init__()
@@ -95,16 +114,16 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     """[B, 3, H, W] in [-1,1] -> [B, 2c, H/f, W/f]: mean and log variance."""
 
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        widths, groups = cfg["block_out_channels"], cfg["norm_num_groups"]
-        self.conv_in = nn.Conv2d(cfg["in_channels"], widths[0], 3, padding=1)
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(a, b, cfg["layers_per_block"], groups, "down" if i < len(widths) - 1 else None)
+            Level(a, b, config.layers_per_block, groups, "down" if i < len(widths) - 1 else None)
             for i, (a, b) in enumerate(zip((widths[0], *widths), widths)))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * cfg["latent_channels"], 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -114,18 +133,18 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, c, h, w] -> [B, 3, f*h, f*w], about [-1,1]. One ResnetBlock more a level."""
+    """[B, c, h, w] -> [B, 3, f*h, f*w], about [-1,1], with one more ResnetBlock per level."""
 
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        widths, groups = cfg["block_out_channels"][::-1], cfg["norm_num_groups"]
-        self.conv_in = nn.Conv2d(cfg["latent_channels"], widths[0], 3, padding=1)
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            Level(a, b, cfg["layers_per_block"] + 1, groups, "up" if i < len(widths) - 1 else None)
+            Level(a, b, config.layers_per_block + 1, groups, "up" if i < len(widths) - 1 else None)
             for i, (a, b) in enumerate(zip((widths[0], *widths), widths)))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], cfg["out_channels"], 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z):
         z = self.mid_block(self.conv_in(z))
@@ -141,7 +160,7 @@ def pack(z):
 
 
 def unpack(tokens):
-    """The inverse of `pack` for a square grid: [B, N, 4c] -> [B, c, h, w]."""
+    """Invert `pack` for a square grid: [B, N, 4c] -> [B, c, h, w]."""
     B, N, C = tokens.shape
     side = math.isqrt(N)
     if side * side != N or C % 4:
@@ -151,39 +170,34 @@ def unpack(tokens):
 
 
 class VAE(nn.Module):
-    """AutoencoderKL with FLUX's token packing. `config` holds diffusers' fields; FLUX.1 if None.
+    """AutoencoderKL with FLUX's packing of the latent into tokens. config: a VAEConfig.
 
-    `channels` is C, `stride` the pixels on a token's side (16). Before they are trained the weights
-    are PyTorch's defaults, as in the original. Raises ValueError for another form's config.
+    `channels` is C, `stride` the number of pixels on a token's side (16). A new VAE has PyTorch's
+    default initial weights, as the original.
     """
-    crop, resample = "squash", 1                    # diffusers' VaeImageProcessor: 1 is Lanczos
+    crop, resample = "squash", 1                    # diffusers' VaeImageProcessor; 1 is Lanczos
 
-    def __init__(self, config=None):
+    def __init__(self, config=VAEConfig()):
         super().__init__()
-        self.config = cfg = {**FLUX, **(config or {})}
-        if cfg["use_quant_conv"] or cfg["use_post_quant_conv"]:
-            raise ValueError("use_quant_conv or use_post_quant_conv is true in the VAE's config: "
-                             "only FLUX's form, without quant convolutions, is built here")
-        self.scale, self.shift = cfg["scaling_factor"], cfg["shift_factor"] or 0.0
-        self.channels = 4 * cfg["latent_channels"]              # C
-        self.stride = 2 ** len(cfg["block_out_channels"])       # f = 2^(levels-1), 2x2 packing
-        self.encoder = Encoder(cfg)
-        self.decoder = Decoder(cfg)
+        self.config = config
+        self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
+        self.channels = 4 * config.latent_channels              # C
+        self.stride = 2 ** len(config.block_out_channels)       # f = 2^(levels-1), 2x2 packing
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
 
     def posterior(self, images):
-        """images [B,3,H,W] in [0,1] -> mean, logvar, each [B, c, H/f, W/f], before scale and shift.
-
-        KL to N(0,1) per image: 0.5 * (mean^2 + exp(logvar) - 1 - logvar).sum((1, 2, 3)).
-        """
+        """images [B,3,H,W] in [0,1] -> mean and log variance, each [B, c, H/f, W/f], before scale
+        and shift."""
         if images.shape[-1] % self.stride or images.shape[-2] % self.stride:
             raise ValueError(f"images {list(images.shape)}: sides must divide by {self.stride}")
         mean, logvar = self.encoder(2 * images - 1).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)                      # diffusers' clamp, exp stays finite
+        return mean, logvar.clamp(-30, 20)                      # diffusers' clamp: exp stays finite
 
     def encode(self, images, generator=None, sample=False):
-        """images [B,3,H,W] in [0,1] -> tokens [B,N,4c], shifted and scaled: the posterior's mean;
-        with `sample` or a `generator` (of any device) a draw, which the paper's baseline trains on.
-        """
+        """images [B,3,H,W] in [0,1] -> tokens [B,N,4c], shifted and scaled: the posterior's mean,
+        or a draw from it with `sample` or a `generator` (on any device). The paper's baseline
+        trains on draws."""
         z, logvar = self.posterior(images)
         if sample or generator is not None:
             device = getattr(generator, "device", z.device)
@@ -200,8 +214,8 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def measure(self, batches):
-        """Images -> the shift and scale that give the latent mean 0 and variance 1, by their names
-        in diffusers' config. For a VAE trained without (scale 1, shift 0)."""
+        """Return the shift and the scale, under their names in the config, that give the latent of
+        these batches of images mean 0 and variance 1."""
         sums = []
         for images in batches:
             mean, logvar = self.posterior(images)
@@ -210,7 +224,8 @@ class VAE(nn.Module):
         return dict(shift_factor=mean, scaling_factor=(square - mean ** 2) ** -0.5)
 
     def forward_flops(self, side, decode=True):
-        """FLOPs to encode (and decode) one square image, counted by torch on the meta device."""
+        """Return the FLOPs to encode (and decode) one square image. torch counts them on the meta
+        device."""
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
             twin = VAE(self.config)
             z = twin.encode(torch.empty(1, 3, side, side))
@@ -218,19 +233,8 @@ class VAE(nn.Module):
                 twin.decode(z)
         return counter.get_total_flops()
 
-    def activation_bytes(self, side):
-        """Kept for the backward pass of one square image, fp32: a ResnetBlock some six maps of its
-        size (the inputs of its norms, SiLUs and convolutions), a resampling its input. Checked
-        against autograd in the tests."""
-        c, total = self.config, 0
-        for i, width in enumerate(c["block_out_channels"]):
-            blocks = 2 * c["layers_per_block"] + 1              # of the encoder and the decoder
-            blocks += 4 * (i == len(c["block_out_channels"]) - 1)       # two mid blocks
-            total += 4 * width * (side >> i) ** 2 * (6 * blocks + 5)
-        return total
 
-
-# The names in ae.safetensors (those of ldm) -> diffusers'.
+# Names in ae.safetensors (latent diffusion's) -> diffusers' names
 FROM_LDM = [
     (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
     (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
@@ -247,13 +251,13 @@ FROM_LDM = [
 
 
 def from_ldm(state):
-    """The state dict of `ae.safetensors` with diffusers' keys and shapes."""
+    """Give the state dict of `ae.safetensors` diffusers' keys and shapes."""
     levels = 1 + max(int(m[1]) for m in (re.match(r"decoder\.up\.(\d+)\.", k) for k in state) if m)
     out = {}
     for key, value in state.items():
         for pattern, words in FROM_LDM:
             key = re.sub(pattern, words, key)
-        # ldm counts the decoder's levels by resolution, diffusers in the order they run
+        # the original numbers the decoder's levels by resolution, diffusers in running order
         key = re.sub(r"(up_blocks\.)(\d+)", lambda m: m[1] + str(levels - 1 - int(m[2])), key)
         if ".attentions." in key and value.dim() == 4:          # 1x1 convolution -> Linear
             value = value[:, :, 0, 0]
