@@ -1,29 +1,47 @@
-"""The frozen encoder: an image becomes N latent tokens of C channels.
+"""The frozen encoder: an image becomes N latent tokens of C channels (paper section 2).
 
     images [B,3,H,W] in [0,1]  ->  latent z [B,N,C],  z = LayerNorm(ViT(x))
 
-Two networks, in the key layout of their published weights, so that files load without a mapping:
-SigLIP2 (google/siglip2-so400m-patch14-224: C = 1152, N = 16 x 16), whose LayerNorm has no affine,
-and DINOv2, the architecture of WebSSL-DINO (facebook/webssl-dino300m-full2b-224: C = 1024), with
-its own. Paper section 2; arXiv 2510.11690.
+One ViT serves both published encoders. They differ in five places, each marked below:
 
-dtype is that of the whole stream: tokens, positions, residuals. In fp32 are the weights, which are
-cast as they are used, the pictures, the norms' statistics and z.
+                SigLIP-2 (google/siglip2-so400m-patch14-224)    WebSSL-DINO (facebook/webssl-dino...)
+    latent      C = 1152, N = 16 x 16                           C = 1024, N = 16 x 16
+    class token no                                              yes, dropped from the latent
+    layer scale no                                              yes
+    GELU        tanh                                            erf
+    last norm   without affine (its own is not used)            its own, with affine
+
+Another encoder is a class with `tokens, channels, mean, std` and `forward`, and a row in ENCODERS.
+B batch, N tokens, C channels, H heads.
 """
+import re
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-SO400M = dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304,
-              num_hidden_layers=27, num_attention_heads=16, image_size=224, patch_size=14)
-WEBSSL_300M = dict(model_type="dinov2", hidden_size=1024, mlp_ratio=4, num_hidden_layers=24,
-                   num_attention_heads=16, image_size=224, patch_size=14)
-TINY = dict(model_type="siglip_vision_model", hidden_size=96, intermediate_size=384,
-            num_hidden_layers=5, num_attention_heads=4, image_size=64, patch_size=8)
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Fields of the published config.json, under their names."""
+    model_type: str = "siglip_vision_model"     # or "dinov2"
+    hidden_size: int = 1152                     # C
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+
+
+SO400M = ViTConfig()
+WEBSSL_300M = ViTConfig("dinov2", 1024, 4096, 24, 16)
+TINY = ViTConfig("siglip_vision_model", 96, 384, 5, 4, image_size=64, patch_size=8)
 
 
 class Linear(nn.Linear):
-    """fp32 weights, product in the dtype of x (bf16 on accelerators), no autocast needed."""
+    """fp32 weights, product in the dtype of x (bf16 on accelerators); no autocast needed."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -41,285 +59,197 @@ def attention(q, k, v, heads):
     """Softmax attention over all tokens; q [B,L,C], k and v [B,N,C] -> [B,L,C]."""
     q, k, v = (a.unflatten(-1, (heads, -1)).transpose(1, 2) for a in (q, k, v))  # [B,H,.,C/H]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # the fused kernel is 3 to 5 times
-        y = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v  # slower there (LOG.md)
+        y = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v  # slower (LOG.md, 2026-11-23)
     else:
         y = F.scaled_dot_product_attention(q, k, v)
     return y.transpose(1, 2).flatten(2)
 
 
 def resize(images, size):
-    """Bicubic resize to size x size, only when it differs (the RAE code's rule). Not Pillow's or
-    jax.image's: a = -0.75 where they have -0.5, and no antialiasing."""
+    """Resize to size x size, bicubic, only if it differs (the RAE code's rule). Pillow and
+    jax.image give other numbers: a = -0.5 instead of -0.75, and antialiasing."""
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode="bicubic", align_corners=False)
 
 
-# ------------------------------------------------------------------------------------------------
-# SigLIP-2
-# ------------------------------------------------------------------------------------------------
-
-class SiglipAttention(nn.Module):
-    def __init__(self, width, heads):
+class Attention(nn.Module):
+    def __init__(self, C, heads):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj = Linear(width, width), Linear(width, width)
-        self.v_proj, self.out_proj = Linear(width, width), Linear(width, width)
+        self.q_proj, self.k_proj = Linear(C, C), Linear(C, C)
+        self.v_proj, self.out_proj = Linear(C, C), Linear(C, C)
 
-    def forward(self, x):                                                   # [B,N,C]
+    def forward(self, x):                                                   # [B,L,C]
         return self.out_proj(attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))
 
 
-class SiglipMLP(nn.Module):
-    def __init__(self, width, hidden):
+class MLP(nn.Module):
+    def __init__(self, C, hidden, gelu):
         super().__init__()
-        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
+        self.fc1, self.fc2, self.gelu = Linear(C, hidden), Linear(hidden, C), gelu
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
 
 
-class SiglipBlock(nn.Module):
-    def __init__(self, width, hidden, heads, eps):
+class Block(nn.Module):
+    def __init__(self, k):
         super().__init__()
-        self.layer_norm1, self.layer_norm2 = LayerNorm(width, eps=eps), LayerNorm(width, eps=eps)
-        self.self_attn = SiglipAttention(width, heads)
-        self.mlp = SiglipMLP(width, hidden)
+        C, dino = k.hidden_size, k.model_type == "dinov2"
+        self.norm1, self.norm2 = (LayerNorm(C, eps=k.layer_norm_eps) for _ in range(2))
+        self.attn = Attention(C, k.num_attention_heads)
+        self.mlp = MLP(C, k.intermediate_size, "none" if dino else "tanh")
+        self.scale1 = nn.Parameter(torch.ones(C)) if dino else None
+        self.scale2 = nn.Parameter(torch.ones(C)) if dino else None
 
-    def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+    def forward(self, x):                                                   # [B,L,C]
+        y = self.attn(self.norm1(x))
+        x = x + (y if self.scale1 is None else y * self.scale1.to(y.dtype))
+        y = self.mlp(self.norm2(x))
+        return x + (y if self.scale2 is None else y * self.scale2.to(y.dtype))
 
 
-class SiglipHead(nn.Module):
-    """Attention pooling by one learned probe: tokens [B,N,C] -> image embedding [B,C].
+class ViT(nn.Module):
+    """A frozen vision transformer; references: transformers' SiglipVisionModel and Dinov2Model.
 
-    Not part of the latent; train_encoder.py and SigLIP's image-text similarity use it.
+    dtype: of the token stream. In fp32 are the weights, which are cast as they are used, the
+    images, the norms' statistics and z. Raises ValueError for sizes that do not divide.
     """
 
-    def __init__(self, width, hidden, heads, eps):
+    def __init__(self, config, dtype=torch.float32):
         super().__init__()
-        self.probe = nn.Parameter(torch.zeros(1, 1, width))
-        self.attention = nn.Module()
-        self.attention.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width))
-        self.attention.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.attention.out_proj = Linear(width, width)
-        self.layernorm = LayerNorm(width, eps=eps)
-        self.mlp = SiglipMLP(width, hidden)
-        self.heads = heads
-
-    def forward(self, x):
-        probe = self.probe.to(x.dtype).expand(len(x), -1, -1)               # [B,1,C]
-        wq, wk, wv = self.attention.in_proj_weight.to(x.dtype).chunk(3)
-        bq, bk, bv = self.attention.in_proj_bias.to(x.dtype).chunk(3)
-        q, k, v = F.linear(probe, wq, bq), F.linear(x, wk, bk), F.linear(x, wv, bv)
-        x = self.attention.out_proj(attention(q, k, v, self.heads))         # [B,1,C]
-        return (x + self.mlp(self.layernorm(x)))[:, 0]                      # [B,C]
-
-
-class SigLIP2(nn.Module):
-    """SigLIP-2 vision tower with learned positions (reference: transformers SiglipVisionModel).
-
-    config: the fields of the published `vision_config`. layers: the latent sums the outputs of the
-    last `layers` blocks before the norm (RAEv2, arXiv 2605.18324); 1 is Scale-RAE.
-    The published `post_layernorm` is kept for the pooled head; the latent does not pass through it:
-    it takes the last block's output and a LayerNorm without affine (spec: released models).
-    """
-    mean = (0.5, 0.5, 0.5)
-    std = (0.5, 0.5, 0.5)
-    crop = "squash"             # how its processor makes a picture square
-    resample = 3                # by Pillow's number, bicubic; weights.load_encoder may know better
-
-    def __init__(self, config, layers=1, dtype=torch.float32):
-        super().__init__()
-        c = {**SO400M, "layer_norm_eps": 1e-6, **config}
-        C, hidden, heads, eps = (c[k] for k in ("hidden_size", "intermediate_size",
-                                                "num_attention_heads", "layer_norm_eps"))
-        if not 1 <= layers <= c["num_hidden_layers"]:
-            raise ValueError(f"--layers {layers}: the encoder has {c['num_hidden_layers']} blocks")
-        self.config, self.layers, self.dtype = c, layers, dtype
-        self.image_size, self.patch_size = c["image_size"], c["patch_size"]
-        self.grid = self.image_size // self.patch_size
+        self.config, self.dtype, k = config, dtype, config
+        C, dino = k.hidden_size, k.model_type == "dinov2"
+        if C % k.num_attention_heads or k.image_size % k.patch_size:
+            raise ValueError(f"hidden_size {C} must be a multiple of num_attention_heads "
+                             f"{k.num_attention_heads}, image_size {k.image_size} of patch_size "
+                             f"{k.patch_size}")
+        self.image_size, self.patch_size = k.image_size, k.patch_size
+        self.grid = k.image_size // k.patch_size
         self.tokens, self.channels = self.grid ** 2, C                      # N, C
-        m = self.vision_model = nn.Module()
-        m.embeddings = nn.Module()
-        m.embeddings.patch_embedding = nn.Conv2d(3, C, self.patch_size, self.patch_size)
-        m.embeddings.position_embedding = nn.Embedding(self.tokens, C)
-        m.encoder = nn.Module()
-        m.encoder.layers = nn.ModuleList(SiglipBlock(C, hidden, heads, eps)
-                                         for _ in range(c["num_hidden_layers"]))
-        m.post_layernorm = LayerNorm(C, eps=eps)
-        m.head = SiglipHead(C, hidden, heads, eps)
+        # How the published processors normalise an image, and make it square: SigLIP's squashes it,
+        # DINO's cuts the middle out. resample: Pillow's number, bicubic (weights.py reads the
+        # folder's own).
+        self.mean = (0.485, 0.456, 0.406) if dino else (0.5, 0.5, 0.5)
+        self.std = (0.229, 0.224, 0.225) if dino else (0.5, 0.5, 0.5)
+        self.crop, self.resample = "center" if dino else "squash", 3
+        self.patch_embed = nn.Conv2d(3, C, k.patch_size, k.patch_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.tokens, C) if dino else
+                                      torch.zeros(self.tokens, C))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, C)) if dino else None
+        self.blocks = nn.ModuleList(Block(k) for _ in range(k.num_hidden_layers))
+        self.norm = LayerNorm(C, eps=k.layer_norm_eps) if dino else None
+        for name in ("mean", "std"):                    # in no file; on the CPU for meta builds too
+            value = torch.tensor(getattr(self, name), device="cpu").view(1, 3, 1, 1)
+            self.register_buffer(f"image_{name}", value, False)
 
-    def blocks(self, images):
-        """images [B,3,H,W] in [0,1] -> the outputs of the last `layers` blocks, each [B,N,C]."""
-        m = self.vision_model
-        x = (resize(images.float(), self.image_size) - 0.5) / 0.5
-        w, b = m.embeddings.patch_embedding.weight, m.embeddings.patch_embedding.bias
-        x = F.conv2d(x.to(self.dtype), w.to(self.dtype), b.to(self.dtype), stride=self.patch_size)
+    def last_block(self, images):
+        """images [B,3,H,W] in [0,1] -> the last block's output [B,N,C], with a class token in
+        front [B,1+N,C]."""
+        x = (resize(images.float(), self.image_size) - self.image_mean) / self.image_std
+        w, b = self.patch_embed.weight.to(self.dtype), self.patch_embed.bias.to(self.dtype)
+        x = F.conv2d(x.to(self.dtype), w, b, stride=self.patch_size)
         x = x.flatten(2).transpose(1, 2)                                    # [B,N,C], row-major
-        x = x + m.embeddings.position_embedding.weight.to(x.dtype)
-        if self.layers == 1:
-            return [self.run(m.encoder.layers, x)]
-        outputs = []
-        for block in m.encoder.layers:
-            x = block(x)
-            outputs.append(x)
-        return outputs[-self.layers:]
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
+        return self.run(self.blocks, x + self.pos_embed.to(x.dtype))
 
     def run(self, blocks, x):
-        """The stack; parallel.use_scan may put a compiled loop in its place."""
+        """Run the stack. (On XLA a compiled loop takes the place of this method.)"""
         for block in blocks:
             x = block(x)
         return x
 
     def forward(self, images):
-        """images [B,3,H,W] in [0,1] -> latent z [B,N,C], fp32, each token of mean 0, variance 1."""
-        x = sum(y.float() for y in self.blocks(images))
-        return F.layer_norm(x, (self.channels,), eps=1e-6)
+        """images [B,3,H,W] in [0,1] -> latent z [B,N,C], fp32. SigLIP's tokens have mean 0 and
+        variance 1."""
+        x = self.last_block(images).float()
+        if self.norm is None:
+            return F.layer_norm(x, (self.channels,), eps=1e-6)
+        return self.norm(x)[:, 1:]
 
     def forward_flops(self):
-        return forward_flops(self.config["num_hidden_layers"], self.tokens, self.channels,
-                             self.config["intermediate_size"], self.patch_size)
+        """FLOPs per image, 2 per multiply-add of projections, attention and MLP."""
+        k, C, L = self.config, self.channels, self.pos_embed.shape[-2]
+        block = 4 * C * C + 2 * L * C + 2 * C * k.intermediate_size
+        return 2 * L * (k.num_hidden_layers * block + 3 * k.patch_size ** 2 * C)
 
-    def pool(self, x):
-        """Last block's output [B,N,C] -> image embedding [B,C] (before SigLIP normalises it)."""
-        return self.vision_model.head(self.vision_model.post_layernorm(x))
-
-
-# ------------------------------------------------------------------------------------------------
-# DINOv2 / WebSSL-DINO
-# ------------------------------------------------------------------------------------------------
-
-class DinoBlock(nn.Module):
-    def __init__(self, width, hidden, heads, eps):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = LayerNorm(width, eps=eps), LayerNorm(width, eps=eps)
-        self.attention = nn.Module()
-        self.attention.attention = nn.ModuleDict(
-            {name: Linear(width, width) for name in ("query", "key", "value")})
-        self.attention.output = nn.ModuleDict({"dense": Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": Linear(width, hidden), "fc2": Linear(hidden, width)})
-        self.layer_scale1 = nn.ParameterDict({"lambda1": torch.ones(width)})
-        self.layer_scale2 = nn.ParameterDict({"lambda1": torch.ones(width)})
-
-    def forward(self, x):                                                   # [B,1+N,C]
-        y, qkv = self.norm1(x), self.attention.attention
-        y = attention(qkv["query"](y), qkv["key"](y), qkv["value"](y), self.heads)
-        x = x + self.attention.output["dense"](y) * self.layer_scale1["lambda1"].to(x.dtype)
-        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))            # the erf form
-        return x + y * self.layer_scale2["lambda1"].to(x.dtype)
-
-
-class DINOv2(nn.Module):
-    """DINOv2 without registers; WebSSL-DINO is this network (reference: transformers Dinov2Model).
-
-    The latent is `last_hidden_state[:, 1:]`: the network's own affine norm, no further one. It runs
-    at the config's image_size.
-    """
-    mean = (0.485, 0.456, 0.406)
-    std = (0.229, 0.224, 0.225)
-    crop = "center"             # the short side resized, then the middle
-    resample = 3
-
-    def __init__(self, config, layers=1, dtype=torch.float32):
-        super().__init__()
-        c = {**WEBSSL_300M, "layer_norm_eps": 1e-6, **config}
-        if c.get("use_swiglu_ffn"):
-            raise ValueError("use_swiglu_ffn=true (the giant DINOv2) is not supported; "
-                             "WebSSL-DINO 300M and DINOv2 S/B/L have a plain MLP")
-        if not 1 <= layers <= c["num_hidden_layers"]:
-            raise ValueError(f"--layers {layers}: the encoder has {c['num_hidden_layers']} blocks")
-        C, eps = c["hidden_size"], c["layer_norm_eps"]
-        self.config, self.layers, self.dtype = c, layers, dtype
-        self.image_size, self.patch_size = c["image_size"], c["patch_size"]
-        self.tokens, self.channels = (self.image_size // self.patch_size) ** 2, C
-        self.embeddings = nn.Module()
-        self.embeddings.cls_token = nn.Parameter(torch.zeros(1, 1, C))
-        self.embeddings.mask_token = nn.Parameter(torch.zeros(1, C))        # in the files, unused
-        self.embeddings.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.tokens, C))
-        self.embeddings.patch_embeddings = nn.ModuleDict(
-            {"projection": nn.Conv2d(3, C, self.patch_size, self.patch_size)})
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(
-            DinoBlock(C, int(C * c["mlp_ratio"]), c["num_attention_heads"], eps)
-            for _ in range(c["num_hidden_layers"]))
-        self.layernorm = LayerNorm(C, eps=eps)
-        for name in ("mean", "std"):                    # in no file; on the CPU for meta builds too
-            value = torch.tensor(getattr(self, name), device="cpu").view(1, 3, 1, 1)
-            self.register_buffer(f"image_{name}", value, False)
-
-    def blocks(self, images):
-        """images [B,3,H,W] in [0,1] -> the outputs of the last `layers` blocks, each [B,1+N,C]."""
-        x = (resize(images.float(), self.image_size) - self.image_mean) / self.image_std
-        p = self.embeddings.patch_embeddings["projection"]
-        x = F.conv2d(x.to(self.dtype), p.weight.to(self.dtype), p.bias.to(self.dtype),
-                     stride=self.patch_size)
-        x = x.flatten(2).transpose(1, 2)                                    # [B,N,C]
-        x = torch.cat([self.embeddings.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
-        x = x + self.embeddings.position_embeddings.to(x.dtype)             # [B,1+N,C]
-        if self.layers == 1:
-            return [self.run(self.encoder.layer, x)]
-        outputs = []
-        for block in self.encoder.layer:
-            x = block(x)
-            outputs.append(x)
-        return outputs[-self.layers:]
-
-    run = SigLIP2.run
-
-    def forward(self, images):
-        """images [B,3,H,W] in [0,1] -> latent z [B,N,C], fp32 (class token dropped)."""
-        x = sum(y.float() for y in self.blocks(images))
-        return self.layernorm(x)[:, 1:]
-
-    def forward_flops(self):
-        return forward_flops(self.config["num_hidden_layers"], self.tokens + 1, self.channels,
-                             int(self.channels * self.config["mlp_ratio"]), self.patch_size)
-
-
-# ------------------------------------------------------------------------------------------------
 
 def init_weights(model, seed):
-    """Trunc-normal 0.02 for matrices, zero biases, unit norms; on the CPU generator, in the order
-    of named_parameters.
-
-    For training an encoder from scratch (train_encoder.py) and for random-weight timing runs.
-    """
+    """Trunc-normal 0.02 for matrices, zero biases, unit norms, on the CPU generator: for training
+    an encoder from scratch (tiny/train_encoder.py) and for timing with random weights."""
     generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
+    first = ("patch_embed.weight", "pos_embed")
+    named = dict(model.named_parameters())
+    for name in [*first, *(k for k in named if k not in first)]:
+        p = named[name]
         if p.dim() > 1:
             p.data = nn.init.trunc_normal_(torch.empty(p.shape), std=0.02, generator=generator)
         elif name.endswith("bias"):
             p.data.zero_()                                  # norm weights and layer scales stay 1
 
 
-def forward_flops(depth, tokens, C, hidden, patch):
-    """FLOPs to encode one image: 2 per multiply-add of projections, attention and MLP."""
-    return 2 * tokens * (depth * (4 * C * C + 2 * tokens * C + 2 * C * hidden) + 3 * patch ** 2 * C)
+# ------------------------------------------------------------------------------------------------
+# Published files
+# ------------------------------------------------------------------------------------------------
 
+# Keys of the published files -> ours, in order
+SIGLIP_KEYS = [
+    (r"^vision_model\.", ""), (r"^embeddings\.patch_embedding\.", "patch_embed."),
+    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
+    (r"^encoder\.layers\.", "blocks."), (r"\.layer_norm([12])\.", r".norm\1."),
+    (r"\.self_attn\.", ".attn."),
+]
+DINOV2_KEYS = [
+    (r"^embeddings\.cls_token$", "cls_token"), (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed."),
+    (r"^encoder\.layer\.", "blocks."), (r"\.attention\.attention\.query\.", ".attn.q_proj."),
+    (r"\.attention\.attention\.key\.", ".attn.k_proj."),
+    (r"\.attention\.attention\.value\.", ".attn.v_proj."),
+    (r"\.attention\.output\.dense\.", ".attn.out_proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".scale\1"), (r"^layernorm\.", "norm."),
+]
+# What the files hold besides the network: the text model, SigLIP's pooled head, DINO's mask token
+UNUSED = ("text_model.", "logit_", "post_layernorm.", "head.", "embeddings.mask_token")
 
-# transformers leaves a field out of a nested config when it has its class's default
+# transformers leaves a field out of a config when it has its class's default
 HF_SIGLIP = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                 num_attention_heads=12, image_size=224, patch_size=16)
+                 num_attention_heads=12, image_size=224, patch_size=16, layer_norm_eps=1e-6)
 HF_DINOV2 = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4,
-                 image_size=224, patch_size=14)
+                 image_size=224, patch_size=14, layer_norm_eps=1e-6)
 
 
-def build_encoder(config, layers=1, dtype=torch.float32):
-    """The encoder that a config.json names: `model_type` siglip* or dinov2; SO400M if it is empty.
+def our_key(key, dino):
+    """Return our name of a published key, or None for what the network does not use."""
+    for pattern, words in DINOV2_KEYS if dino else SIGLIP_KEYS:
+        key = re.sub(pattern, words, key)
+    return None if key.startswith(UNUSED) else key
 
-    Raises ValueError.
-    """
-    config = config.get("vision_config", config)            # the full SigLIP file nests it
+
+def vit_config(config):
+    """Read a published config.json -> ViTConfig. The full SigLIP file nests the vision part; an
+    empty config is SO400M's. Raises ValueError for another network."""
+    config = config.get("vision_config", config)
     kind = config.get("model_type", "siglip_vision_model")
-    if not kind.startswith(("siglip", "dinov2")):
-        raise ValueError(f"encoder model_type is {kind!r}; known: siglip_vision_model, dinov2")
-    model = (SigLIP2({**(HF_SIGLIP if config else {}), **config}, layers, dtype)
-             if kind.startswith("siglip") else
-             DINOv2({**HF_DINOV2, **config}, layers, dtype))
-    if model.channels % (heads := model.config["num_attention_heads"]):
-        raise ValueError(f"hidden_size {model.channels} is not a multiple of "
-                         f"num_attention_heads {heads}")
-    return model
+    if kind.startswith("siglip"):
+        found = {**HF_SIGLIP, **config} if config else vars(SO400M)
+        kind = "siglip_vision_model"
+    else:
+        found = {**HF_DINOV2, **config}
+        found["intermediate_size"] = int(found["hidden_size"] * found["mlp_ratio"])
+        if found.get("use_swiglu_ffn"):
+            raise ValueError("use_swiglu_ffn = true (the giant DINOv2) is not supported; "
+                             "WebSSL-DINO 300M and DINOv2 S, B and L have a plain MLP")
+    fields = {k: found[k] for k in ViTConfig.__dataclass_fields__ if k != "model_type"}
+    return ViTConfig(model_type=kind, **fields)
+
+
+def build_vit(config, dtype=torch.float32):
+    """Build the network that a published config.json describes."""
+    return ViT(vit_config(config), dtype)
+
+
+# model_type of a config.json -> (config, dtype) -> encoder
+ENCODERS = {"siglip": build_vit, "siglip_vision_model": build_vit, "siglip2": build_vit,
+            "siglip2_vision_model": build_vit, "dinov2": build_vit}
