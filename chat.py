@@ -56,12 +56,9 @@ def train_tokenizer(texts, vocab_size=1024):
     return tokenizer
 
 
-def load_tokenizer(folder):
-    """Load a folder with tokenizer.json, or with vocab.json, merges.txt and added_tokens.json.
-
-    Special tokens that the files lack are added at the end (<im_start> and <im_end> get the ids
-    151665 and 151666 after Qwen2.5's). Raises UserError.
-    """
+def read_tokenizer(folder):
+    """Read a folder with tokenizer.json, or with vocab.json, merges.txt and added_tokens.json.
+    Raises UserError."""
     from tokenizers import Tokenizer, models
 
     from cli import UserError, parsing
@@ -86,6 +83,13 @@ def load_tokenizer(folder):
                         "merges.txt and added_tokens.json")
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    return tokenizer
+
+
+def load_tokenizer(folder):
+    """Read a tokenizer and add the special tokens that its files lack, at the end: <im_start> and
+    <im_end> get the ids 151665 and 151666 after Qwen2.5's. Raises UserError."""
+    tokenizer = read_tokenizer(folder)
     add_special(tokenizer, [w for w in SPECIAL if tokenizer.token_to_id(w) is None])
     return tokenizer
 

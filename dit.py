@@ -270,7 +270,7 @@ class DiT(nn.Module):
         if k.predict not in ("v", "x"):
             raise ValueError(f"predict is {k.predict!r}; known are 'v' and 'x'")
 
-        self.pos_embed = nn.Parameter(torch.empty(1, k.tokens, D), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_positions(D, side)[None], requires_grad=False)
         self.x_embedder = TokenEmbedder(C, D)
         self.t_embedder = TimeEmbedder(Z)
         if k.null:
@@ -349,9 +349,6 @@ def init_weights(model, seed):
     adaLN-zero).
     """
     generator = torch.Generator().manual_seed(seed)
-    if hasattr(model, "pos_embed"):
-        side = int(model.config.tokens ** 0.5)
-        model.pos_embed.data.copy_(sincos_positions(model.config.width, side)[None])
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             continue

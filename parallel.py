@@ -1,18 +1,17 @@
 """The device layer: three back ends, and the only file (with scan.py) that calls them.
 
     cpu    one process, or several under torchrun (gloo), as for cuda
-    cuda   one process a GPU under torchrun; FSDP2 shards every block and the root
-    xla    one process a host; torch_xla SPMD marks every tensor by the same table
+    cuda   one process per GPU under torchrun; FSDP2 shards every block and the root
+    xla    one process per host; torch_xla SPMD marks every tensor by the same table
 
-Collectives and sharding are never written in a model file. What the scripts ask of a back end:
-start (`setup`), place (`shard`, `mark`, `place`), step (`adamw`, `clip_grad`, `guarded_step`,
-`step_done`), exchange numbers between processes (`total`, `mean`), read and fill (`full`, `pieces`,
-`fill`).
+Collectives and sharding never stand in a model file. Scripts start a back end (`setup`), build
+networks on it (`build`), move batches (`to_device`), step (`clip_grad`, `guarded_step`,
+`step_done`), exchange numbers between processes (`total`, `mean`) and read tensors (`full_tensor`).
 """
 import contextlib
-import datetime
 import functools
 import gc
+import itertools
 import logging
 import math
 import os
@@ -21,11 +20,13 @@ import re
 import torch
 import torch.distributed as dist
 
-# Which mesh axis splits each dimension of a parameter, by name. "fsdp" spreads the storage,
+from cli import UserError
+
+# The mesh axis that splits each dimension of a parameter, by name. "fsdp" spreads the storage,
 # "tensor" the products: a Linear that widens is split by its rows, the one that narrows back by its
-# columns, so that one all-reduce a pair is enough. A name in no row, and what has fewer than WHOLE
-# elements, stays whole: norms, biases. tests/test_parallel.py holds every size against this table.
-# FSDP2 splits every parameter by its first dimension and needs no table.
+# columns, so that one all-reduce per pair is enough. A name in no row, and a tensor of fewer than
+# WHOLE elements, stays whole: norms, biases. tests/test_parallel.py checks every size against this
+# table. FSDP2 splits every parameter by its first dimension and needs no table.
 TABLE = [
     (r"(qkv|w12|[qkv]_proj|gate_proj|up_proj|fc1|query|key|value|intermediate\.dense"
      r"|adaLN_modulation\.1|embed_tokens|lm_head)\.weight$",            ("tensor", "fsdp")),
@@ -34,29 +35,25 @@ TABLE = [
     (r"(mm_projector\.[02]|diff_head_projector|t_embedder\.mlp\.[02]|s_projector|repa\.[024]"
      r"|final_layer\.linear|decoder_embed)\.weight$|in_proj_weight$",   ("fsdp", None)),
     (r"decoder_pred\.weight$",                                          (None, "fsdp")),
-    (r"(x_embedder\.proj|s_embedder\.proj|patch_embedding|projection)\.weight$",
+    (r"(x_embedder\.proj|s_embedder\.proj|patch_embed)\.weight$",
                                                                         ("fsdp", None, None, None)),
-    (r"pos_embed$|position_embedding|latent_queries$",                  (None, None, None)),
+    (r"pos_embed$|latent_queries$",                                     (None, None, None)),
     # whole: the convolutions of VAE, VGG and discriminator are networks of less than 100M
     (r"(conv[12]?|features\.\d+|patch_embed\.proj|fn\.0)\.weight(_orig)?$",
                                                                         (None, None, None, None)),
 ]
 WHOLE = 2 ** 14
-# What scan.py keeps stacked, [n,...], has a name that says which blocks: `dit_blocks.0-31.attn...`
+# scan.py stacks equal blocks, [n,...]; the name says which ones: `dit_blocks.0-31.attn...`
 STACK = re.compile(r"\.(\d+)-(\d+)\.")
 
-# bf16, by what is in the device's name; the first counts
+# Dense bf16 peak by the device's name; the first match counts
 PEAK_TFLOPS = {"H100 PCIe": 756.5, "H100 NVL": 835.5, "H100": 989.4, "H200": 989.4, "A100": 312.0,
                "L40S": 362.0, "4090": 165.2}
 
 
-class UserError(Exception):
-    """Bad input, found before long work: what is wrong, the value, what was expected, the flag."""
-
-
 def spec(name, shape):
-    """The axes of TABLE for a parameter, or for its moments and average: one entry a dimension,
-    None = not split."""
+    """Return the axes of TABLE for a parameter, its moments or its average: one entry per
+    dimension, None where it is not split."""
     name = re.sub(r"\.exp_avg(_sq)?$", "", name)
     if STACK.search(name) and len(shape):
         return (None, *spec(STACK.sub(".", name), shape[1:]))
@@ -67,15 +64,15 @@ def spec(name, shape):
 
 
 class Devices:
-    """What a script needs to know: `kind`, `device`, `rank` and `world` of the data it loads, the
-    compute `dtype`, the `mesh`, whether this process writes files (`main`); `target`: the kind that
+    """The back end. `kind`, `device`, the compute `dtype`, the mesh's `axes`; `rank` and `world` of
+    the data this process loads; `main`: whether this process writes files; `target`: the kind that
     a plan is for, else `kind`."""
 
     def __init__(self, kind, device, rank, world, dtype, axes, mesh=None, target=None):
         self.kind, self.device, self.rank, self.world = kind, device, rank, world
         self.dtype, self.axes, self.mesh, self.main = dtype, axes, mesh, rank == 0
         self.target = target or kind
-        # Processes whose losses and gradients are averaged; an SPMD program sees the whole batch.
+        # Processes whose losses and gradients are averaged. An SPMD program sees the whole batch.
         self.replicas = 1 if kind == "xla" else world
 
     @property
@@ -94,8 +91,8 @@ def device_name(devices):
 
 
 def parse_mesh(text, count=None):
-    """`fsdp=8` or `fsdp=16,tensor=4` -> dict; empty: all devices on fsdp. count: how many there
-    are, None to plan for machines that are not here. Raises UserError."""
+    """Read `fsdp=8` or `fsdp=16,tensor=4` -> dict; empty: all devices on fsdp. count: the number of
+    devices, None to plan for another machine. Raises UserError."""
     if not text:
         return {"fsdp": count or 1, "tensor": 1}
     axes = {"fsdp": 1, "tensor": 1}
@@ -105,15 +102,15 @@ def parse_mesh(text, count=None):
             raise UserError(f"--mesh {text}: expected fsdp=N or fsdp=N,tensor=M")
         axes[name] = int(size)
     if count and math.prod(axes.values()) != count:
-        raise UserError(f"--mesh {text} wants {math.prod(axes.values())} devices, "
-                        f"there are {count}")
+        raise UserError(f"--mesh {text} needs {math.prod(axes.values())} devices; there are "
+                        f"{count}")
     return axes
 
 
 def setup(kind="auto", dtype=None, mesh=None, plan=False):
-    """Start the back end. kind: auto | cpu | cuda | xla; dtype: None takes bf16 where the device
-    multiplies it natively, else fp32. plan: start nothing, any mesh will do (--dry-run). Raises
-    UserError with the flag that mends it."""
+    """Start the back end. kind: auto | cpu | cuda | xla. dtype: None takes bf16 where the device
+    multiplies it natively, else fp32. plan: start nothing and accept any mesh (--dry-run). Raises
+    UserError."""
     if kind == "auto":
         kind = ("xla" if "PJRT_DEVICE" in os.environ else
                 "cuda" if torch.cuda.is_available() else "cpu")
@@ -174,55 +171,145 @@ def setup_xla(dtype, mesh):
 
 
 # ------------------------------------------------------------------------------------------------
-# Where tensors live
+# Networks: built on the meta device, sharded, then filled tensor by tensor
 # ------------------------------------------------------------------------------------------------
 
-def shard(model, devices, blocks=()):
-    """Move a built model to its devices. xla: marked by TABLE. Under torchrun: FSDP2 of each of
-    `blocks` and of the rest; without blocks the model stays whole in every process and its
-    gradients are averaged by `clip_grad`."""
-    if devices.kind == "xla":
-        model.to(devices.device)
-        for name, p in model.named_parameters():
-            mark(name, p, devices)
-    elif devices.mesh is not None and blocks:
-        from torch.distributed.fsdp import (
-            MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
+def build(model, rows, devices, blocks=()):
+    """Give a network that was built on the meta device its tensors -> the network, on its device.
+
+    rows(name, first, last) returns rows of a tensor by name: initial values, or a file's. Each
+    process allocates and asks for its own rows only. cpu, cuda: FSDP2 shards `blocks` and the rest;
+    without blocks the network stays whole in every process, and `clip_grad` averages its gradients.
+    xla: marked by TABLE. Buffers that are not on meta (tables of angles) keep their values.
+    """
+    if devices.kind != "xla" and devices.mesh is not None and blocks:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         # A block's weights travel in the dtype that its Linears cast them to: half the bytes, the
-        # same numbers. Its gradients are summed in fp32. The root holds fp32 islands: none there.
+        # same numbers. Gradients are summed in fp32. The root holds fp32 islands: no policy there.
         policy = MixedPrecisionPolicy(devices.dtype, torch.float32, cast_forward_inputs=False)
-        for block in blocks:            # straight from the host: a device never holds the whole
+        for block in blocks:
             fully_shard(block, mesh=devices.mesh, mp_policy=policy)
-            if hasattr(block, "modulation"):            # called outside of the forward, in sampling
-                register_fsdp_forward_method(block, "modulation")
         fully_shard(model, mesh=devices.mesh)
-    return model.to(devices.device)
+    tensors = lambda: itertools.chain(model.named_parameters(), model.named_buffers())
+    wanted = [name for name, tensor in tensors() if tensor.is_meta or isinstance(
+        tensor, torch.nn.Parameter)]
+    model._apply(lambda t: torch.empty_like(t, device=devices.device) if t.is_meta else
+                 t.to(devices.device))
+    for name, p in model.named_parameters():
+        mark(name, p, devices)
+    found = dict(tensors())
+    for name in wanted:
+        fill(name, found[name], rows, devices)
+    return model
+
+
+def rows_of(state):
+    """Return `rows` for `build` from a dict of whole tensors."""
+    return lambda name, first, last: state[name][first:last] if state[name].dim() else state[name]
+
+
+@torch.no_grad()
+def fill(name, tensor, rows, devices):
+    """Fill a possibly sharded tensor from rows(name, first, last)."""
+    if hasattr(tensor, "to_local"):
+        local, first = local_rows(tensor)
+        if len(local):
+            local.copy_(rows(name, first, first + len(local)))
+        return
+    parts = [rows(key, 0, len(part) if part.dim() else 1)
+             for key, part in unstack(name, torch.empty(tensor.shape, device="meta")).items()]
+    value = torch.stack(parts) if STACK.search(name) and tensor.dim() else parts[0]
+    if devices.kind == "xla":
+        value = value.to(tensor.dtype).to(devices.device)
+        mark(name, value, devices)
+    tensor.copy_(value)
 
 
 def mark(name, tensor, devices):
-    """On xla, split a new tensor as TABLE says for `name`, or say that it stays whole: otherwise
-    the compiler chooses. The average and the moments of a parameter do not inherit this from it."""
+    """On xla, split a tensor as TABLE says for `name`, or keep it whole; otherwise the compiler
+    would choose. A parameter's average and moments do not inherit the choice."""
     if devices.kind == "xla":
         import torch_xla.distributed.spmd as xs
         xs.mark_sharding(tensor, devices.mesh, spec(name, tensor.shape))
 
 
-def on_one_device(named, devices):
-    """How many elements of these parameters one device stores."""
-    return sum(math.prod(-(-n // devices.axes[axis]) if axis else n
-                         for n, axis in zip(p.shape, spec(name, p.shape)))
-               for name, p in named)
+def local_numel(name, shape, devices):
+    """Count the elements of a parameter that one device stores."""
+    axes = spec(name, shape) if devices.target == "xla" else ("fsdp",) + (None,) * len(shape)
+    return math.prod(-(-n // devices.axes[axis]) if axis else n for n, axis in zip(shape, axes))
 
 
-def gathered(model, blocks, dtype=torch.float32):
-    """How many fp32 elements FSDP2 holds whole beside a device's share: what is in no block, with
-    its gradients, all step; of the blocks one with its gradients and the next, in `dtype`."""
-    held = lambda m, size=1: sum(p.numel() * (size + p.requires_grad) for p in m.parameters())
-    return held(model) - sum(map(held, blocks)) + held(max(blocks, key=held), dtype.itemsize / 2)
+def local_rows(tensor):
+    """Return this process' rows of a tensor that FSDP2 split, and the index of the first."""
+    rows = -(-len(tensor) // tensor.device_mesh.size())
+    return tensor.to_local(), min(len(tensor), rows * tensor.device_mesh.get_local_rank())
 
 
-def place(batch, devices):
-    """A dict of host tensors -> on the devices. xla: each process holds its part of the batch, and
+def full_tensor(tensor):
+    """Return the whole of a possibly sharded tensor on the CPU. Every process must call it."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu()
+
+
+def unstack(name, tensor):
+    """Return {name: tensor} as files have it: a stack becomes one tensor per block."""
+    stack = STACK.search(name)
+    if not stack:
+        return {name: tensor}
+    keys = [f"{name[:stack.start()]}.{i}.{name[stack.end():]}"
+            for i in range(int(stack[1]), int(stack[2]) + 1)]
+    return dict(zip(keys, tensor if tensor.dim() else (tensor.clone() for _ in keys)))
+
+
+def pieces(name, tensor):
+    """Return the pieces of a tensor that this process saves: [(name, rows on the CPU, index of the
+    first)]; none where another process holds the same."""
+    if hasattr(tensor, "to_local"):
+        local, first = local_rows(tensor)
+        return [(name, local.detach().cpu(), first)] if local.numel() else []
+    value = tensor.detach().cpu()       # by every process: on xla it is a program of all hosts
+    if dist.is_initialized() and dist.get_rank():
+        return []
+    return [(key, part, 0) for key, part in unstack(name, value).items()]
+
+
+@contextlib.contextmanager
+def unsharded(model):
+    """Gather the parameters outside of the blocks, for calls that do not enter through the root's
+    forward, as sampling does. FSDP2 only."""
+    if hasattr(model, "unshard"):
+        model.unshard()
+    yield
+    if hasattr(model, "reshard"):
+        model.reshard()
+
+
+def use_scan(devices, *models):
+    """On xla, before `build`: turn the blocks of these models into stacks that one compiled loop
+    runs (scan.py)."""
+    import scan
+    for model in models:
+        model.run = functools.partial(scan.scan, devices)
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.ModuleList):
+                    setattr(module, name, scan.Stacks(child))
+
+
+def compile_blocks(blocks, wanted, devices):
+    """torch.compile each block; wanted None: on CUDA only."""
+    if wanted or (wanted is None and devices.kind == "cuda"):
+        for block in blocks:
+            block.compile(fullgraph=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches and the step
+# ------------------------------------------------------------------------------------------------
+
+def to_device(batch, devices):
+    """Move a dict of host tensors to the devices. xla: each process holds its part of the batch;
     the result is the whole, split along the batch axis."""
     if devices.kind != "xla":
         cuda = devices.kind == "cuda"               # from pageable memory the host would wait
@@ -244,89 +331,23 @@ def place(batch, devices):
 
 
 def scalar(value, device):
-    """A number that changes every step: on xla a tensor, because a constant would be compiled in
-    and every step would compile anew. (A vector of one: equal scalars would be one input of the
-    program, which is then another one.)"""
+    """Wrap a number that changes every step: on xla a tensor, because a constant would be part of
+    the program and every step would compile anew. (A vector of one: equal scalars would be one
+    input of the program, which would then be another program.)"""
     return torch.tensor([value]).to(device)[0] if device.type == "xla" else value
 
 
-def full(tensor):
-    """A possibly sharded tensor -> the whole of it on the CPU (every process must call it)."""
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.detach().cpu()
-
-
-def apart(name, tensor):
-    """{name: tensor} as files have it: of what is stacked, one a block."""
-    stack = STACK.search(name)
-    if not stack:
-        return {name: tensor}
-    keys = [f"{name[:stack.start()]}.{i}.{name[stack.end():]}"
-            for i in range(int(stack[1]), int(stack[2]) + 1)]
-    return dict(zip(keys, tensor if tensor.dim() else (tensor.clone() for _ in keys)))
-
-
-def local_rows(tensor):
-    """What this process holds of a tensor that FSDP2 split by rows, and the index of the first."""
-    rows = -(-len(tensor) // tensor.device_mesh.size())
-    return tensor.to_local(), min(len(tensor), rows * tensor.device_mesh.get_local_rank())
-
-
-def pieces(name, tensor):
-    """What this process saves of a tensor: [(name, rows on the CPU, index of the first)]; nothing
-    where another process holds the same."""
-    if hasattr(tensor, "to_local"):
-        local, first = local_rows(tensor)
-        return [(name, local.detach().cpu(), first)] if local.numel() else []
-    value = tensor.detach().cpu()       # by every process: on xla it is a program of all hosts
-    if dist.is_initialized() and dist.get_rank():
-        return []
-    return [(key, part, 0) for key, part in apart(name, value).items()]
-
-
-@torch.no_grad()
-def fill(name, tensor, read, devices):
-    """Fill a possibly sharded tensor from `read(name, first, last)`, which gives rows of what files
-    have under a name."""
-    if hasattr(tensor, "to_local"):
-        local, first = local_rows(tensor)
-        local.copy_(read(name, first, first + len(local)))
-        return
-    parts = [read(key, 0, len(part) if part.dim() else 1)
-             for key, part in apart(name, torch.empty(tensor.shape, device="meta")).items()]
-    value = torch.stack(parts) if STACK.search(name) and tensor.dim() else parts[0]
-    if devices.kind == "xla":
-        value = value.to(devices.device)
-        mark(name, value, devices)
-    tensor.copy_(value)
-
-
-@contextlib.contextmanager
-def whole(model):
-    """The parameters outside of the blocks, whole: for calls that do not enter by the root's
-    forward, as in sampling. FSDP2 only."""
-    if hasattr(model, "unshard"):
-        model.unshard()
-    yield
-    if hasattr(model, "reshard"):
-        model.reshard()
-
-
-# ------------------------------------------------------------------------------------------------
-# The step
-# ------------------------------------------------------------------------------------------------
-
 def adamw(groups, devices, **options):
-    """AdamW, fused where there is such a kernel; on xla with its scalars on the device."""
+    """Return an AdamW, fused where there is such a kernel; on xla with its scalars on the device.
+    """
     xla = devices.kind == "xla"
     return torch.optim.AdamW(groups, fused=not xla, capturable=xla, foreach=False if xla else None,
                              **options)
 
 
 def clip_grad(parameters, limit, devices):
-    """Scale gradients to a global L2 norm of at most `limit`; returns the norm before, a tensor.
-    Averages the gradients of models that stay whole in every process."""
+    """Scale gradients to a global L2 norm of at most `limit` -> the norm before, a tensor. Average
+    the gradients of networks that stay whole in every process first."""
     parameters = list(parameters)
     for p in parameters:
         if devices.replicas > 1 and p.grad is not None and not hasattr(p, "to_local"):
@@ -336,7 +357,7 @@ def clip_grad(parameters, limit, devices):
 
 
 def average(tensor, devices):
-    """In place: the mean over the processes whose gradients are averaged."""
+    """Average in place over the processes whose gradients are averaged."""
     if devices.replicas > 1:
         dist.all_reduce(tensor)
         tensor /= devices.replicas
@@ -345,48 +366,46 @@ def average(tensor, devices):
 
 @torch.no_grad()
 def guarded_step(optimizer, norm, devices):
-    """optimizer.step() that changes nothing if the gradient's norm is not finite, decided on the
-    device: the host does not wait. Returns 1.0 for a skipped step, else 0.0, a tensor."""
+    """optimizer.step(), except that nothing changes if the gradient's norm is not finite.
+
+    Fused optimizers and xla decide on the device. Other optimizers read the norm, so on CUDA the
+    host waits for the device.
+    """
+    fused = optimizer.defaults.get("fused")
+    if devices.kind != "xla" and not fused:
+        if torch.isfinite(norm):
+            optimizer.step()
+        return
     skipped = (~torch.isfinite(norm)).float()
-    if devices.kind != "xla":
+    if fused:
         optimizer.found_inf = skipped           # read by the fused kernels, as for GradScaler
         optimizer.step()
-        return skipped
+        return
     tensors = [t for group in optimizer.param_groups for p in group["params"]
                for t in (p, *optimizer.state[p].values())]
     before = [t.clone() for t in tensors]       # recorded only: no memory is taken
     optimizer.step()
     for t, old in zip(tensors, before):
         t.copy_(torch.where(skipped > 0, old, t))
-    return skipped
+
+
+def init_moments(optimizer, named, devices):
+    """Make AdamW's state now instead of at the first step, and mark it: for xla, where every step
+    must be the same program."""
+    for name, p in named.items():
+        state = optimizer.state[p]
+        state["step"] = torch.zeros((), device=p.device)
+        mark("step", state["step"], devices)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            mark(name, state[moment], devices)
 
 
 def step_done(devices):
-    """The end of a training step: on xla, where operations are only recorded, run them."""
+    """End a step: on xla, where operations are only recorded, run them."""
     if devices.kind == "xla":
         import torch_xla
         torch_xla.sync()
-
-
-def use_scan(devices, *models):
-    """xla, before `shard`: the blocks of these models become stacks, which one compiled loop runs
-    (scan.py)."""
-    import scan
-    for model in models:
-        model.run = functools.partial(scan.scan, devices)
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, torch.nn.ModuleList):
-                    setattr(module, name, scan.Stacks(child))
-
-
-def stepwise(devices):
-    """Wraps the steps of a sampler: on xla each is run by itself, one program for all of them."""
-    def steps(pairs):
-        for pair in pairs:
-            yield pair
-            step_done(devices)
-    return steps
 
 
 # ------------------------------------------------------------------------------------------------
@@ -394,7 +413,7 @@ def stepwise(devices):
 # ------------------------------------------------------------------------------------------------
 
 def total(values, devices):
-    """A list of host numbers, each summed over the processes that load data. No device waits."""
+    """Sum each of a list of host numbers over the processes that load data. No device waits."""
     if devices.world == 1:
         return values
     values = torch.tensor(values, dtype=torch.float64)
@@ -403,30 +422,20 @@ def total(values, devices):
 
 
 def mean(values, devices):
-    """A list of numbers, each averaged over the processes whose gradients are."""
+    """Average each of a list of numbers over the processes whose gradients are averaged."""
     if devices.replicas == 1:
         return values
     return [v / devices.replicas for v in total(values, devices)]
 
 
 def barrier(devices):
-    """Wait for every process, as long as it takes (xla: half an hour): one may be encoding a data
-    set alone."""
-    if devices.replicas == 1:
-        total([0.0], devices)
-    else:
-        dist.all_reduce(torch.zeros(1), group=patient())
-
-
-@functools.cache
-def patient():
-    """All processes, in a group that does not give up after gloo's half hour. For waiting alone, so
-    that a collective of the training that hangs still ends."""
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    """Wait for every process."""
+    total([0.0], devices)
 
 
 def memory_gb(devices):
-    """Peak memory of this process on the device (cpu: resident set), in GB; xla does not say."""
+    """Return the peak memory of this process on the device (cpu: resident set) in GB, None on xla.
+    """
     if devices.kind == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     if devices.kind == "xla":
@@ -437,29 +446,16 @@ def memory_gb(devices):
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def free_gb(devices):
-    """Memory of one device that is free, in GB; None where it is not known."""
-    if devices.kind == "cuda":
-        return torch.cuda.mem_get_info()[0] / 1e9
-    if devices.kind == "cpu" and os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as f:
-            kib = int(re.search(r"MemAvailable: +(\d+)", f.read())[1])
-        return kib * 1024 / 1e9 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return None
-
-
 def peak_tflops(devices):
-    """Dense bf16 peak of one device, or None when it is not known (then MFU is null)."""
+    """Return the dense bf16 peak of one device, or None if unknown (MFU is null then)."""
     if devices.kind != "cuda" or devices.dtype != torch.bfloat16:
         return None
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in device_name(devices)), None)
 
 
 def finish():
-    """Leave the process groups. A group's threads end with the last reference to it, and one that
-    still drops the tensor of its last collective when Python ends would abort the process. (DTensor
-    keeps the mesh of a sharded model; its last collective is long past.)"""
+    """Leave the process groups. A group's threads end with the last reference to it; a thread that
+    still drops the tensor of its last collective when Python ends would abort the process."""
     if dist.is_initialized():
-        patient.cache_clear()
         dist.destroy_process_group()
-        gc.collect()                    # what lies in cycles of the script's objects
+        gc.collect()
