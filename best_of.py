@@ -1,39 +1,55 @@
-"""Best of N without pixels: the model judges the latents it drew (the paper's test-time scaling).
+"""Best of N without pixels: the model ranks the latents it drew (the paper's test-time scaling).
 
-The latent is what the language model sees of a picture, so a drawn one goes back into it as it is:
+The language model reads images as latents, so it reads a generated latent without decoding it:
 
-    prompt    sequence = chat("Describe this image.", z) + p;  score = -mean log(V softmax(logits))
-              over the positions of p and over the vocabulary: self-certainty (arXiv 2502.18581)
-    yes       "Does this image align with the prompt: p?" answered greedily; logits of its words
-    yes-prob  ours: probability of yes against no as the answer's first word, one prefill
-    loss      ours: cross-entropy of p after the same "Describe this image."
+    prompt    sequence = chat("Describe this image.", z) + p;  score = -mean log(V softmax(logits)),
+              the mean over the positions of p and the vocabulary: self-certainty (arXiv 2502.18581)
+    yes       "Does this image align with the prompt: p?", answered greedily; logits of its words
+    yes-prob  ours: probability of yes against no as the first word of that answer, one prefill
+    loss      ours: cross-entropy of p after "Describe this image."
 
-`scores` gives all of them for each candidate, `rank` orders by one; neither knows of a decoder.
+`scores` computes all four for each candidate and `rank` orders by one of them.
 """
 import math
 
 import torch
 import torch.nn.functional as F
 
-import text_model as text
+from chat import IGNORE, encode_text, insert_image_tokens, prompt_ids
+from cli import UserError
 
 DESCRIBE = "Describe this image."
 QUESTION = "Does this image align with the prompt: {}?"
 WORDS = {"yes": ("yes", "Yes", "YES"), "no": ("no", "No", "NO")}
-# What a row of `scores` is sorted by, ascending. The first two are the authors' selection keys.
+# Sort keys of a row of `scores`, ascending. The first two are the authors' selection keys.
 KEYS = {"prompt": lambda r: (-r["prompt_conf"], -r["yes_logit"], r["no_logit"]),
         "yes": lambda r: (-r["score"], -r["yes_logit"], r["no_logit"]),
         "yes-prob": lambda r: -r["yes_prob"],
         "loss": lambda r: r["prompt_loss"]}
 
 
+def check_finite(name, tensor):
+    """Return the tensor. Raises UserError, with its name, when it holds NaN or infinity."""
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise UserError(f"{name}: {bad:,} of {tensor.numel():,} values are not finite (NaN or "
+                        "infinity); what it was computed from is finite")
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------
+# Questions and greedy answers
+# ------------------------------------------------------------------------------------------------
+
 def question(llm, tokenizer, z, words, more=()):
-    """z [B,N,C], or None for no picture, and the user's words about it: one text for all, or a list
-    of B of one length in tokens -> embeddings [B,L,H] of the chat up to the assistant's header,
-    then the ids `more`."""
-    rows = [text.prompt_ids(tokenizer, w, image=z is not None) + list(more)
+    """Embed a chat up to the assistant's header, then the ids `more` -> [B,L,H].
+
+    z [B,N,C]: the image that the chat is about, or None. words: the user's words, one text for all
+    B, or a list of B texts of equal length in tokens.
+    """
+    rows = [prompt_ids(tokenizer, w, image=z is not None) + list(more)
             for w in ([words] if isinstance(words, str) else words)]
-    rows = [text.expand(ids, [text.IGNORE] * len(ids), llm.tokens) for ids in rows]
+    rows = [insert_image_tokens(ids, [IGNORE] * len(ids), llm.tokens) for ids in rows]
     ids = torch.tensor([ids for ids, *_ in rows])                                       # [B,L]
     if z is None:
         return llm.embed(ids.to(llm.head_weight().device))
@@ -42,8 +58,11 @@ def question(llm, tokenizer, z, words, more=()):
 
 
 def greedy(llm, tokenizer, x, limit, cache):
-    """Embeddings [B,L,H] that end where B answers begin -> each step: logits [B,V], tokens [B], and
-    which answers go on [B] (it ends when none does). The cache, a list, begins empty."""
+    """Decode greedily after the embeddings x [B,L,H], at most `limit` tokens.
+
+    Yields at each step the logits [B,V], the tokens [B], and which answers go on [B]; ends when
+    none does. cache: an empty list.
+    """
     ends = torch.tensor([tokenizer.token_to_id(s) for s in ("<|im_end|>", "<im_start>")],
                         device=x.device)
     alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -58,16 +77,20 @@ def greedy(llm, tokenizer, x, limit, cache):
 
 
 def decode(tokenizer, steps):
-    """Tokens [B] a step, -1 after an answer's end -> B strings."""
+    """Turn the tokens [B] of each step, -1 after an answer's end, into B strings."""
     return [tokenizer.decode([i for i in row if i >= 0]) for row in torch.stack(steps, 1).tolist()]
 
 
 @torch.no_grad()
 def answers(llm, tokenizer, z, words, limit=48):
-    """`question` answered greedily, all at once: B strings."""
+    """Answer a `question` greedily for all images at once -> B strings."""
     steps = greedy(llm, tokenizer, question(llm, tokenizer, z, words), limit, [])
     return decode(tokenizer, [token.masked_fill(~alive, -1) for _, token, alive in steps])
 
+
+# ------------------------------------------------------------------------------------------------
+# Verifiers
+# ------------------------------------------------------------------------------------------------
 
 def certainty(logits):
     """Logits [...,V] -> [...]: -mean over the vocabulary of log(V p), 0 for a uniform p. fp32."""
@@ -76,10 +99,13 @@ def certainty(logits):
 
 @torch.no_grad()
 def prompt_scores(llm, tokenizer, z, prompt):
-    """z [B,N,C] -> [B] self-certainty over the prompt's T tokens, [B] mean cross-entropy of its
-    tokens 2 to T (0 when there is one). The authors read the logits at the T positions of the
-    prompt itself: the prediction after its last token counts, that of its first does not."""
-    ids = text.encode_text(tokenizer, prompt)
+    """z [B,N,C] -> self-certainty over the T tokens of the prompt [B], and the mean cross-entropy
+    of its tokens 2 to T [B] (0 when T is 1).
+
+    The authors read the logits at the positions of the prompt itself: the prediction after its last
+    token counts, the prediction of its first token does not.
+    """
+    ids = encode_text(tokenizer, prompt)
     h = llm(question(llm, tokenizer, z, DESCRIBE, ids))[:, -len(ids):]                  # [B,T,H]
     conf, loss, targets = [], [], torch.tensor(ids[1:], device=z.device)
     for row in h:                                       # one by one: V is large
@@ -90,20 +116,21 @@ def prompt_scores(llm, tokenizer, z, prompt):
 
 
 def word_ids(tokenizer, first=False):
-    """-> ids of yes, ids of no: of each spelling, with and without a space before it, every token
-    (or the first). A token of both words, as a bare space in a small vocabulary, tells nothing."""
+    """Return the ids of yes and the ids of no: of each spelling, with and without a space before
+    it, every token (or only the first). Tokens of both words (a bare space in a small vocabulary)
+    tell nothing and are left out."""
     yes, no = ({i for w in WORDS[word] for form in (w, " " + w)
-                for i in text.encode_text(tokenizer, form)[:1 if first else None]}
+                for i in encode_text(tokenizer, form)[:1 if first else None]}
                for word in ("yes", "no"))
     return sorted(yes - no), sorted(no - yes)
 
 
 @torch.no_grad()
 def answer_scores(llm, tokenizer, z, prompt, limit=512):
-    """z [B,N,C] -> dict of [B]: score (1: said yes), yes_logit and no_logit (raw, of the word when
-    it is written, the last one counts, else 0), yes_prob; and `answer`, B strings.
+    """z [B,N,C] -> dict of [B]: score (1: said yes), yes_logit and no_logit (the raw logit of the
+    word where it is written, the last time if often, 0 if never), yes_prob; `answer`, B strings.
 
-    Greedy, all candidates at once with one KV cache; at most `limit` tokens. yes_prob needs 1.
+    Answers all candidates at once, greedily, with one KV cache. yes_prob needs only limit=1.
     """
     yes, no, yes1, no1 = (torch.tensor(ids, device=z.device) for ids in
                           (*word_ids(tokenizer), *word_ids(tokenizer, first=True)))
@@ -122,22 +149,24 @@ def answer_scores(llm, tokenizer, z, prompt, limit=512):
 
 
 def scores(llm, tokenizer, z, prompt):
-    """Latents [B,N,C] drawn for `prompt` -> B dicts, a value of each verifier."""
+    """Score the candidates z [B,N,C] of one prompt -> B dicts with a value for each verifier."""
     found = answer_scores(llm, tokenizer, z, prompt)
     conf, loss = prompt_scores(llm, tokenizer, z, prompt)
     answers = found.pop("answer")
     found = {"prompt_conf": conf, "prompt_loss": loss, **found}
+    for name, values in found.items():
+        check_finite(f"the verifier's {name}", values)
     rows = zip(*(v.tolist() for v in found.values()))
     return [{**dict(zip(found, row)), "answer": a} for row, a in zip(rows, answers)]
 
 
 def rank(rows, verifier):
-    """Indices of `scores` rows, best first; of equals the earlier comes first."""
+    """Return the indices of the rows of `scores`, best first; ties keep their order."""
     return sorted(range(len(rows)), key=lambda i: KEYS[verifier](rows[i]))
 
 
 def table(rows, order, seeds, keep):
-    """The rows in order as text; `*` marks the `keep` that are kept."""
+    """Format the rows in order as text; `*` marks the first `keep`."""
     names = [k for k in rows[0] if k != "answer"]
     lines = [f"  {'seed':>6} " + "".join(f"{k:>13}" for k in names) + "  answer"]
     for place, i in enumerate(order):
