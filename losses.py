@@ -166,7 +166,7 @@ class Dino(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, patch, side = config.dim, config.patch, config.image_size // config.patch
-        self.key_depths, self.image_size = config.key_depths, config.image_size
+        self.config, self.key_depths, self.image_size = config, config.key_depths, config.image_size
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, d, patch, stride=patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side ** 2, d))

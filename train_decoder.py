@@ -1,58 +1,62 @@
-"""Stage 1: train the RAE decoder, latent tokens back to pixels, against a frozen encoder.
+"""Stage 1: train the decoder, from latent tokens back to pixels, against a frozen encoder.
 
     python train_decoder.py                      # built-in data, tiny, a few CPU minutes
     python train_decoder.py --size xl --data folder/ --batch 512 --device cuda
     python train_decoder.py --latent vae         # the baseline: FLUX's AutoencoderKL
 
-    z = encoder(x) + noise;   x_hat = decoder(z)                   paper section 2, Tables 7 and 8
+    z = encoder(x) + noise;   x_hat = decoder(z)                   paper section 2, Table 7
     L   = l1 |x_hat - x| + lpips LPIPS(x_hat, x) + gram Gram(x_hat, x) - gan lambda D(T(x_hat))
-    L_D = hinge(D(T(x)), D(T(x')))                 D: heads on a frozen DINO (discriminator.py)
-                                                   T: augment; x' = decoder(encoder(x)), 8 bits
+    L_D = hinge(D(T(x)), D(T(x')))
 
-The VAE adds kl KL to L, and its z is a draw of the posterior.
+D is the discriminator of losses.py and T its augmentation; x' = decoder(encoder(x)) in 8 bits, from
+the decoder that was just updated. The VAE adds kl KL to L and draws z from its posterior.
 """
 import argparse
+import dataclasses
 import functools
 import math
 from pathlib import Path
 
 import torch
 
+import cli
 import data
-import decoder as decoders
-import discriminator as gans
 import parallel
-import perceptual
-import run as runs
-import vae as vaes
 import weights
-from evaluate import SMALL, TINY_VGG, pictures, psnr, vgg_files
-from parallel import UserError
+from checkpoint import (
+    Run, averaged, averages, check_batch, cosine, ema_weight, save_grid, set_lr, start_table,
+    state_gb, update_ema)
+from cli import UserError, positive, share
+from decoder import SIZES, Decoder, init_weights, size_config
+from encoder import SO400M, WEBSSL_300M, ViT
+from evaluate import SMALL, images, psnr, round8
+from losses import (
+    Discriminator, Perceptual, adaptive_weight, augment, d_loss_hinge, d_loss_vanilla, g_loss)
+from vae import TINY, VAE, VAEConfig
 
 # ------------------------------------------------------------------------------------------------
 # Arguments
 # ------------------------------------------------------------------------------------------------
 
-EPOCH = 1_280_000       # images of a virtual epoch: `7e` is seven of them, `500` is 500 steps
-DEFAULTS = {            # paper Table 8 and the RAE code; tiny: ours; its small VGG pulls harder
-    # against L1 than the real one (LOG.md), so a tenth of the weights, and of the GAN's less
+EPOCH = 1_280_000       # images in a virtual epoch: `7e` is seven epochs, `500` is 500 steps
+DEFAULTS = {            # paper, Table 7, and the RAE code. tiny is ours: its small VGG pulls harder
+    # against L1 than the real one, so it has a tenth of the weights, and less of the GAN's
     "tiny": dict(steps=1500, batch=32, lr=1.5e-3, lr_final=1e-5, warmup="200", ema=0.998,
                  lr_disc=2e-3, lr_disc_final=2e-4, warmup_disc="100", disc_start="500",
-                 gan_start="600", lpips=0.1, gram=10.0, gan=0.1, stats_images=2048),
+                 gan_start="600", lpips=0.1, gram=10.0, gan=0.1),
     "siglip2": dict(steps="80e", batch=512, lr=4e-4, lr_final=4e-5, warmup="2e", ema=0.9978,
                     lr_disc=5e-5, lr_disc_final=5e-6, warmup_disc="1e", disc_start="7e",
-                    gan_start="8e", lpips=1.0, gram=100.0, gan=10.0, stats_images=50_000),
+                    gan_start="8e", lpips=1.0, gram=100.0, gan=10.0),
 }
 DEFAULTS["webssl"] = dict(DEFAULTS["siglip2"], lr=2e-4, lr_final=2e-5, lr_disc=2e-5,
                           lr_disc_final=2e-6, disc_start="10e", gan_start="11e")
 DEFAULTS["vae"] = DEFAULTS["siglip2"]
 DATA = ["builtin:web=3", "builtin:synthetic=2", "builtin:text=1"]
 PLOT = ["loss", "l1", "lpips", "gram", "gan", "disc", "psnr"]
-TINY_DINO, DINO = weights.ASSETS / "dino.safetensors", "dino_vitsmall16_pretrain.pth"
 
 
 def steps_of(text, batch=EPOCH):
-    """`500` (steps) or `7e` (virtual epochs) -> steps. Raises ValueError."""
+    """Read `500` (steps) or `7e` (virtual epochs) as a number of steps. Raises ValueError."""
     number = float(text[:-1]) * EPOCH / batch if text.endswith("e") else int(text)
     if not 0 <= number < math.inf:
         raise ValueError
@@ -60,155 +64,197 @@ def steps_of(text, batch=EPOCH):
 
 
 def span(text):
+    """Argparse type: a length that `steps_of` reads once --batch is known."""
     steps_of(text)
     return text
 
 
-def arguments():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    runs.add_flags(p, steps=None, batch=None, data=DATA, log=20, sample=500, save=1000)
-    number = runs.positive(float, zero=True)
-    g = p.add_argument_group("model")
-    g.add_argument("--size", choices=list(decoders.SIZES), default="tiny")
-    g.add_argument("--latent", choices=["siglip2", "webssl", "vae"], default="siglip2")
-    g.add_argument("--encoder", help="file, folder or hub id of the frozen encoder")
-    g.add_argument("--layers", type=runs.positive(), default=1,
-                   help="the latent sums the encoder's last K blocks (1: the paper's)")
-    g.add_argument("--patch", type=runs.positive(), help="pixels a token decodes to (default: the "
-                   "encoder's patch; 16 gives 256 px from 16x16 tokens)")
-    g.add_argument("--latent-stats", metavar="auto|FILE", help="normalise the latent by its mean "
-                   "and variance [C,h,w], measured now or of a file with `mean`, `var`")
-    g.add_argument("--stats-images", type=runs.positive(), help="images that auto measures")
-    g = p.add_argument_group("loss")
-    g.add_argument("--l1", type=number, default=1.0)
-    g.add_argument("--lpips", type=number, help="weight; 1 (tiny: 0.1)")
-    g.add_argument("--gram", type=number, help="weight; 100 (tiny: 10)")
-    g.add_argument("--gram-layers", type=int, nargs="+", choices=range(5), default=[0, 1, 2, 3, 4],
-                   help="VGG stages of the Gram term")
-    g.add_argument("--gan", type=number, help="weight; 10 (tiny: 0.1)")
-    g.add_argument("--adaptive-gan", action=argparse.BooleanOptionalAction, default=True,
-                   help="balance the GAN term's gradient with the others' at the last layer, a "
-                   "micro-batch at a time (so another --micro-batch is another run)")
-    g.add_argument("--disc-loss", choices=["hinge", "vanilla"], default="hinge")
-    g.add_argument("--disc-start", type=span, help="the discriminator trains from here (7e, 500)")
-    g.add_argument("--gan-start", type=span, help="the decoder feels it from here (8e, 600)")
-    g.add_argument("--kl", type=number, help="weight of the VAE's KL term (1e-6)")
-    g.add_argument("--noise-tau", type=number, default=0.0,
-                   help="noise on the latent while training (0: off)")
-    g.add_argument("--noise-dist", choices=["half-normal", "uniform"],
-                   help="of its strength: |N(0,tau^2)| (paper, default) or tau U(0,1) (RAE)")
-    g.add_argument("--vgg", help="torchvision's VGG16 (tiny: assets/tiny/vgg.safetensors)")
-    g.add_argument("--lpips-weights", help="LPIPS v0.1 lin0..4, where --vgg's file lacks them")
-    g.add_argument("--dino", help="DINO ViT-S/16 (tiny: assets/tiny/dino.safetensors)")
-    g = p.add_argument_group("optimizer")
-    for name, what in (("", "of the decoder"), ("-disc", "of the discriminator")):
-        g.add_argument(f"--lr{name}", type=runs.positive(float), help=what)
-        g.add_argument(f"--lr{name}-final", type=number)
-        g.add_argument(f"--warmup{name}", type=span, help="steps, or 2e")
-    g.add_argument("--betas", type=runs.share, nargs=2, default=[0.9, 0.95], help="of both")
-    g.add_argument("--ema", type=runs.share, help="decay; 0: off")
-    args = p.parse_args()
-    for flag, value, needs, there in (
-            ("--kl", args.kl, "--latent vae", args.latent == "vae"),
-            ("--noise-dist", args.noise_dist, "--noise-tau", args.noise_tau),
-            ("--stats-images", args.stats_images, "--latent-stats auto",
-             args.latent_stats == "auto")):
-        if value is not None and not there:
-            raise UserError(f"{flag} {value} needs {needs}")
+def parser():
+    p = cli.Parser(description=__doc__.split("\n")[0])
+    cli.training_flags(p, steps=None, batch=None, data=DATA, log=20, sample=500, save=1000)
+    number = positive(float, zero=True)
+    a = p.add_argument_group("model").add_argument
+    a("--size", choices=list(SIZES), default="tiny")
+    a("--latent", choices=["siglip2", "webssl", "vae"], default="siglip2")
+    a("--encoder", help="file, folder or hub id of the frozen encoder")
+    a("--patch", type=positive(), help="pixels on the side that a token decodes to (default: the "
+      "encoder's patch; 16 gives 256 px from 16 x 16 tokens)")
+    a = p.add_argument_group("loss").add_argument
+    a("--l1", type=number, default=1.0, help="weight (default 1)")
+    a("--lpips", type=number, help="weight (default 1; tiny: 0.1)")
+    a("--gram", type=number, help="weight (default 100; tiny: 10)")
+    a("--gram-layers", type=int, nargs="+", choices=range(5), default=[0, 1, 2, 3, 4],
+      help="VGG stages of the Gram term")
+    a("--gan", type=number, help="weight (default 10; tiny: 0.1)")
+    a("--adaptive-gan", action=argparse.BooleanOptionalAction, default=True,
+      help="balance the gradient of the GAN term with that of the other terms at the last layer, "
+      "per micro-batch (so that --micro-batch changes the result)")
+    a("--disc-loss", choices=["hinge", "vanilla"], default="hinge")
+    a("--disc-start", type=span, help="when the discriminator starts to train (7e, 500)")
+    a("--gan-start", type=span, help="when the GAN term starts to train the decoder (8e, 600)")
+    a("--kl", type=number, default=1e-6, help="weight of the VAE's KL term")
+    a("--noise-tau", type=number, default=0.0,
+      help="strength of the noise on the latent in training, paper section 3.3 (default 0: off)")
+    a("--noise-dist", choices=["half-normal", "uniform"], default="half-normal",
+      help="distribution of its strength: |N(0,tau^2)| (paper) or tau U(0,1) (RAE code)")
+    a("--vgg", help="torchvision's VGG16 (tiny: tiny/vgg.safetensors)")
+    a("--lpips-weights", help="lin0 to lin4 of LPIPS v0.1, if the file of --vgg lacks them")
+    a("--dino", help="DINO ViT-S/16 (tiny: tiny/dino.safetensors)")
+    a = p.add_argument_group("optimizer").add_argument
+    for name, what in (("", "decoder"), ("-disc", "discriminator")):
+        a(f"--lr{name}", type=positive(float), help=f"learning rate of the {what}")
+        a(f"--lr{name}-final", type=number, help="the rate at the end of its cosine")
+        a(f"--warmup{name}", type=span, help="steps, or virtual epochs (2e)")
+    a("--betas", type=share, nargs=2, default=[0.9, 0.95], help="of both optimizers")
+    a("--ema", type=share, help="decay of the averaged weights; 0: off. Ours, not the paper's")
+    return p
 
-    defaults = dict(DEFAULTS["tiny" if args.size == "tiny" else args.latent])
-    if args.size == "tiny":                 # a term whose small network is not there yet is off
-        if not (args.vgg or TINY_VGG.is_file()):
+
+def arguments():
+    args = parser().parse_args()
+    tiny, vae = args.size == "tiny", args.latent == "vae"
+    defaults = dict(DEFAULTS["tiny" if tiny else args.latent])
+    if tiny:                                # a term whose small network is not there yet is off
+        if not (args.vgg or (weights.TINY / "vgg.safetensors").is_file()):
             defaults.update(lpips=0.0, gram=0.0)
-        if not (args.dino or TINY_DINO.is_file()):
+        if not (args.dino or (weights.TINY / "dino.safetensors").is_file()):
             defaults.update(gan=0.0)
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     for key in ("steps", "warmup", "warmup_disc", "disc_start", "gan_start"):
         setattr(args, key, steps_of(str(getattr(args, key)), args.batch))
-    if not (args.l1 or args.lpips or args.gram or args.gan and not args.adaptive_gan):
-        raise UserError("--l1 0 --lpips 0 --gram 0: nothing is left to train on"
-                        + ", for --adaptive-gan balances with these" * bool(args.gan))
     if args.gan and args.gan_start < args.disc_start:
         raise UserError(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}: "
                         "an untrained discriminator would steer the decoder")
-    wrong = [f for f, v in (("--encoder", args.encoder), ("--patch", args.patch),
-                            ("--latent-stats", args.latent_stats), ("--noise-tau", args.noise_tau),
-                            ("--layers", args.layers > 1), ("--remat", args.remat != "none"),
-                            ("--compile", args.compile)) if v]
-    args.kl = 1e-6 if args.kl is None else args.kl
-    args.noise_dist = args.noise_dist or "half-normal"
-    if args.size == "tiny" and args.latent == "webssl" and not args.encoder:
-        raise UserError("--latent webssl: there is no tiny one; give --encoder, or a larger --size")
-    if args.latent == "vae" and wrong:
-        raise UserError(f"{', '.join(wrong)}: not with --latent vae, which has no frozen encoder "
-                        "and a scale and shift of its own")
-    args.out = args.out or Path(f"runs/{'vae' if args.latent == 'vae' else 'decoder'}-{args.size}")
+    unused = [flag for flag, given in (
+        ("--encoder", args.encoder), ("--patch", args.patch), ("--noise-tau", args.noise_tau),
+        ("--remat", args.remat != "none"), ("--compile", args.compile)) if given]
+    if vae and unused:
+        raise UserError(f"{', '.join(unused)} with --latent vae: the VAE has no frozen encoder and "
+                        "its blocks are neither compiled nor recomputed; leave it out")
+    args.kl *= vae
+    args.out = args.out or Path(f"runs/{'vae' if vae else 'decoder'}-{args.size}")
     return args
 
 
 # ------------------------------------------------------------------------------------------------
-# Networks that are frozen, or frozen but for their heads
+# Networks
 # ------------------------------------------------------------------------------------------------
 
-def networks(args, devices):
-    """-> encoder (None: vae), perceptual net, discriminator (None: weight 0), and what they are.
+def load_frozen(args, devices):
+    """Load the frozen encoder (None for the VAE), the perceptual network and the discriminator
+    (None if their weights are 0). Return them with {what: where it was found}.
 
-    --dry-run of a paper size takes the published shapes on the meta device: no file is needed.
+    A dry run at a paper's size builds the published shapes on the meta device, without files.
     """
     tiny, vae, vgg = args.size == "tiny", args.latent == "vae", args.lpips or args.gram
     if args.dry_run and not tiny:
-        encoder = None if vae else weights.random_towers(args, devices.dtype)[0]
         with torch.device("meta"):
-            return (encoder,
-                    perceptual.Perceptual(dtype=devices.dtype) if vgg else None,
-                    gans.Discriminator() if args.gan else None, "published shapes")
-    name = weights.TINY_CODEC[0] if tiny else weights.HUB.get(args.latent, [None])[0]
-    wanted = [("encoder", args.encoder or name, "--encoder")] * (not vae)
-    wanted += vgg_files(args, tiny, args.lpips) if vgg else []
-    wanted += [("DINO", args.dino or (TINY_DINO if tiny else DINO), "--dino")] * (args.gan > 0)
+            encoder = ViT(WEBSSL_300M if args.latent == "webssl" else SO400M, devices.dtype)
+            return (None if vae else encoder, Perceptual(dtype=devices.dtype) if vgg else None,
+                    Discriminator() if args.gan else None, "published shapes")
+    wanted = [] if vae else [("encoder", args.encoder or encoder_name(args), "--encoder")]
+    wanted += weights.vgg_files(args, tiny, args.lpips) if vgg else []
+    wanted += weights.dino_file(args, tiny) if args.gan else []
     path = dict(zip((what for what, _, _ in wanted), weights.locate(wanted)))
-    encoder = None if vae else weights.load_encoder(path["encoder"], devices, args.layers)
-    if encoder:
-        weights.check_encoder(encoder, args)
+    encoder = None if vae else weights.load_encoder(path["encoder"], devices)
     vgg = weights.load_perceptual(path["VGG16"], path.get("LPIPS"), devices,
-                                  args.lpips) if vgg else None
-    disc = weights.load_discriminator(path["DINO"], devices, seed=args.seed) if args.gan else None
-    small = {"VGG16": vgg and vgg.width < 1, "DINO": disc and disc.config["dim"] < 384}
-    found = {k: str(p) + (SMALL if small.get(k) else "") for k, p in path.items()}
-    for file, flag in ((TINY_VGG, "vgg"), (TINY_DINO, "dino")):
-        if tiny and not file.is_file():
-            found[file.name] = f"not there, its terms are off (train_encoder.py --arch {flag})"
-    return encoder, vgg, disc, found
+                                  args.lpips > 0) if vgg else None
+    disc = weights.load_discriminator(path["DINO"], devices, args.seed) if args.gan else None
+    small = {"VGG16": vgg and vgg.width < 1, "DINO": disc and disc.config.dim < 384}
+    return encoder, vgg, disc, {k: f"{p}{SMALL * bool(small.get(k))}" for k, p in path.items()}
+
+
+def encoder_name(args):
+    """Return the default encoder: the tiny one, or the published one of --latent."""
+    tiny = args.size == "tiny" and args.latent == "siglip2"
+    return weights.TINY_ENCODER if tiny else weights.HUB[args.latent][0]
+
+
+def network_config(args, encoder):
+    """Return the config of the network to train: a VAEConfig or a DecoderConfig."""
+    if args.latent == "vae":                # the scale and the shift are measured at the end
+        return dataclasses.replace(TINY if args.size == "tiny" else VAEConfig(),
+                                   scaling_factor=1.0, shift_factor=0.0)
+    return size_config(args.size, encoder.channels, encoder.tokens,
+                       args.patch or encoder.patch_size, encoder.mean, encoder.std,
+                       weights.portable_path(args.encoder or encoder_name(args)))
+
+
+def build(args, encoder, devices):
+    """Build the network to train on its devices, with initial weights or those of --init. A file's
+    config says more than the flags (normalisation, eps), so the network keeps it."""
+    vae, config = args.latent == "vae", network_config(args, encoder)
+    make = functools.partial(VAE, config) if vae else functools.partial(
+        Decoder, config, devices.dtype)
+    with torch.device("meta"):
+        model = make()
+    if args.dry_run:
+        return model
+    if not args.init:
+        torch.manual_seed(args.seed)        # the VAE has PyTorch's default initial weights
+        twin = make()
+        if not vae:
+            init_weights(twin, args.seed)
+        return parallel.build(model, parallel.rows_of(twin.state_dict()), devices)
+    path, = weights.locate([("weights", args.init, "--init")])
+    model = (weights.load_vae(path, devices, "--init") if vae else
+             weights.load_decoder(path, devices, encoder, "--init"))
+    own = ("encoder", "image_mean", "image_std", "layer_norm_eps", "scaling_factor", "shift_factor")
+    differ = [f"{k} {v!r}, not {getattr(config, k)!r}" for k, v in vars(model.config).items()
+              if k not in own and v != getattr(config, k)]
+    if differ:
+        raise UserError(f"--init {args.init} has {', '.join(differ)}; choose --size and --patch to "
+                        "match")
+    if not vae:
+        model.config = dataclasses.replace(model.config, encoder=config.encoder)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name != "decoder_pos_embed")
+    return model.train()
+
+
+def train_flops(model, encoder, vgg, disc, resolution):
+    """Return the FLOPs per image of a training step, by network."""
+    vae = encoder is None
+    forward = model.forward_flops(resolution) if vae else model.forward_flops()
+    flops = {} if vae else {"encoder": encoder.forward_flops()}
+    flops["decoder"] = 3 * forward                      # forward and backward
+    if vgg:                                             # both images, and back to one
+        flops["vgg"] = 3 * vgg.forward_flops(resolution)
+    if disc:            # forward and back to the image; then a fresh reconstruction and the real one
+        trunk, heads = disc.forward_flops()
+        flops["discriminator"] = forward + 4 * trunk + 8 * heads
+    return flops
 
 
 # ------------------------------------------------------------------------------------------------
-# Random numbers: a function of (seed, image number, stream), so neither mesh, micro-batch nor a
-# resumption changes them
+# Random numbers: functions of (seed, image number, stream), so that neither the mesh nor the
+# micro-batch nor a resumption changes them
 # ------------------------------------------------------------------------------------------------
 
 LATENT, FAKE_G, FAKE_D, REAL_D = range(4)           # streams: noise on z; the three augmentations
 
 
 def generators(n, seed, stream=LATENT):
-    """One CPU generator an image (their seeds have 32 bits)."""
+    """Return one CPU generator per image (their seeds have 32 bits)."""
     keys = ((seed * 1_000_003 + i + stream * 0x9E3779B1) % 2 ** 32 for i in n)
     return [torch.Generator().manual_seed(key) for key in keys]
 
 
 def uniform(n, seed, stream):
-    """[B,5]: the draws of gans.augment."""
+    """Draw [B,5], the numbers that losses.augment needs."""
     return torch.stack([torch.rand(5, generator=g) for g in generators(n, seed, stream)])
 
 
 def gaussian(n, seed, shape):
+    """Draw [B,*shape]: the noise of the VAE's posterior."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators(n, seed)])
 
 
 def latent_noise(n, seed, shape, tau, dist):
-    """[B,*shape]: s * noise, one strength s an image: noise-augmented decoding, paper section
-    2.1."""
+    """Draw [B,*shape]: noise with one strength per image, for noise-augmented decoding (paper
+    section 3.3)."""
     def one(g):
         s = (torch.randn((), generator=g).abs() if dist == "half-normal"
              else torch.rand((), generator=g)) * tau
@@ -216,277 +262,220 @@ def latent_noise(n, seed, shape, tau, dist):
     return torch.stack([one(g) for g in generators(n, seed)])
 
 
+def latent_draws(args, latent):
+    """Return the function (image numbers) -> noise of the latent, or None. latent: [N,C]."""
+    N, C = latent
+    if args.latent == "vae":
+        side = 2 * math.isqrt(N)                        # tokens are 2 x 2 patches of the grid
+        return functools.partial(gaussian, seed=args.seed, shape=(C // 4, side, side))
+    return functools.partial(latent_noise, seed=args.seed, shape=(N, C), tau=args.noise_tau,
+                             dist=args.noise_dist) if args.noise_tau else None
+
+
 class Collate:
-    """Records -> images uint8 [B,3,S,S], keys, and all that is drawn for them: fake_g, fake_d,
-    real_d [B,5] for the augmentations; noise, by the given function, for the latent. In the
-    loader's worker."""
+    """Make a batch of records, in the loader's worker: images uint8 [B,3,S,S], keys, and all draws:
+    fake_g, fake_d and real_d [B,5] for the augmentations, and noise(n) for the latent."""
 
     def __init__(self, seed=0, noise=None):
         self.seed, self.noise = seed, noise
 
     def __call__(self, records):
         n = [r["n"] for r in records]
-        images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
-        draws = {name: uniform(n, self.seed, stream) for name, stream in
-                 (("fake_g", FAKE_G), ("fake_d", FAKE_D), ("real_d", REAL_D))}
-        if self.noise:
-            draws["noise"] = self.noise(n)
-        return {"images": images, **draws, "keys": [r["key"] for r in records],
-                "skipped": [s for r in records for s in r["skipped"]]}
+        batch = {"images": torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1)
+                                        for r in records]),
+                 "fake_g": uniform(n, self.seed, FAKE_G), "fake_d": uniform(n, self.seed, FAKE_D),
+                 "real_d": uniform(n, self.seed, REAL_D), "keys": [r["key"] for r in records],
+                 "skipped": [s for r in records for s in r["skipped"]]}
+        return {**batch, "noise": self.noise(n)} if self.noise else batch
 
 
-def read_statistics(path, encoder):
-    """A file of `mean` and `var`, each [C,h,w], as the RAE code's. Raises UserError."""
-    state, _ = weights.read_weights(path, "--latent-stats")
-    shape = [encoder.channels, encoder.grid, encoder.grid]
-    found = {k: list(state[k].shape) for k in ("mean", "var") if k in state}
-    if found != {"mean": shape, "var": shape}:
-        raise UserError(f"--latent-stats {path}: expected mean and var of {shape}, found "
-                        f"{found or sorted(state)[:4]}")
-    return state["mean"].float(), state["var"].float()
+# ------------------------------------------------------------------------------------------------
+
+def at_image(loss, x_hat):
+    """Return the same loss, with the same gradient at x_hat, as a linear function of x_hat.
+
+    A later backward pass then begins at x_hat. So VGG and the discriminator are passed once, though
+    the adaptive weight needs each loss' gradient too, and the discriminator's own weights get no
+    gradient from the decoder's step.
+    """
+    gradient, = torch.autograd.grad(loss, x_hat)
+    linear = (x_hat * gradient).sum()
+    return loss.detach() + linear - linear.detach()
+
+
+def export(run, model, named, ema, batches):
+    """Write the weights and their averages to final/ and return the folder. Each VAE has the scale
+    and the shift that its latent of `batches` of images asks for."""
+    batches = list(batches) if isinstance(model, VAE) else []
+    for name, average in (("model", {}), ("ema", ema)):
+        with averaged(named, average):
+            found = model.measure(batches) if batches else {}
+            run.export(name, model.state_dict(),
+                       dataclasses.asdict(dataclasses.replace(model.config, **found)))
+    return run.publish()
 
 
 def main():
     args = arguments()
+    tiny, vae = args.size == "tiny", args.latent == "vae"
 
     # --------------------------------------------------------------------------------------------
     # Devices
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
-    runs.check_batch(args, devices, None if args.size == "tiny" else 64)    # 64 images a device
-    if not args.dry_run:
-        run = runs.Run(args, devices)
+    check_batch(args, devices, None if tiny else 64)                        # 64 images per device
+    run = None if args.dry_run else Run(args, devices)
 
     # --------------------------------------------------------------------------------------------
-    # Models: the frozen encoder and VGG, the discriminator's heads, the decoder
+    # Models: the frozen encoder and VGG, the discriminator with trained heads, the decoder
     # --------------------------------------------------------------------------------------------
-    tiny, vae = args.size == "tiny", args.latent == "vae"
-    encoder, vgg, disc, found = networks(args, devices)
-    init = None if args.dry_run or not args.init else weights.final_of(
-        *weights.locate([("weights", args.init, "--init")]))
-    if vae:
-        resolution = 64 if tiny else 256
-        torch.manual_seed(args.seed)                                        # PyTorch's default init
-        with torch.device("meta" if args.dry_run else "cpu"):
-            model = vaes.VAE(dict(vaes.TINY if tiny else vaes.FLUX, scaling_factor=1.0,
-                                  shift_factor=0.0))
-        if init:
-            model = weights.load_vae(init, devices, "--init")
-            model.requires_grad_(True)
-        config, C = model.config, model.channels
-        N, parts = (resolution // model.stride) ** 2, (model.encoder, model.decoder)
-        flops = {"decoder": model.forward_flops(resolution)}
-        activations = model.activation_bytes(resolution)
-    else:
-        N, C, patch = encoder.tokens, encoder.channels, args.patch or encoder.patch_size
-        resolution = patch * encoder.grid
-        source = weights.TINY_TOWER if tiny else weights.HUB[args.latent][0]
-        config = decoders.decoder_config(args.size, C, N, patch, encoder.mean, encoder.std)
-        config.update(encoder=weights.lasting(args.encoder) or source, layers=args.layers,
-                      latent_stats=bool(args.latent_stats))
-        with torch.device("meta" if args.dry_run else "cpu"):
-            model = decoders.Decoder(config, devices.dtype)
+    encoder, vgg, disc, found = load_frozen(args, devices)
+    model = build(args, encoder, devices)
+    resolution = (64 if tiny else 256) if vae else model.config.image_size
+    latent = [(resolution // model.stride) ** 2 if vae else model.tokens, model.channels]   # [N,C]
+    last_weight = (model.decoder.conv_out if vae else model.decoder_pred).weight
+    flops = train_flops(model, encoder, vgg, disc, resolution)
+    if not vae:
         model.remat = args.remat == "block"
-        if not args.dry_run:
-            decoders.init_weights(model, args.seed)
-        if init:
-            state, _ = weights.read_weights(init, "--init")
-            weights.load_strict(model, state, f"--init {args.init}",
-                                optional=("decoder_pos_embed", "latent_"))
-        if args.latent_stats not in (None, "auto"):
-            model.latent_mean, model.latent_var = read_statistics(args.latent_stats, encoder)
-        if args.compile or (args.compile is None and devices.kind == "cuda"):
-            for block in model.decoder_layers:
-                block.compile(fullgraph=True)
-        parts = (model,)
-        flops = {"encoder": encoder.forward_flops(), "decoder": model.forward_flops()}
-        activations = model.activation_bytes()
+        parallel.compile_blocks(model.decoder_layers, args.compile, devices)
 
-    # An image of a training step: the decoder forward and backward; VGG on both pictures and back
-    # to one; D forward and back to the picture, then on a fresh reconstruction and the real one
-    forward, flops["decoder"] = flops["decoder"], 3 * flops["decoder"]
-    if vgg:
-        if resolution < 16:
-            raise UserError(f"--patch {args.patch}: pictures of {resolution} px are below the 16 "
-                            "that VGG's four poolings need; give --lpips 0 --gram 0")
-        flops["vgg"] = 3 * vgg.forward_flops(resolution)
-        activations += vgg.activation_bytes(resolution)
-    if disc:
-        trunk, heads = disc.forward_flops()
-        flops["discriminator"] = forward + 4 * trunk + 8 * heads
-        activations += disc.activation_bytes()
-    count = {"decoder": model, "discriminator": disc and disc.heads, "encoder (frozen)": encoder,
+    # --------------------------------------------------------------------------------------------
+    # Data
+    # --------------------------------------------------------------------------------------------
+    mixture = None if args.dry_run else data.Mixture(args.data, resolution, args.seed,
+                                                     crop="random", text=False)
+    parts = {"decoder": model, "discriminator": disc and disc.heads, "encoder (frozen)": encoder,
              "vgg (frozen)": vgg, "dino (frozen)": disc and disc.dino}
-    count = {k: sum(p.numel() for p in net.parameters()) for k, net in count.items() if net}
-    trained = count["decoder"] + count.get("discriminator", 0)
-    memory = lambda images: runs.memory_gb(trained, sum(count.values()) - trained,
-                                           activations * images / devices.axes["fsdp"], args.ema)
-    sources = data.planned(args.data)
-    if not args.dry_run:
-        mixture = data.Mixture(args.data, resolution, args.seed, crop="random", text=False)
-        sources = mixture.describe()
-    runs.plan(f"train_decoder --size {args.size}", args, devices, count, flops, memory,
-              dtype=torch.float32 if vae else None, latent=[N, C], resolution=resolution,
-              loss={k: getattr(args, k) for k in ("l1", "lpips", "gram", "gan") + ("kl",) * vae},
-              starts=dict(discriminator=args.disc_start, gan=args.gan_start, run_ends=args.steps)
-              if disc else None, data=sources, frozen=found)
+    count = {k: sum(p.numel() for p in net.parameters()) for k, net in parts.items() if net}
+    frozen = sum(n for k, n in count.items() if "frozen" in k)
+    start_table(f"train_decoder --size {args.size}", args, devices, count, flops,
+                state_gb(sum(count.values()) - frozen, frozen, args.ema), latent=latent,
+                resolution=resolution,
+                loss={k: getattr(args, k) for k in ("l1", "lpips", "gram", "gan", "kl")},
+                starts=dict(discriminator=args.disc_start, gan=args.gan_start) if disc else None,
+                data=args.data if args.dry_run else mixture.describe(), frozen=found)
     if args.dry_run:
         return
 
     # --------------------------------------------------------------------------------------------
     # Optimizers: one for the decoder, one for the discriminator's heads
     # --------------------------------------------------------------------------------------------
-    for part in parts:
-        parallel.shard(part, devices)
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    judged, spectral = {}, {}                       # of D: what trains; the spectral norms' vectors
+    disc_params, spectral = {}, {}              # of the heads; the vectors of their spectral norms
     if disc:
-        disc = parallel.shard(disc, devices).eval()
-        judged = {f"disc.{k}": p for k, p in disc.named_parameters() if p.requires_grad}
+        disc_params = {f"disc.{k}": p for k, p in disc.named_parameters() if p.requires_grad}
         spectral = {f"disc.{k}": b for k, b in disc.named_buffers() if k.endswith(("_u", "_v"))}
     recipe = dict(betas=args.betas, weight_decay=0.0)
     optimizer = parallel.adamw(list(named.values()), devices, lr=args.lr, **recipe)
-    d_optimizer = parallel.adamw(list(judged.values()), devices, lr=args.lr_disc,
+    d_optimizer = parallel.adamw(list(disc_params.values()), devices, lr=args.lr_disc,
                                  **recipe) if disc else None
-    ema = runs.averages(named, devices) if args.ema else {}
+    ema = averages(named, devices) if args.ema else {}
+    d_loss = {"hinge": d_loss_hinge, "vanilla": d_loss_vanilla}[args.disc_loss]
 
     # --------------------------------------------------------------------------------------------
     # Resume
     # --------------------------------------------------------------------------------------------
-    if args.bench:                                  # time the whole step, GAN included
+    if args.bench:                              # time the whole step, with the GAN
         args.disc_start, args.gan_start = 0, 0
-    stats = {k: b for k, b in model.named_buffers() if k.startswith("latent_")}     # [C,h,w]
-    run.load({**named, **{f"ema.{k}": v for k, v in ema.items()},
-              **runs.moments(optimizer, named, devices), **judged, **spectral,
-              **(runs.moments(d_optimizer, judged, devices) if disc else {}), **stats})
-    if args.latent_stats == "auto" and run.start == 0:      # every process measures the same
-        with torch.no_grad():
-            measured = decoders.latent_statistics(
-                encoder(x) for x in pictures(mixture, args.stats_images, devices))
-        for key, value in zip(("latent_mean", "latent_var"), measured):
-            parallel.fill(key, stats[key], lambda *_: value, devices)
-    part, noise = args.micro_batch / args.batch, None
-    if vae:                                                                 # of the posterior
-        side = resolution // model.stride
-        noise = functools.partial(gaussian, seed=args.seed,
-                                  shape=(C // 4, 2 * side, 2 * side))       # [B,c,h,w]
-    elif args.noise_tau:
-        noise = functools.partial(latent_noise, seed=args.seed, shape=(N, C), tau=args.noise_tau,
-                                  dist=args.noise_dist)                     # [B,N,C]
-    batches = data.loader(mixture, Collate(args.seed, noise), args.micro_batch,
-                          run.start * args.batch, args.workers, devices.rank, devices.world)
+    run.config = dataclasses.asdict(model.config)
+    run.load({**named, **{f"ema.{k}": v for k, v in ema.items()}, **disc_params, **spectral},
+             [optimizer, d_optimizer] if disc else [optimizer])
+    collate = Collate(args.seed, latent_draws(args, latent))
+    batches = data.loader(mixture, collate, args.micro_batch, run.start * args.batch,
+                          args.workers, devices.rank, devices.world)
     unseen = data.Mixture(args.data, resolution, args.seed + 1000, crop="center", text=False)
-    held = next(pictures(unseen, 64, devices))
-    d_loss = {"hinge": gans.d_loss_hinge, "vanilla": gans.d_loss_vanilla}[args.disc_loss]
+    held_out = next(images(unseen, 64, devices))
+    part = args.micro_batch / args.batch
 
     @torch.no_grad()
     def reconstruct(x, z=None):
-        """[B,3,S,S] -> [B,3,S,S] in eval mode, without noise; z: its latent, where it is known."""
-        model.eval()
-        out = (model.decode(model.encode(x)) if vae else
-               model(model.normalise(encoder(x) if z is None else z)))
-        model.train()
-        return out
+        """[B,3,S,S] -> [B,3,S,S] without noise; z: the latent of x, where it is known."""
+        return model.decode(model.encode(x)) if vae else model(encoder(x) if z is None else z)
 
     def sample(step):
-        """Unseen pictures above their reconstructions by the EMA weights -> {psnr: their mean}."""
-        runs.swap(named, ema)
-        x_hat = reconstruct(held)
-        runs.swap(named, ema)
-        pairs = parallel.full(torch.stack([held[:16], x_hat[:16]], 1).flatten(0, 1))
+        """Save unseen images above their reconstructions by the averaged weights; return the mean
+        PSNR."""
+        with averaged(named, ema):
+            x_hat = reconstruct(held_out)
+        pairs = parallel.full_tensor(torch.stack([held_out[:16], x_hat[:16]], 1).flatten(0, 1))
         if run.main:
-            runs.save_grid(pairs, run.dir / "samples" / f"step-{step:07d}.png", columns=8)
-        return {"psnr": psnr(x_hat, held).mean().item()}
+            save_grid(pairs, run.dir / "samples" / f"step-{step:07d}.png", columns=8)
+        return {"psnr": psnr(x_hat, held_out).mean().item()}
 
     # --------------------------------------------------------------------------------------------
     # Loop: data, the decoder's step, the discriminator's step, log, sample, save
     # --------------------------------------------------------------------------------------------
-    for step in run.progress(args.steps):
-        lr = args.lr * runs.cosine(step, args.steps, args.warmup, args.lr_final / args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = parallel.scalar(lr, devices.device)
-        judging = disc is not None and step >= args.disc_start
+    for step in run.steps():
+        factor = cosine(step, args.steps, args.warmup, args.lr_final / args.lr)
+        set_lr([optimizer], factor, devices)
+        train_disc = disc is not None and step >= args.disc_start
         adversarial = disc is not None and step >= args.gan_start
-        work = {k: v for k, v in flops.items() if judging or k != "discriminator"}
-        kept, values = [], {"lr": lr}
+        kept, values = [], {"lr": args.lr * factor}
         for batch in run.micro_batches(batches):
-            batch = parallel.place(batch, devices)
-            x, log = batch["images"].float() / 255, {}                      # [B,3,S,S]
+            x = batch["images"].float() / 255                               # [B,3,S,S]
+            z, off = None, x.new_zeros(())                                  # off: a term not in use
+            lpips = gram = gan = kl = off
+            lam = off + 1
             if vae:
-                z, (mean, logvar) = None, model.posterior(x)                # [B,c,h,w]
+                mean, logvar = model.posterior(x)                           # [B,c,h,w]
                 x_hat = (model.decoder(mean + (0.5 * logvar).exp() * batch["noise"]) + 1) / 2
                 kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-                log["kl"] = kl
             else:
                 with torch.no_grad():
                     z = encoder(x)                                          # [B,N,C]
-                    noisy = z + batch["noise"] if args.noise_tau else z
-                x_hat = model(model.normalise(noisy))                       # [B,3,S,S]
-            log["l1"] = (x_hat - x).abs().mean()
-            rec = args.l1 * log["l1"]
+                x_hat = model(z + batch["noise"] if args.noise_tau else z)  # [B,3,S,S]
+            l1 = (x_hat - x).abs().mean()
             if vgg:
-                log["lpips"], log["gram"] = (v.mean() for v in vgg(x_hat, x, args.gram_layers))
-                rec = rec + args.lpips * log["lpips"] + args.gram * log["gram"]
-            # each loss' gradient is taken at the picture: one backward pass through each network
-            g, = torch.autograd.grad(rec, x_hat)
-            loss = rec.detach() + args.kl * log.get("kl", 0)
+                lpips, gram = (v.mean() for v in vgg(x_hat, x, args.gram_layers))
+            rec = args.l1 * l1 + args.lpips * lpips + args.gram * gram
+            terms = {"l1": l1, "lpips": lpips, "gram": gram, "kl": kl}
+            terms = {k: v for k, v in terms.items() if getattr(args, k)}
             if adversarial:
-                gan = gans.g_loss(disc(gans.augment(x_hat, batch["fake_g"])))
-                g_gan, = torch.autograd.grad(gan, x_hat)
-                last = model.decoder.conv_out.weight if vae else model.decoder_pred.weight
-                weight = gans.adaptive_weight(
-                    (x_hat * g).sum(), (x_hat * g_gan).sum(), last,
-                    lambda grad: parallel.average(grad, devices)) \
-                    if args.adaptive_gan else torch.ones_like(gan)
-                g = g + args.gan * weight * g_gan
-                loss = loss + args.gan * weight * gan.detach()
-                log.update(gan=gan, gan_lambda=weight)
-            ends = [(x_hat, g * part)]
-            if vae:
-                ends.append((kl, torch.full_like(kl, args.kl * part)))
-            torch.autograd.backward(*zip(*ends))
-            if judging:
+                gan = g_loss(disc(augment(x_hat, batch["fake_g"])))
+                rec, gan = at_image(rec, x_hat), at_image(gan, x_hat)
+                if args.adaptive_gan:
+                    lam = adaptive_weight(rec, gan, last_weight,
+                                          lambda g: parallel.average(g, devices))
+                terms.update(gan=gan, gan_lambda=lam)
+            loss = rec + args.gan * lam * gan + args.kl * kl
+            (loss * part).backward()
+            run.meter.add(part, loss=loss, **terms)
+            if train_disc:
                 kept.append((x, z, batch))
-            run.meter.add(part, loss=loss, **log)
         norm = parallel.clip_grad(named.values(), math.inf, devices)        # the recipe has no clip
         parallel.guarded_step(optimizer, norm, devices)
         optimizer.zero_grad(set_to_none=True)
-        weight = runs.ema_weight(args.ema, step)
-        runs.update_ema(ema, named, parallel.scalar(weight, devices.device))
+        update_ema(ema, named, parallel.scalar(ema_weight(args.ema, step), devices.device))
 
-        if judging:                     # on fresh pictures of the decoder that was just updated
-            values["lr_disc"] = args.lr_disc * runs.cosine(
-                step - args.disc_start, args.steps - args.disc_start, args.warmup_disc,
-                args.lr_disc_final / args.lr_disc)
-            for group in d_optimizer.param_groups:
-                group["lr"] = parallel.scalar(values["lr_disc"], devices.device)
+        if train_disc:                  # on fresh images from the decoder that was just updated
+            factor = cosine(step - args.disc_start, args.steps - args.disc_start, args.warmup_disc,
+                            args.lr_disc_final / args.lr_disc)
+            set_lr([d_optimizer], factor, devices)
+            values["lr_disc"] = args.lr_disc * factor
             for i, (x, z, batch) in enumerate(kept):
-                disc.train(i == 0)      # a step of the spectral norms' power iteration: once
-                fake = (reconstruct(x, z).clamp(0, 1) * 255).round() / 255
-                pair = [gans.augment(x, batch["real_d"]),
-                        gans.augment(fake, batch["fake_d"])]
+                disc.train(i == 0)      # one power iteration of the spectral norms per step
+                fake = round8(reconstruct(x, z))
+                pair = [augment(x, batch["real_d"]), augment(fake, batch["fake_d"])]
                 real, fake = disc(torch.cat(pair)).chunk(2)                 # logits, each [B,L*N]
                 d = d_loss(real, fake)
                 (d * part).backward()
                 run.meter.add(part, disc=d, logits_real=real.mean(), logits_fake=fake.mean())
             disc.eval()
-            d_norm = parallel.clip_grad(judged.values(), math.inf, devices)
+            d_norm = parallel.clip_grad(disc_params.values(), math.inf, devices)
             parallel.guarded_step(d_optimizer, d_norm, devices)
             d_optimizer.zero_grad(set_to_none=True)
             norm = norm + d_norm                                            # finite if both are
-        if run.end_step(step + 1, norm, work, PLOT, sample, **values):
-            return
+        work = {k: v for k, v in flops.items() if train_disc or k != "discriminator"}
+        run.end_step(step + 1, norm, work, PLOT, sample, **values)
     run.finish()
-    for name in ("model", "ema"):
-        if vae:
-            config = {**config, **model.measure(pictures(mixture, 256, devices))}
-        run.export(name, model.state_dict(), config)
-        runs.swap(named, ema)
-    score = sample(args.steps)["psnr"]
-    what = "unseen pictures" if mixture.endless() else "pictures of the data, which it has seen"
-    if run.main:
-        print(f"{run.dir}/final: PSNR {score:.2f} dB on 64 {what} (EMA weights)")
+    if not args.bench:
+        final = export(run, model, named, ema, images(mixture, 256, devices))
+        score = sample(args.steps)["psnr"]
+        if run.main:
+            what = "unseen images" if mixture.endless() else "images of the data, which it has seen"
+            print(f"{final}: PSNR {score:.2f} dB on 64 {what} (averaged weights)")
+    parallel.finish()
 
 
 if __name__ == "__main__":
-    runs.main(main)
+    cli.main(main)

@@ -1,131 +1,166 @@
-"""Train a small SigLIP-2 from scratch: the frozen encoder of the tiny preset; a readable trainer.
+"""Train a small SigLIP-2 from scratch, the frozen encoder of the tiny preset.
 
-    python train_encoder.py                       # built-in data, a few CPU minutes
-    python train_encoder.py --data folder/ --steps 100000 --batch 256
-    python train_encoder.py --arch vgg            # the tiny preset's perceptual net (LPIPS, Gram)
-    python train_encoder.py --arch dino           # the trunk of its discriminator
+    python tiny/train_encoder.py                  # built-in data, a few CPU minutes
+    python tiny/train_encoder.py --data folder/ --steps 100000 --batch 256
+    python tiny/train_encoder.py --arch vgg       # the tiny preset's perceptual network (LPIPS, Gram)
+    python tiny/train_encoder.py --arch dino      # the trunk of its discriminator
 
-Sigmoid image-text loss (SigLIP, arXiv 2303.15343; an image's wrong captions are those of its
-micro-batch on its process, so --micro-batch and the number of processes matter) plus a dense term:
-from each latent token one linear layer must predict the pixels of its own patch, also where the
-input patch was hidden. The term stands in for SigLIP-2's captioning, self-distillation and masked
-prediction (arXiv 2502.14786): without it a contrastive encoder throws pixels away and no decoder
-can bring them back.
-The two networks of the decoder's loss are small stand-ins for VGG16 and DINO ViT-S/16, of the same
-architecture, and the logs say so wherever they are used. VGG learns from the sigmoid loss alone,
-DINO from both: without the dense term its tokens do not tell a picture from its reconstruction
-(LOG.md).
+The loss is the sigmoid image-text loss (SigLIP, arXiv 2303.15343) plus a dense term. An image's
+wrong captions are the other captions of its micro-batch in its process, so --micro-batch and the
+number of processes matter. In the dense term one linear layer predicts the pixels of each patch
+from its latent token, also where the input patch was hidden. It stands in for SigLIP-2's
+captioning, self-distillation and masked prediction (arXiv 2502.14786): a contrastive encoder without
+it throws pixels away, and no decoder can bring them back.
+
+The two networks of the decoder's loss are small stand-ins for VGG16 and DINO ViT-S/16 of the same
+architecture. VGG learns from the sigmoid loss alone, DINO from both terms: without the dense term
+its tokens do not tell an image from its reconstruction.
 """
-import argparse
+import dataclasses
 import math
+import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as a script from anywhere
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import chat
+import cli
 import data
-import discriminator
-import encoder as encoders
+import encoder as vit
+import losses
 import parallel
-import perceptual
-import run as runs
-import text_model as text
+import text_model
 import weights
-from parallel import UserError
+from checkpoint import Run, check_batch, cosine, set_lr, start_table, state_gb, write_text
+from cli import UserError, positive, share
 
 # ------------------------------------------------------------------------------------------------
 # Arguments
 # ------------------------------------------------------------------------------------------------
 
-LENGTH = 64         # tokens of a caption, at the most
-TINY_DATA = ["builtin:web=3", "builtin:synthetic=2", "builtin:text=1"]
+LENGTH = 64         # the largest number of tokens of a caption
+DATA = ["builtin:web=3", "builtin:synthetic=2", "builtin:text=1"]
 ARCH = {    # width: C of the vit, channels of VGG's first stage, d of DINO
-    "vit": dict(width=encoders.TINY["hidden_size"], depth=encoders.TINY["num_hidden_layers"],
-                heads=encoders.TINY["num_attention_heads"], dense=30.0, lr=1.5e-3),
-    "vgg": dict(width=round(perceptual.WIDTHS[0] * perceptual.TINY_WIDTH), depth=0, heads=1,
-                dense=0.0, lr=1e-3),
-    "dino": dict(width=discriminator.TINY["dim"], depth=discriminator.TINY["depth"],
-                 heads=discriminator.TINY["num_heads"], dense=30.0, lr=1.5e-3),
+    "vit": dict(width=vit.TINY.hidden_size, depth=vit.TINY.num_hidden_layers,
+                heads=vit.TINY.num_attention_heads, dense=30.0, lr=1.5e-3),
+    "vgg": dict(width=round(losses.WIDTHS[0] * losses.TINY_WIDTH), depth=0, heads=1, dense=0.0,
+                lr=1e-3),
+    "dino": dict(width=losses.TINY_DISC.dim, depth=losses.TINY_DISC.depth,
+                 heads=losses.TINY_DISC.num_heads, dense=30.0, lr=1.5e-3),
 }
 
 
 def arguments():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    runs.add_flags(p, steps=3000, batch=64, data=TINY_DATA, log=20, sample=500, save=500)
-    g = p.add_argument_group("model")
-    g.add_argument("--arch", choices=list(ARCH), default="vit", help="vit: the encoder; vgg: the "
-                   "perceptual net; dino: the discriminator's trunk")
-    g.add_argument("--width", type=runs.positive(), help="C, the channels of the latent (vgg: of "
-                   "the first stage, 64 is VGG16)")
-    g.add_argument("--depth", type=runs.positive(), help="blocks (not for vgg)")
-    g.add_argument("--heads", type=runs.positive(), help="of the attention (not for vgg)")
-    g.add_argument("--resolution", type=runs.positive(), default=64)
-    g.add_argument("--patch", type=runs.positive(), default=8)
-    g.add_argument("--tokenizer", type=Path, help="a tokenizer folder (default: train one here)")
-    g = p.add_argument_group("loss and optimizer")
-    g.add_argument("--dense", type=runs.positive(float, zero=True),
-                   help="weight of the pixel term (mean squared error, pixels in [-1,1]); not for "
-                   "vgg")
-    g.add_argument("--mask", type=runs.share, default=0.1,
-                   help="share of the patches hidden from the encoder (grey), for the dense term")
-    g.add_argument("--lr", type=runs.positive(float))
-    g.add_argument("--warmup", type=runs.positive(zero=True), default=200, help="steps")
+    p = cli.Parser(description=__doc__.split("\n")[0])
+    cli.training_flags(p, steps=3000, batch=64, data=DATA, log=20, sample=500, save=500)
+    a = p.add_argument_group("model").add_argument
+    a("--arch", choices=list(ARCH), default="vit",
+      help="vit: the encoder; vgg: the perceptual network; dino: the discriminator's trunk")
+    a("--width", type=positive(),
+      help="channels of the latent (vgg: channels of the first stage, 64 in VGG16)")
+    a("--depth", type=positive(), help="number of blocks (not for vgg)")
+    a("--heads", type=positive(), help="attention heads (not for vgg)")
+    a("--resolution", type=positive(), default=64)
+    a("--patch", type=positive(), default=8)
+    a("--tokenizer", type=Path, help="a tokenizer folder (default: train one here)")
+    a = p.add_argument_group("loss and optimizer").add_argument
+    a("--dense", type=positive(float, zero=True),
+      help="weight of the dense term, the mean squared error of pixels in [-1,1] (not for vgg)")
+    a("--mask", type=share, default=0.1,
+      help="share of the patches that are hidden from the encoder (grey) for the dense term")
+    a("--lr", type=positive(float))
+    a("--warmup", type=positive(zero=True), default=200, help="steps")
     args = p.parse_args()
-    unused = [flag for flag, given in (("--compile", args.compile),
-                                       ("--remat block", args.remat == "block")) if given]
-    if unused:
-        raise UserError(f"{', '.join(unused)}: not here, the encoder is small; leave it out")
-    if args.arch == "vgg" and (args.depth or args.heads):
-        raise UserError("--arch vgg has neither --depth nor --heads: its 13 convolutions are fixed")
-    if args.arch == "vgg" and args.dense:
-        raise UserError(f"--dense {args.dense}: --arch vgg has no tokens, so no pixel term")
+    if args.arch == "vgg" and (args.depth or args.heads or args.dense):
+        raise UserError("--arch vgg takes no --depth, --heads or --dense: it has 13 fixed "
+                        "convolutions and no tokens")
     for key, value in ARCH[args.arch].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.arch != "vgg" and (args.resolution % args.patch or args.width % args.heads):
+        raise UserError(f"--resolution {args.resolution} must be a multiple of --patch {args.patch}, "
+                        f"and --width {args.width} of --heads {args.heads}")
+    if args.arch == "dino" and args.depth < 2:
+        raise UserError(f"--depth {args.depth}: every second block is read, so 2 are needed")
     args.out = args.out or Path(f"runs/{'encoder' if args.arch == 'vit' else args.arch}-tiny")
     return args
 
 
 # ------------------------------------------------------------------------------------------------
-# Model: the encoder, a text tower, and the two heads of the losses
+# Model: the encoder, a text model, and the two heads of the losses
 # ------------------------------------------------------------------------------------------------
 
+class SiglipHead(nn.Module):
+    """SigLIP's attention pooling by one learned probe: tokens [B,N,C] -> image embedding [B,C].
+
+    It is no part of the latent. Its weights are exported with the encoder under the released keys.
+    """
+
+    def __init__(self, C, hidden, heads, eps):
+        super().__init__()
+        self.probe = nn.Parameter(torch.zeros(1, 1, C))
+        self.attention = nn.Module()
+        self.attention.in_proj_weight = nn.Parameter(torch.zeros(3 * C, C))
+        self.attention.in_proj_bias = nn.Parameter(torch.zeros(3 * C))
+        self.attention.out_proj = vit.Linear(C, C)
+        self.layernorm = vit.LayerNorm(C, eps=eps)
+        self.mlp = vit.MLP(C, hidden, gelu="tanh")
+        self.heads = heads
+
+    def forward(self, x):
+        probe = self.probe.to(x.dtype).expand(len(x), -1, -1)               # [B,1,C]
+        wq, wk, wv = self.attention.in_proj_weight.to(x.dtype).chunk(3)
+        bq, bk, bv = self.attention.in_proj_bias.to(x.dtype).chunk(3)
+        q, k, v = F.linear(probe, wq, bq), F.linear(x, wk, bk), F.linear(x, wv, bv)
+        x = self.attention.out_proj(vit.attention(q, k, v, self.heads))     # [B,1,C]
+        return (x + self.mlp(self.layernorm(x)))[:, 0]                      # [B,C]
+
+
 class Trainee(nn.Module):
-    """`encoder` is what the run is for: a SigLIP2, a Dino or a Perceptual. The rest exists only to
-    train it. features: channels of what `look` pools; patch: of the dense term, None without one.
+    """The network that the run is for, `encoder`, and what exists only to train it.
+
+    encoder: a ViT with SigLIP's head, a Dino or a Perceptual. features: the channels that `look`
+    pools. patch: patch size of the dense term, None without that term.
     """
 
     def __init__(self, encoder, features, patch, vocab_size, dtype, embedding=96):
         super().__init__()
         self.encoder, self.patch_size = encoder.requires_grad_(True), patch
-        own = isinstance(encoder, encoders.SigLIP2)                     # its pooling ends in C
+        own = isinstance(encoder, vit.ViT)                              # its pooling ends in C
         E = features if own else embedding
-        self.text = text.TextModel(dict(text.TINY, vocab_size=vocab_size), dtype=dtype)
+        self.text = text_model.TextModel(
+            dataclasses.replace(text_model.TINY, vocab_size=vocab_size), dtype=dtype)
         self.text_projection = nn.Linear(self.text.width, E)
         self.image_projection = nn.Identity() if own else nn.Linear(features, E)
         if patch:
-            self.pixels = nn.Linear(features, 3 * patch ** 2)           # the dense term's probe
+            self.pixels = nn.Linear(features, 3 * patch ** 2)           # of the dense term
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))   # SigLIP's t' and b
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
     def look(self, images):
-        """[B,3,S,S] -> features of the whole [B,F] and, but for VGG, of tokens [B,N,F]; fp32."""
+        """[B,3,S,S] -> features of the whole image [B,F] and of its tokens [B,N,F] (None for VGG),
+        in fp32."""
         e = self.encoder
-        if isinstance(e, encoders.SigLIP2):
-            x = e.blocks(images)[-1].float()                                # [B,N,C]
-            return (e.pool(x.to(e.dtype)).float(),
-                    F.layer_norm(x, (e.channels,), eps=1e-6))               # this is the latent
-        if isinstance(e, perceptual.Perceptual):
+        if isinstance(e, vit.ViT):
+            x = e.last_block(images)                                        # [B,N,C]
+            z = F.layer_norm(x.float(), (e.channels,), eps=1e-6)            # the latent
+            return e.head(e.post_layernorm(x)).float(), z
+        if isinstance(e, losses.Perceptual):
             return torch.cat([f.mean((2, 3)) for f in e.maps(images)], 1), None
         z = e.norm(e(images)[0].mT)                                         # [B,N,d]
         return z.mean(1), z
 
     def forward(self, images, seen, ids, last):
-        """images [B,3,S,S], seen (same: some patches grey), ids [B,L], last [B] -> embeddings of
-        image and text [B,E], the dense error (pixels in [-1,1]; 0 without it), tokens [B,N,F]."""
+        """images [B,3,S,S]; seen: the same with some patches grey; ids [B,L]; last [B]: index of a
+        caption's last token -> embeddings of image and text [B,E], the dense error (pixels in
+        [-1,1]; 0 without that term), tokens [B,N,F]."""
         h = self.text(self.text.embed(ids))                                 # [B,L,W]
-        h = h[torch.arange(len(ids), device=ids.device), last].float()      # [B,W], last token
+        h = h[torch.arange(len(ids), device=ids.device), last].float()      # [B,W]
         pooled, z = self.look(seen)
         mse = ((self.pixels(z) - patchify(images, self.patch_size)).square().mean()
                if self.patch_size else images.new_zeros(()))
@@ -143,7 +178,7 @@ def patchify(images, p):
 
 
 def hide(images, p, share, generator):
-    """Grey out a share of the patches; grey is 0 for the network."""
+    """Make a share of the patches grey; grey is 0 for the network."""
     B, _, H, W = images.shape
     keep = torch.rand(B, 1, H // p, W // p, generator=generator) >= share
     keep = keep.repeat_interleave(p, 2).repeat_interleave(p, 3).to(images.device, non_blocking=True)
@@ -157,29 +192,103 @@ def sigmoid_loss(logits):
 
 
 def effective_rank(z):
-    """exp(entropy of the normalised eigenvalues of the covariance) of tokens [.,C]: Roy 2007."""
+    """Return exp(entropy of the normalised eigenvalues of the covariance) of tokens [.,C] (Roy and
+    Vetterli 2007)."""
     values = torch.linalg.eigvalsh(torch.cov(z.flatten(0, 1).double().T)).clamp(min=0)
     p = values / values.sum()
     return torch.exp(-(p * (p + 1e-12).log()).sum()).item()
 
 
-def said_of(record):
-    """The words about a picture that has no caption: the request for it, or question and answer."""
+def network(args, vocab_size, dtype):
+    """Build the Trainee of --arch. Return it, the config of its encoder (a dict, for the exported
+    file) and the encoder's forward FLOPs per image."""
+    patch = args.patch
+    if args.arch == "vit":
+        config = vit.ViTConfig(
+            hidden_size=args.width, intermediate_size=4 * args.width, num_hidden_layers=args.depth,
+            num_attention_heads=args.heads, image_size=args.resolution, patch_size=patch)
+        net, features = vit.ViT(config, dtype), args.width
+        net.post_layernorm = vit.LayerNorm(args.width, eps=config.layer_norm_eps)
+        net.head = SiglipHead(args.width, 4 * args.width, args.heads, config.layer_norm_eps)
+        config, flops = dataclasses.asdict(config), net.forward_flops()
+    elif args.arch == "vgg":
+        width, patch = args.width / losses.WIDTHS[0], None
+        net, features = losses.Perceptual(width), sum(round(c * width) for c in losses.WIDTHS)
+        config, flops = dict(width=width), net.forward_flops(args.resolution)
+    else:
+        config = losses.DiscConfig(
+            dim=args.width, depth=args.depth, num_heads=args.heads, patch=patch,
+            key_depths=tuple(range(1, args.depth, 2)), image_size=args.resolution)
+        whole = losses.Discriminator(config)
+        net, features, flops = whole.dino, args.width, whole.forward_flops()[0]
+        config = dataclasses.asdict(config)
+    return Trainee(net, features, patch, vocab_size, dtype), config, flops
+
+
+def init_weights(model, seed):
+    """Draw the initial weights on the CPU: each network as its own file says, N(0, 0.02) and zero
+    biases for the two projections and the dense term."""
+    e = model.encoder
+    if isinstance(e, vit.ViT):
+        vit.init_weights(e, seed)                                           # with its head
+    elif isinstance(e, losses.Perceptual):
+        losses.init_perceptual(e, seed)
+    else:
+        whole = losses.Discriminator(e.config)
+        whole.dino = e
+        losses.init_discriminator(whole, seed)
+    text_model.init_weights(model.text, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for module in (m for m in model.children() if isinstance(m, nn.Linear)):
+        module.weight.data.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
+        module.bias.data.zero_()
+
+
+def released_key(name):
+    """Return SigLIP's published key of a parameter of the ViT with its head."""
+    for pattern, words in ((r"^patch_embed\.", "embeddings.patch_embedding."),
+                           (r"^pos_embed$", "embeddings.position_embedding.weight"),
+                           (r"^blocks\.", "encoder.layers."), (r"\.norm([12])\.", r".layer_norm\1."),
+                           (r"\.attn\.", ".self_attn.")):
+        name = re.sub(pattern, words, name)
+    return "vision_model." + name
+
+
+def load_init(encoder, path):
+    """Fill an encoder on the CPU from --init. Raises UserError for weights that do not fit."""
+    path, = weights.locate([("weights", path, "--init")])
+    source, names = weights.open_weights(path, "--init"), {k: k for k in encoder.state_dict()}
+    if isinstance(encoder, vit.ViT):
+        names = {k: released_key(k) for k in names}
+    own = {names[k]: tuple(v.shape) for k, v in encoder.state_dict().items()}
+    weights.check_keys(own, source.shapes, source.what)
+    encoder.load_state_dict({k: source.rows(key) for k, key in names.items()})
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+def words_of(record):
+    """Return the words about an image: its caption, the request for it, or question and answer."""
+    if record["caption"]:
+        return record["caption"]
     turns = [t["value"].replace("<image>", "").strip() for t in record["conversations"]]
     return turns[0] if record["task"] == "t2i" else " ".join(turns)
 
 
 class Collate:
-    """Records -> images uint8 [B,3,S,S], ids [B,L], last [B], keys; runs in the loader's worker.
-    length: the same L for all (another one is another program on XLA), else the batch's longest."""
+    """Make a batch of records, in the loader's worker: images uint8 [B,3,S,S], ids [B,L], last [B],
+    keys. length: the same L for all batches (on XLA every L is another program); None: the longest
+    caption of the batch."""
 
     def __init__(self, tokenizer, length=None):
         self.tokenizer, self.length = tokenizer, length
         self.pad = tokenizer.token_to_id("<|endoftext|>")
 
     def __call__(self, records):
-        texts = [r["caption"] or said_of(r) for r in records]
-        rows = [text.encode_text(self.tokenizer, t)[:LENGTH - 1] + [self.pad] for t in texts]
+        rows = [chat.encode_text(self.tokenizer, words_of(r))[:LENGTH - 1] + [self.pad]
+                for r in records]
         ids = torch.full((len(rows), self.length or max(map(len, rows))), self.pad)
         for row, i in zip(ids, rows):
             row[:len(i)] = torch.tensor(i)
@@ -189,64 +298,25 @@ class Collate:
                 "skipped": [s for r in records for s in r["skipped"]]}
 
 
-def build(args, vocab_size, dtype):
-    """The Trainee of --arch, its encoder initialised -> (it, the encoder's config, forward FLOPs an
-    image). weights.load_encoder, load_perceptual and load_discriminator read what is exported."""
-    patch = args.patch
-    if args.arch == "vit":
-        config = dict(encoders.TINY, hidden_size=args.width, intermediate_size=4 * args.width,
-                      num_hidden_layers=args.depth, num_attention_heads=args.heads,
-                      image_size=args.resolution, patch_size=patch)
-        net, features = encoders.SigLIP2(config, dtype=dtype), args.width
-        encoders.init_weights(net, args.seed)
-        config, flops = net.config, net.forward_flops()
-    elif args.arch == "vgg":
-        width, patch = args.width / perceptual.WIDTHS[0], None
-        net, features = perceptual.Perceptual(width), sum(round(c * width)
-                                                          for c in perceptual.WIDTHS)
-        perceptual.init_weights(net, args.seed)
-        config, flops = dict(width=width), net.forward_flops(args.resolution)
-    else:
-        config = dict(discriminator.TINY, dim=args.width, depth=args.depth, num_heads=args.heads,
-                      key_depths=[i for i in range(args.depth) if i % 2], patch=patch,
-                      image_size=args.resolution)
-        whole = discriminator.Discriminator(config)
-        discriminator.init_weights(whole, args.seed)
-        net, features, flops = whole.dino, args.width, whole.forward_flops()[0]
-    return Trainee(net, features, patch, vocab_size, dtype), config, flops
-
-
-def activation_bytes(model, resolution):
-    """What the backward pass keeps of one picture and a caption of 24 tokens, counted: of two less
-    of one, as what it keeps of the weights does not grow."""
-    def kept(B):
-        found = {}
-
-        def pack(x):
-            storage = x.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-            return x
-        images, ids = torch.zeros(B, 3, resolution, resolution), torch.zeros(B, 24).long()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            alive = model(images, images, ids, ids[:, 0])   # so no address is used twice
-        return sum(found.values())
-    return kept(2) - kept(1)
-
-
 def tokenizer_for(args):
-    """The given tokenizer, or a BPE of 1,024 tokens trained on the built-in captions, questions."""
-    if args.tokenizer:
-        with weights.user_errors(f"--tokenizer {args.tokenizer}"):
-            return text.load_tokenizer(args.tokenizer)
+    """Load the tokenizer of --tokenizer or of the run that goes on, or train a BPE of 1,024 tokens
+    on the built-in captions and questions."""
+    resumed = not args.fresh and (args.out / "tokenizer.json").is_file()
+    if args.tokenizer or resumed:
+        return chat.load_tokenizer(args.tokenizer or args.out)
+    if args.dry_run:
+        return chat.load_tokenizer(weights.TINY)
     sources = [f"builtin:{s}" for s in ("web", "synthetic", "text", "hq", "qa")]
     mixture = data.Mixture(sources, resolution=8, seed=1)
     turns = [t["value"] for i in range(8000) for t in mixture[i]["conversations"]]
-    return text.train_tokenizer(turns + [text.SYSTEM, "system\n", "user\n", "assistant\n"] * 100)
+    roles = [chat.SYSTEM, "system\n", "user\n", "assistant\n"]
+    return chat.train_tokenizer(turns + roles * 100)
 
 
 @torch.no_grad()
 def evaluate(model, batch):
-    """On unseen pictures: caption retrieval among all of them, linear-probe PSNR, rank of z."""
+    """Measure unseen images: caption retrieval among all of them, PSNR of the linear probe, rank of
+    the latent."""
     images = batch["images"].float() / 255
     image, caption, mse, z = model(images, images, batch["ids"], batch["last"])
     hit = (image @ caption.T).argmax(1).cpu() == torch.arange(len(images))
@@ -259,97 +329,74 @@ def evaluate(model, batch):
 
 def main():
     args = arguments()
-    if args.arch != "vgg" and args.resolution % args.patch:
-        raise UserError(f"--resolution {args.resolution} is not a multiple of --patch {args.patch}")
-    if args.width % args.heads:
-        raise UserError(f"--width {args.width} is not a multiple of --heads {args.heads}")
-    if args.arch == "vgg" and args.resolution < 16:
-        raise UserError(f"--resolution {args.resolution}: VGG's four poolings need 16 pixels")
-    if args.arch == "dino" and args.depth < 2:
-        raise UserError(f"--depth {args.depth}: every second block is read, so two are needed")
 
     # --------------------------------------------------------------------------------------------
     # Devices
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
-    runs.check_batch(args, devices)
+    check_batch(args, devices)
+    run = None if args.dry_run else Run(args, devices)
+
+    # --------------------------------------------------------------------------------------------
+    # Model
+    # --------------------------------------------------------------------------------------------
+    tokenizer = tokenizer_for(args)
+    size = args, tokenizer.get_vocab_size(), devices.dtype
+    with torch.device("meta"):
+        model, config, forward_flops = network(*size)
     if not args.dry_run:
-        run = runs.Run(args, devices)
+        twin, *_ = network(*size)
+        init_weights(twin, args.seed)
+        if args.init:
+            load_init(twin.encoder, args.init)
+        model = parallel.build(model, parallel.rows_of(twin.state_dict()), devices)
+    e = model.encoder
+    flops = {"encoder": 3 * forward_flops,                                  # some 24 tokens:
+             "text": 6 * 24 * sum(p.numel() for p in model.text.model.layers.parameters())}
 
     # --------------------------------------------------------------------------------------------
     # Data
     # --------------------------------------------------------------------------------------------
     mixture = None if args.dry_run else data.Mixture(args.data, args.resolution, args.seed)
-    kept = (not (args.fresh or args.tokenizer)                              # of a run that goes on
-            and (args.out / "tokenizer.json").is_file())
-    if args.dry_run and not args.tokenizer:
-        args.tokenizer = weights.ASSETS                                     # none is trained for it
-    with weights.user_errors(f"--out {args.out}: tokenizer.json"):
-        tokenizer = text.load_tokenizer(args.out) if kept else tokenizer_for(args)
-    collate = Collate(tokenizer, LENGTH if devices.kind == "xla" else None)
-
-    # --------------------------------------------------------------------------------------------
-    # Model
-    # --------------------------------------------------------------------------------------------
-    vocab = tokenizer.get_vocab_size()
-    model, config, forward_flops = build(args, vocab, devices.dtype)
-    text.init_weights(model.text, args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    for module in (m for m in model.children() if isinstance(m, nn.Linear)):
-        module.weight.data.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
-        module.bias.data.zero_()
-    if args.init:
-        init, = weights.locate([("weights", args.init, "--init")])
-        state, _ = weights.read_weights(weights.final_of(init), "--init")
-        weights.load_strict(model.encoder, state, f"--init {args.init}")
-    e, activations = model.encoder, activation_bytes(model, args.resolution)
-    count = {name: sum(p.numel() for p in child.parameters())
-             for name, child in (("encoder", e), ("text", model.text))}
-    count["heads"] = sum(p.numel() for p in model.parameters()) - sum(count.values())
-    flops = {"encoder": 3 * forward_flops,                                  # some 24 tokens:
-             "text": 6 * 24 * sum(p.numel() for p in model.text.model.layers.parameters())}
-    trained = (parallel.on_one_device(model.named_parameters(), devices)
-               if devices.target == "xla" else sum(count.values()))         # whole in every process
-    memory = lambda images: runs.memory_gb(trained, 0, activations * images / devices.axes["fsdp"],
-                                           0)
-    runs.plan(f"train_encoder --arch {args.arch}", args, devices, count, flops, memory,
-              "take a smaller --width or --depth", arch=args.arch,
-              data=data.planned(args.data) if args.dry_run else mixture.describe(),
-              **dict(latent=[e.tokens, e.channels]) if args.arch == "vit" else {})
+    count = {name: sum(p.numel() for p in net.parameters())
+             for name, net in (("encoder", e), ("text", model.text), ("heads", model))}
+    count["heads"] -= count["encoder"] + count["text"]
+    start_table(f"train_encoder --arch {args.arch}", args, devices, count, flops,
+                state_gb(sum(count.values()), 0, 0), arch=args.arch,
+                data=args.data if args.dry_run else mixture.describe())
     if args.dry_run:
         return
-    model = parallel.shard(model, devices)
+    collate = Collate(tokenizer, LENGTH if devices.kind == "xla" else None)
 
     # --------------------------------------------------------------------------------------------
     # Optimizer
     # --------------------------------------------------------------------------------------------
     named = {k: p for k, p in model.named_parameters()
-             if not k.startswith("encoder.lin")}                            # LPIPS': they stay 1/C
+             if not k.startswith("encoder.lin")}                            # LPIPS' weights stay 1/C
     optimizer = parallel.adamw(list(named.values()), devices, lr=args.lr, betas=(0.9, 0.95),
                                weight_decay=0.0)
 
     # --------------------------------------------------------------------------------------------
     # Resume
     # --------------------------------------------------------------------------------------------
-    run.load({**named, **runs.moments(optimizer, named, devices)})
-    if run.main and not (args.bench or kept):
-        runs.write_text(run.dir / "tokenizer.json", tokenizer.to_str(pretty=True))
+    run.config = config
+    run.load(named, [optimizer])
+    if run.main and not args.bench:
+        write_text(run.dir / "tokenizer.json", tokenizer.to_str(pretty=True))
     accumulate = args.batch // args.micro_batch
     batches = data.loader(mixture, collate, args.micro_batch, run.start * args.batch, args.workers,
                           devices.rank, devices.world)
     unseen = data.Mixture(args.data, args.resolution, args.seed + 1000)
-    unseen = parallel.place(collate([unseen[i] for i in range(256)]), devices)
+    unseen = parallel.to_device(collate([unseen[i] for i in range(256)]), devices)
     plot = ["loss", "contrast", *["dense"] * (args.dense > 0), "retrieval", "probe_psnr"]
 
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, save
     # --------------------------------------------------------------------------------------------
-    for step in run.progress(args.steps):
-        lr = args.lr * runs.cosine(step, args.steps, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = parallel.scalar(lr, devices.device)
+    for step in run.steps():
+        factor = cosine(step, args.steps, args.warmup)
+        set_lr([optimizer], factor, devices)
         for micro, batch in enumerate(run.micro_batches(batches)):
-            batch = parallel.place(batch, devices)
             images = batch["images"].float() / 255                          # [B,3,S,S]
             draw = torch.Generator().manual_seed(   # every process hides other patches
                 (args.seed * 10 ** 9 + step * accumulate + micro) * devices.world + devices.rank)
@@ -362,21 +409,24 @@ def main():
         norm = parallel.clip_grad(named.values(), 1.0, devices)
         parallel.guarded_step(optimizer, norm, devices)
         optimizer.zero_grad(set_to_none=True)
-        if run.end_step(step + 1, norm, flops, plot,
-                        lambda _: evaluate(model, unseen), lr=lr):
-            return
+        run.end_step(step + 1, norm, flops, plot, lambda _: evaluate(model, unseen),
+                     lr=args.lr * factor)
     run.finish()
-    run.export("model", e.state_dict(), config)
-    final = evaluate(model, unseen)
-    words = f"retrieval among {len(unseen['ids'])} {final['retrieval']:.1%}"
-    if not mixture.endless():
-        words += " (pictures of the data, which it has seen)"
-    if "probe_psnr" in final:
-        words += (f", linear probe {final['probe_psnr']:.1f} dB, effective rank "
-                  f"{final['effective_rank']:.0f}")
-    if devices.main:
-        print(f"{run.dir}/final: {words}")
+    if args.bench:
+        return parallel.finish()
+    state = e.state_dict()
+    run.export("model", {released_key(k): v for k, v in state.items()} if args.arch == "vit" else
+               state, config)
+    folder, final = run.publish(), evaluate(model, unseen)
+    if run.main:
+        words = f"retrieval among {len(unseen['ids'])} {final['retrieval']:.1%}"
+        words += "" if mixture.endless() else " (images of the data, which it has seen)"
+        if "probe_psnr" in final:
+            words += (f", linear probe {final['probe_psnr']:.1f} dB, effective rank "
+                      f"{final['effective_rank']:.0f}")
+        print(f"{folder}: {words}")
+    parallel.finish()
 
 
 if __name__ == "__main__":
-    runs.main(main)
+    cli.main(main)
