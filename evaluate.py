@@ -1,21 +1,17 @@
-"""Measure what was trained.
+"""Measure trained models. Each command prints a table and ends with one JSON line.
 
-    python evaluate.py decoder                                          # the shipped tiny decoder
     python evaluate.py decoder --run runs/decoder-xl --data folder/ --count 50000
     python evaluate.py t2i --run runs/dit-tiny --guidance 3 --sheet failures.png
     python evaluate.py t2i --prompts geneval.jsonl --layout geneval --out folder
-    python evaluate.py vqa
-    python evaluate.py judge                                            # is the judge right?
+    python evaluate.py vqa --run runs/dit-tiny --data questions.jsonl --answers answers.jsonl
+    python evaluate.py flow --run runs/dit-tiny --data folder/
+    python evaluate.py fid --run runs/dit-tiny --data folder/ --count 5000
+    python evaluate.py judge                                    # how often is the judge right?
 
-decoder: PSNR, SSIM, LPIPS and a Frechet distance of reconstructions of unseen pictures, a row a
-source and one for all. FD-enc is taken in the features of a frozen encoder (--features), not of
-Inception: it is no rFID, and compares only with another FD-enc in the same features on as many
-pictures. --inception PATH adds the Frechet distance of the field, rFID, in those of InceptionV3.
-
-t2i: the built-in compositional benchmark (benchmark.py), or pictures for the official scorers; vqa:
-built-in questions, answered greedily, by kind. Intervals are of 95 %, by bootstrap over
-prompts or questions. Pictures are drawn as with sample.py's --direct, in batches: their last bits
-may differ from its.
+FD-enc is a Frechet distance in the features of a frozen encoder. It is no FID: compare it only with
+another FD-enc in the same features on as many images. --inception PATH adds the Frechet distance in
+the features of InceptionV3, which is rFID for reconstructions and FID for generated images.
+Intervals are 95 %, by bootstrap. Images are drawn as with sample.py --direct.
 """
 import argparse
 import collections
@@ -30,42 +26,38 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import benchmark
 import best_of
+import cli
 import data
-import encoder as encoders
-import flow
 import parallel
-import run as runs
 import sample
-import text_model as text
-import vae as vaes
 import weights
-import world
-from parallel import UserError
+from best_of import check_finite
+from chat import ROLES, encode_text
+from cli import UserError, parsing, printable
+from files import BrokenRecord, open_image, open_source, read_turns
+from flow import flow_loss, interpolate, noise_for
+from text_model import direct_condition
 
-TINY_VGG = weights.ASSETS / "vgg.safetensors"
-SMALL = " (small, trained on the built-in data by train_encoder.py; not the pretrained one)"
-
-
-def vgg_files(args, tiny, lpips=True):
-    """What weights.locate has to find for the perceptual net, by torchvision's and LPIPS' names
-    (load_perceptual looks for the latter too). lpips False: Gram terms alone."""
-    lpips = lpips and (args.lpips_weights or (None if tiny or args.vgg else "vgg.pth"))
-    return [("VGG16", args.vgg or (TINY_VGG if tiny else "vgg16-397923af.pth"), "--vgg")] + (
-        [("LPIPS", lpips, "--lpips-weights")] if lpips else [])
+SMALL = " (small, trained on the built-in data by tiny/train_encoder.py; not the pretrained one)"
 
 
-def pictures(mixture, count, devices, batch=64):
-    """The first `count` pictures of a stream, by batches [B,3,S,S] in [0,1]. Broken ones are named;
-    DataError when they are many."""
-    skips = data.SkipCounter()
+def images(mixture, count, devices, batch=64):
+    """Yield the first `count` images of a stream in batches [B,3,S,S] in [0,1]. Names broken ones;
+    raises DataError when they are many."""
+    for x, _ in images_and_records(mixture, count, devices, batch):
+        yield x
+
+
+def images_and_records(mixture, count, devices, batch):
+    """Yield `images` with the records of each batch: (images [B,3,S,S], [record, ...])."""
+    skips = data.SkipCounter(mixture.records)
     for start in range(0, count, batch):
         records = [mixture[i] for i in range(start, min(count, start + batch))]
         for r in records:
             skips.update(r["skipped"], 1)
         images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
-        yield parallel.place({"images": images}, devices)["images"].float() / 255
+        yield parallel.to_device({"images": images}, devices)["images"].float() / 255, records
 
 
 # ------------------------------------------------------------------------------------------------
@@ -73,17 +65,17 @@ def pictures(mixture, count, devices, batch=64):
 # ------------------------------------------------------------------------------------------------
 
 def round8(x):
-    """[0,1] as a picture file stores it: clamped, 8 bits."""
+    """[0,1] as an image file stores it: clamped, 8 bits."""
     return (x.clamp(0, 1) * 255).round() / 255
 
 
 def psnr(a, b):
-    """[B,3,H,W] in [0,1], both rounded to 8 bits -> [B] in dB (100 for equal pictures)."""
+    """[B,3,H,W] in [0,1], both rounded to 8 bits -> [B] in dB (100 for equal images)."""
     return -10 * (round8(a) - round8(b)).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
 
 
 def ssim_map(a, b, window=11, sigma=1.5, k1=0.01, k2=0.03):
-    """[B,3,H,W] in [0,1], sides >= 6 -> [B,3,H,W] (Wang et al. 2004): Gaussian window, pictures
+    """[B,3,H,W] in [0,1], sides >= 6 -> [B,3,H,W] (Wang et al. 2004): Gaussian window, images
     mirrored at the border."""
     x = torch.arange(window, device=a.device, dtype=torch.float64) - window // 2
     g = torch.exp(-x.square() / (2 * sigma ** 2))
@@ -106,7 +98,7 @@ def frechet(a, b):
     """Features [n,d], [m,d] -> |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2).
 
     float64. The matrix under the root is symmetric, unlike S_a S_b of the usual form, and has the
-    same eigenvalues, so eigenvalues are all it takes and no root of it can turn complex.
+    same eigenvalues. So eigenvalues are enough, and no root can turn complex.
     """
     a, b = a.double().cpu(), b.double().cpu()
     sa, sb = (torch.cov(x.T).reshape(x.shape[1], -1) for x in (a, b))       # [d,d]
@@ -116,66 +108,72 @@ def frechet(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + sa.trace() + sb.trace() - 2 * cross).item()
 
 
-# ------------------------------------------------------------------------------------------------
-# decoder
-# ------------------------------------------------------------------------------------------------
-
-def load_codec(args, devices):
-    """-> reconstruct: [B,3,S,S] -> [B,3,S,S]; S; the encoder of the features; is it the tiny size?
-
-    A decoder's config names its encoder; a published one has none: its width tells.
-    """
-    file = weights.vae_inside(*weights.locate([("decoder or VAE", args.run, "--run")]))
-    state, config = weights.read_weights(file, "--run")
-    if any(k.startswith("decoder.up") for k in state):
-        if args.encoder:
-            raise UserError(f"--encoder {args.encoder}: {args.run} is a VAE, its own encoder; "
-                            "--features names the network of FD-enc")
-        vae = weights.load_vae(file, devices, "--run")
-        tiny = len(vae.config["block_out_channels"]) < len(vaes.FLUX["block_out_channels"])
-        name = args.features or (weights.TINY_CODEC[0] if tiny else weights.HUB["siglip2"][0])
-        path, = weights.locate([("encoder for the features", name, "--features")])
-        encoder = weights.load_encoder(path, devices)
-        return lambda x: vae.decode(vae.encode(x)), 64 if tiny else 256, encoder, tiny
-    by_width = {encoders.SO400M["hidden_size"]: weights.HUB["siglip2"][0],
-                encoders.WEBSSL_300M["hidden_size"]: weights.HUB["webssl"][0]}
-    name = config.get("encoder", by_width.get(config.get("hidden_size"), weights.TINY_TOWER))
-    tiny = name == weights.TINY_TOWER or config.get("image_size", 224) <= 64
-    name = args.encoder or (weights.TINY_CODEC[0] if name == weights.TINY_TOWER else name)
-    wanted = [("encoder", name, "--encoder")]
-    wanted += [("encoder for the features", args.features, "--features")] * bool(args.features)
-    paths = weights.locate(wanted)
-    encoder = weights.load_encoder(paths[0], devices, config.get("layers", 1))
-    decoder = weights.load_decoder(file, devices, encoder.channels, encoder.mean, encoder.std,
-                                   flag="--run")
-    weights.note_pair(decoder, name, "--run")
-    features = weights.load_encoder(paths[1], devices) if args.features else encoder
-    resolution = decoder.patch * decoder.grid
-    return lambda x: decoder(decoder.normalise(encoder(x))), resolution, features, tiny
+def interval(groups):
+    """[values of a category, ...] -> (mean of the categories' means, low, high): 95 % of 2,000
+    bootstrap draws, which redraw each category's values with replacement."""
+    rand, means = np.random.default_rng(0), []
+    for values in map(np.asarray, groups):
+        again = values[rand.integers(len(values), size=(2000, len(values)))]
+        means.append(again.mean(1))
+    low, high = np.percentile(np.mean(means, 0), (2.5, 97.5))
+    return tuple(round(float(v), 4) for v in (np.mean([np.mean(g) for g in groups]), low, high))
 
 
 def load_inception(path, devices):
-    """--inception -> f: [B,3,H,W] in [0,1] -> [B,2048], torch-fidelity's `inception-v3-compat` (the
-    TensorFlow network of FID, its resizing included). Raises UserError."""
+    """Load --inception -> f: [B,3,H,W] in [0,1] -> [B,2048], torch-fidelity's `inception-v3-compat`
+    (the TensorFlow network of FID with its resizing). Raises UserError."""
     path, = weights.locate([("InceptionV3", path, "--inception")])
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise UserError(f"--inception {path} needs torch-fidelity ({error}): pip install "
                         "torch-fidelity, or leave the flag out")
-    weights.read_weights(path, "--inception")           # tensors alone: theirs would run code
-    with weights.user_errors(f"--inception {path}"):
+    weights.open_weights(path, "--inception")           # refuses code, which torch-fidelity runs
+    with parsing(f"--inception {path}", path):
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
     net.to(devices.device).eval()
     return lambda x: net((x * 255).round().byte())[0]
 
 
-@torch.no_grad()
+# ------------------------------------------------------------------------------------------------
+# decoder
+# ------------------------------------------------------------------------------------------------
+
+def load_codec(args, devices):
+    """Load --run -> reconstruct: [B,3,S,S] -> [B,3,S,S]; S; the encoder of the features; whether it
+    is a tiny one. A decoder's config names its encoder; a published decoder's width tells it."""
+    path, = weights.locate([("decoder or VAE", args.run, "--run")])
+    source = weights.open_weights(weights.vae_inside(path), "--run")
+    is_vae = any(k.startswith("decoder.up") for k in source.shapes)
+    if is_vae and args.encoder:
+        raise UserError(f"--encoder {args.encoder}: {args.run} is a VAE, its own encoder; "
+                        "--features names the network of FD-enc")
+    if is_vae:
+        vae = weights.load_vae(path, devices, "--run")
+        tiny = len(vae.config.block_out_channels) < 4
+        name = args.features or (weights.TINY_ENCODER if tiny else weights.HUB["siglip2"][0])
+        features, = weights.locate([("encoder for the features", name, "--features")])
+        features = weights.load_encoder(features, devices)
+        return lambda x: vae.decode(vae.encode(x)), 64 if tiny else 256, features, tiny
+    width = next((s[1] for k, s in source.shapes.items() if k.endswith("decoder_embed.weight")), 0)
+    known = {1152: weights.HUB["siglip2"][0], 1024: weights.HUB["webssl"][0]}
+    own = (source.config.get("encoder") or "").removeprefix("assets/")      # first edition: assets/
+    name = args.encoder or own or known.get(width, weights.TINY_ENCODER)
+    paths = weights.locate([("encoder", name, "--encoder"),
+                            ("encoder for the features", args.features or name, "--features")])
+    encoder = weights.load_encoder(paths[0], devices)
+    decode = weights.load_decoder(path, devices, encoder, "--run")
+    weights.note_pair(decode, name, "--run")
+    features = weights.load_encoder(paths[1], devices) if args.features else encoder
+    resolution = decode.config.image_size
+    return lambda x: decode(encoder(x)), resolution, features, resolution <= 64
+
+
 def measure(reconstruct, images, features, vgg, inception=None):
-    """Batches of pictures -> {metric: tensor}: psnr, ssim, lpips [n] and the features of both."""
+    """Batches of images -> {metric: tensor}: psnr, ssim, lpips [n] and the features of both."""
     rows = {}
     for x in images:
-        x_hat = round8(reconstruct(x))
+        x_hat = round8(check_finite("the reconstruction", reconstruct(x)))
         row = dict(psnr=psnr(x_hat, x), ssim=ssim(x_hat, x), real=features(x).mean(1),  # [B,C]
                    fake=features(x_hat).mean(1))
         if inception:
@@ -183,7 +181,7 @@ def measure(reconstruct, images, features, vgg, inception=None):
         if vgg:
             row["lpips"] = vgg.lpips(vgg.maps(x_hat), vgg.maps(x))
         for k, v in row.items():
-            rows.setdefault(k, []).append(v.float().cpu())
+            rows.setdefault(k, []).append(check_finite(k, v.float().cpu()))
     return {k: torch.cat(v) for k, v in rows.items()}
 
 
@@ -198,43 +196,37 @@ def summary(rows):
 
 
 def decoder(args):
-    """Reconstruct unseen pictures (ADM's centre crop) and print the errors."""
-    devices = sample.devices_of(args)
-    mixtures = {}
-    for spec in args.data:                              # bad data is said before weights are read
+    """reconstruct unseen images (ADM's center crop) and measure the error"""
+    devices, mixtures = sample.setup(args), {}
+    for spec in args.data:                              # bad data is reported before weights load
         name = data.parse_spec(spec)[0]
         mixtures[name] = data.Mixture([spec], 64, args.seed, crop="center", text=False)
         if min(args.count, mixtures[name].size(0) or 2) < 2:
-            raise UserError(f"--data {name} --count {args.count}: 1 picture; a covariance needs "
-                            "2 pictures or more")
+            raise UserError(f"--data {name} --count {args.count}: 1 image; a covariance needs at "
+                            "least 2")
     inception = load_inception(args.inception, devices) if args.inception else None
     reconstruct, resolution, features, tiny = load_codec(args, devices)
     vgg, note = None, "left out (--no-lpips)"
-    if args.lpips and tiny and not args.vgg and not TINY_VGG.is_file():
-        note = f"left out: {TINY_VGG} is not there (train_encoder.py --arch vgg makes it)"
-    elif args.lpips:
-        paths = weights.locate(vgg_files(args, tiny))
+    if not args.no_lpips:
+        paths = weights.locate(weights.vgg_files(args, tiny, True))
         vgg = weights.load_perceptual(paths[0], paths[1] if len(paths) > 1 else None, devices)
         note = str(paths[0]) + SMALL * (vgg.width < 1)
     print(f"reconstructions by {args.run}, {resolution} px, on {devices}\nLPIPS net: {note}\n")
     header = f"{'source':<28}{'images':>8}{'PSNR dB':>9}{'SSIM':>8}{'LPIPS':>8}{'FD-enc':>10}"
-    header += f"{'rFID':>10}" if inception else ""
-    print(header)
+    print(header + (f"{'rFID':>10}" if inception else ""))
     results, everything = {}, {}
 
     def show(name, rows):
         r = results[name] = summary(rows)
         lpips = "-" if r["lpips"] is None else f"{r['lpips']:.4f}"
-        print(f"{name[-27:]:<28}{r['images']:>8}{r['psnr']:>9.2f}{r['ssim']:>8.4f}{lpips:>8}"
-              f"{r['fd_enc']:>10.4f}" + (f"{r['rfid']:>10.4f}" if inception else ""), flush=True)
+        print(f"{printable(name)[-27:]:<28}{r['images']:>8}{r['psnr']:>9.2f}{r['ssim']:>8.4f}"
+              f"{lpips:>8}{r['fd_enc']:>10.4f}" + (f"{r['rfid']:>10.4f}" if inception else ""),
+              flush=True)
     for name, mixture in mixtures.items():
         mixture.resolution = resolution
         count = min(args.count, mixture.size(0) or args.count)
-        rows = measure(reconstruct, pictures(mixture, count, devices, args.batch), features, vgg,
-                       inception)
-        if bad := [k for k, v in rows.items() if not v.isfinite().all()]:
-            raise UserError(f"--run {args.run}: its reconstructions of {name} are not finite "
-                            f"({', '.join(bad)})")
+        rows = measure(reconstruct, images(mixture, count, devices, args.batch), features,
+                       vgg, inception)
         for k, v in rows.items():
             everything.setdefault(k, []).append(v)
         show(name, rows)
@@ -246,132 +238,67 @@ def decoder(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# t2i and vqa
+# Generated images: t2i and fid
 # ------------------------------------------------------------------------------------------------
 
-def interval(groups):
-    """[values of a category, ...] -> (mean of the categories' means, low, high): 95 % of 2,000
-    bootstrap draws, which take each category's values again with replacement."""
-    rand, means = np.random.default_rng(0), []
-    for values in map(np.asarray, groups):
-        again = values[rand.integers(len(values), size=(2000, len(values)))]
-        means.append(again.mean(1))
-    low, high = np.percentile(np.mean(means, 0), (2.5, 97.5))
-    return tuple(round(float(v), 4) for v in (np.mean([np.mean(g) for g in groups]), low, high))
-
-
-def load_run(args, **parts):
-    """--run -> (devices, llm, dit, tokenizer, config, encoder, decoder)."""
-    devices = sample.devices_of(args)
+def load_model(args):
+    """Load --run -> (devices, model)."""
+    devices = sample.setup(args)
     path, = weights.locate([("model", args.run, "--run")])
-    llm, dit, tokenizer, config = weights.load_model(path, devices)
-    return devices, llm, dit, tokenizer, config, *weights.load_codec(config, args, devices, **parts)
+    return devices, weights.load_run(path, devices)
 
 
-@torch.no_grad()
-def draw(args, prompts, device, llm, dit, tokenizer, decoder, alpha, guidance):
-    """Prompts -> [n,3,S,S] for each, in batches of about --batch pictures of whole prompts."""
-    several = max(1, args.batch // args.n)
-    for start in tqdm(range(0, len(prompts), several), desc="drawing",
+def draw(args, prompts, seeds, model, decode, guidance, devices):
+    """Draw each of the P prompts with each of its n seeds (seeds: P lists) and yield [n,3,S,S] in
+    [0,1] for each, in batches of about --batch images of whole prompts."""
+    n = len(seeds[0])
+    each = max(1, args.batch // n)
+    N, C = model.dit.config.tokens, model.dit.config.channels
+    for start in tqdm(range(0, len(prompts), each), desc="drawing",
                       disable=not sys.stderr.isatty()):
-        some = prompts[start:start + several]
-        cond = text.direct_condition(llm, tokenizer, some, device)                      # [b,N,Z]
-        noise = torch.stack([flow.noise_for(p, args.seed + i, dit.tokens, dit.channels,
-                                            args.schedule, device)
-                             for p in some for i in range(args.n)]).to(device)          # [bn,N,C]
-        z = flow.generate(dit, cond.repeat_interleave(args.n, 0), noise, alpha, args.steps,
-                          guidance, args.schedule, interval=args.guidance_interval)
-        yield from decoder(z).float().cpu().clamp(0, 1).split(args.n)
-
-
-def failure_sheet(failures, path):
-    """[(picture, prompt, why)] -> a PNG; when there are many, as many of each category."""
-    by = collections.defaultdict(list)
-    for f in failures:
-        by[f[1].category].append(f)
-    shown = [f for group in by.values() for f in group[:48 // len(by)]]
-    images = [(benchmark.to_side(x) * 255).round().byte().permute(1, 2, 0).numpy()
-              for x, _, _ in shown]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.contact_sheet(images, [f"{p.text}\n> {why}" for _, p, why in shown], 8).save(path)
-    print(f"{path}: {len(shown)} of {len(failures)} failures")
-
-
-def scene_pictures(prompts, size):
-    """The scenes that prompts are true of, rendered: [P,3,size,size] in [0,1]."""
-    x = np.stack([world.render(p.scene, size) for p in prompts])
-    return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
-
-
-@torch.no_grad()
-def reconstruct(encoder, decoder, x, batch=64):
-    """[P,3,S,S] -> the same through both, on the CPU."""
-    device = next(encoder.parameters()).device
-    return torch.cat([decoder(encoder(part.to(device))).float().cpu() for part in x.split(batch)])
-
-
-PARTS = {"seen": lambda p: not p.unseen, "unseen": lambda p: p.unseen,
-         "shapes": lambda p: p.scene.things and p.scene.things[0].colour,
-         "sprites": lambda p: p.scene.things and not p.scene.things[0].colour}
-
-
-def score(prompts, scores, ceiling, categories):
-    """The share of pictures that pass, mean of `categories`: a table's row as a dict."""
-    def of(values, keep=lambda p: True):
-        groups = [[v for v, p in zip(values, prompts) if p.category == c and keep(p)]
-                  for c in categories]
-        return [g for g in groups if g]
-    mean, low, high = interval(of(scores))
-    parts = {k: of(scores, keep) for k, keep in PARTS.items()}
-    return {"prompts": sum(map(len, of(scores))), "score": mean, "low": low, "high": high,
-            **{k: interval(g)[0] if g else None for k, g in parts.items()},
-            "ceiling": interval(of(ceiling))[0]}
+        some = list(zip(prompts, seeds))[start:start + each]
+        cond = direct_condition(model.llm, model.tokenizer, [p for p, _ in some], devices.device)
+        noise = torch.stack([noise_for(p, seed, N, C, args.schedule, devices.device)
+                             for p, own in some for seed in own])           # [bn,N,C]
+        z = sample.sample_latents(args, model, cond.repeat_interleave(n, 0), noise, guidance,
+                                  devices)
+        images = check_finite("the decoded image", decode(z)).float().cpu().clamp(0, 1)
+        yield from images.split(n)
 
 
 def t2i(args):
-    """Draw the benchmark's prompts and judge the pictures; or draw --prompts for other scorers."""
-    given = [value is not None for value in (args.prompts, args.layout, args.out)]
+    """draw the built-in benchmark and judge the images; or draw --prompts for other scorers"""
+    given = [bool(value) for value in (args.prompts, args.layout, args.out)]
     if any(given) and not all(given):
         raise UserError("--prompts FILE, --layout geneval|dpg and --out FOLDER go together; for "
                         "the built-in benchmark give none of them")
-    for flag in ("--per-category", "--batch", "--sheet"):
-        if args.prompts and getattr(args, flag[2:].replace("-", "_")):
-            raise UserError(f"{flag} is for the built-in benchmark, not for --prompts")
     if args.prompts:                    # sample.py does that; it refuses what it has no flag for
         sample.main(sys.argv[2:])
         return print(json.dumps({"task": "t2i", **{k: str(getattr(args, k)) for k in (
             "run", "prompts", "layout", "out")}}))
-    args.steps, args.batch = args.steps or 25, args.batch or 32
-    sample.check_schedule(args)
+    from tiny import judge
+    sample.check_sampler(args)
     if args.sheet:
         sample.check_out(args.sheet, "--sheet", ".png")
-    prompts = benchmark.prompts(args.per_category or 40)
-    devices, llm, dit, tokenizer, config, encoder, decoder = load_run(args)
-    alpha, guidance = sample.alpha_and_guidance(args, dit, config)
+    prompts = judge.prompts(args.per_category)
+    devices, model = load_model(args)
+    guidance = sample.guidance_of(args, model)
+    encoder, decode = weights.load_codec(model.config, args, devices)
     at = "" if (where := args.guidance_interval) == (0, 1) else f" at t in {list(where)}"
-    print(f"{len(prompts)} prompts x {args.n} pictures by {args.run}, {args.steps} steps "
+    print(f"{len(prompts)} prompts x {args.n} images by {args.run}, {args.steps} steps "
           f"({args.schedule}), guidance {guidance:g}{at}, on {devices}\n", flush=True)
-    x_hat = reconstruct(encoder, decoder, scene_pictures(prompts, encoder.image_size))
-    ceiling = [benchmark.judge(x, p)[0] for x, p in zip(x_hat, prompts)]
+    x_hat = judge.reconstruct(encoder, decode, judge.scene_images(prompts, encoder.image_size))
+    ceiling = [judge.judge(x, p)[0] for x, p in zip(x_hat, prompts)]
     scores, failures = [], []
-    for drawn, p in zip(draw(args, [p.text for p in prompts], devices.device, llm, dit, tokenizer,
-                             decoder, alpha, guidance), prompts):
-        verdicts = [benchmark.judge(x, p) for x in drawn]
+    seeds = [range(args.seed, args.seed + args.n)] * len(prompts)
+    for drawn, p in zip(draw(args, [p.text for p in prompts], seeds, model, decode, guidance,
+                             devices), prompts):
+        verdicts = [judge.judge(x, p) for x in drawn]
         scores.append(np.mean([passed for passed, _ in verdicts]))
         failures += [(x, p, why) for x, (passed, why) in zip(drawn, verdicts) if not passed]
-    print(f"{'category':<16}{'prompts':>8}{'score':>8}{'95 %':>16}"
-          + "".join(f"{k:>9}" for k in (*PARTS, "ceiling")))
-    results = {}
-    for name in (*benchmark.CATEGORIES, "overall", benchmark.TEXT):
-        r = results[name] = score(prompts, scores, ceiling,
-                                  benchmark.CATEGORIES if name == "overall" else [name])
-        print(f"{name:<16}{r['prompts']:>8}{r['score']:>8.3f}"
-              f"{'{low:.3f} to {high:.3f}'.format(**r):>16}"
-              + "".join(f"{'-' if r[k] is None else format(r[k], '.3f'):>9}"
-                        for k in (*PARTS, "ceiling")))
-    print("\nceiling: the same scenes, rendered and reconstructed by the decoder")
+    results = judge.score_table(prompts, scores, ceiling)
     if args.sheet:
-        failure_sheet(failures, args.sheet)
+        judge.failure_sheet(failures, args.sheet)
     print(json.dumps({"task": "t2i", "run": str(args.run), "steps": args.steps,
                       "schedule": args.schedule, "seed": args.seed,
                       "guidance": guidance, "guidance_interval": args.guidance_interval,
@@ -379,166 +306,277 @@ def t2i(args):
                       **results.pop("overall"), "categories": results}))
 
 
-def answers(llm, tokenizer, z, questions, batch=64):
-    """Greedy answers to questions about latents [n,N,C]; those of one length share a batch, so that
-    there is no padding."""
+def captioned(args, encoder):
+    """Open --data for an encoder -> (mixture, number of images). No image of a file comes twice."""
+    mixture = data.Mixture(args.data, encoder.image_size, args.seed, encoder.crop,
+                           resample=encoder.resample)
+    sizes = [mixture.size(s) for s in range(len(args.data))]
+    return mixture, args.count if None in sizes else min(args.count, sum(sizes))
+
+
+def prompt_of(record):
+    """Return the words that ask for a record's image. Raises UserError for a question."""
+    if record["task"] != "t2i":
+        raise UserError(f"--data: {record['key']} is a question, not a caption; leave it out")
+    return record["conversations"][0]["value"]
+
+
+def fid(args):
+    """measure the Frechet distance between images and images drawn from their captions"""
+    sample.check_sampler(args)
+    devices, model = load_model(args)
+    guidance = sample.guidance_of(args, model)
+    inception = load_inception(args.inception, devices) if args.inception else None
+    encoder, _ = weights.load_codec(model.config, args, devices, decoder=False)
+    _, decode = weights.load_codec(model.config, args, devices, encoder=False)
+    mixture, count = captioned(args, encoder)
+    if count < 2:
+        raise UserError(f"--data of {count} image; a covariance needs at least 2")
+    found, prompts = collections.defaultdict(list), []
+
+    def add(kind, x):
+        found[kind].append(check_finite("the features", encoder(x).mean(1)).float().cpu())  # [B,C]
+        if inception:
+            found[f"{kind}_inception"].append(inception(x).cpu())                       # [B,2048]
+    for x, records in images_and_records(mixture, count, devices, args.batch):
+        prompts += [prompt_of(r) for r in records]
+        add("real", x)
+    seeds = [[args.seed + i] for i in range(count)]     # equal captions give different images
+    for x in draw(args, prompts, seeds, model, decode, guidance, devices):
+        add("fake", round8(x.to(devices.device)))
+    found = {k: torch.cat(v) for k, v in found.items()}
+    fd_enc = frechet(found["real"], found["fake"])
+    score = frechet(found["real_inception"], found["fake_inception"]) if inception else None
+    print(f"{count} images by {args.run}, {args.steps} steps ({args.schedule}), guidance "
+          f"{guidance:g}, on {devices}\n\nFD-enc {fd_enc:.4f}"
+          + (f"   FID {score:.4f}" if inception else ""))
+    print(json.dumps({"task": "fid", "run": str(args.run), "data": args.data, "images": count,
+                      "steps": args.steps, "schedule": args.schedule, "solver": args.solver,
+                      "guidance": guidance, "seed": args.seed, "dtype": str(devices.dtype),
+                      "fd_enc": fd_enc, "fid": score}))
+
+
+# ------------------------------------------------------------------------------------------------
+# Flow loss
+# ------------------------------------------------------------------------------------------------
+
+def flow(args):
+    """measure the flow loss on unseen images at fixed times, with fixed noise"""
+    devices, model = load_model(args)
+    encoder, _ = weights.load_codec(model.config, args, devices)        # the VAE, if it has one
+    shape = model.dit.config.tokens, model.dit.config.channels
+    mixture, count = captioned(args, encoder)
+    loss, done = [[] for _ in args.times], 0
+    for x, records in images_and_records(mixture, count, devices, args.batch):
+        prompts = [prompt_of(r) for r in records]
+        cond = direct_condition(model.llm, model.tokenizer, prompts, devices.device)    # [B,N,Z]
+        z = check_finite("the latent (made by the encoder)", encoder(x).float())        # [B,N,C]
+        eps = np.stack([data.rng(args.seed, "evaluate flow", done + i).standard_normal(
+            shape, dtype=np.float32) for i in range(len(x))])
+        eps, done = torch.from_numpy(eps).to(z.device), done + len(x)
+        for values, time in zip(loss, args.times):
+            t = torch.full((len(z),), time, device=z.device)
+            v = model.dit(interpolate(z, eps, t), t, cond)
+            values += check_finite("the flow loss", flow_loss(v, z, eps)).tolist()
+    print(f"flow loss of {args.run} on {count} images, on {devices}\n\n"
+          f"{'t':>8}{'loss':>10}{'95 %':>20}")
+    rows = []
+    for time, values in zip(args.times, loss):
+        mean, low, high = interval([values])
+        rows.append({"t": time, "loss": mean, "low": low, "high": high})
+        print(f"{time:>8g}{mean:>10.4f}{f'{low:.4f} to {high:.4f}':>20}")
+    print(json.dumps({"task": "flow", "run": str(args.run), "data": args.data, "images": count,
+                      "seed": args.seed, "alpha": model.config.alpha, "dtype": str(devices.dtype),
+                      "flow": float(np.mean(loss)), "times": rows}))
+
+
+# ------------------------------------------------------------------------------------------------
+# Questions
+# ------------------------------------------------------------------------------------------------
+
+def answers(llm, tokenizer, z, questions, limit=48, batch=64):
+    """Answer questions about latents [n,N,C] greedily -> strings. Questions of equal length share a
+    batch, so there is no padding."""
     by_length, said = collections.defaultdict(list), [None] * len(questions)
     for i, q in enumerate(questions):
-        by_length[len(text.encode_text(tokenizer, q))].append(i)
+        by_length[len(encode_text(tokenizer, q))].append(i)
     groups = [g[k:k + batch] for g in by_length.values() for k in range(0, len(g), batch)]
-    for g in tqdm(groups, desc="answering", disable=not sys.stderr.isatty()):
-        for i, a in zip(g, best_of.answers(llm, tokenizer, z[g], [questions[i] for i in g])):
+    for g in groups:
+        for i, a in zip(g, best_of.answers(llm, tokenizer, z[g], [questions[i] for i in g], limit)):
             said[i] = a
     return said
 
 
 def right(kind, said, expected):
-    """Is it the answer? Of `what`, the things in any order; else word for word."""
+    """Tell whether an answer is right: word for word; for `what`, the things in any order."""
     said, expected = (s.strip().rstrip(".").lower() for s in (said, expected))
     if kind == "what":
         return sorted(re.split(", | and ", said)) == sorted(re.split(", | and ", expected))
     return said == expected
 
 
+def builtin_questions(name, count, seed, encoder):
+    """Yield `count` questions of a built-in source: ({id, image, kind, question, reference}, image
+    [1,3,S,S])."""
+    if name not in ("builtin:qa", "builtin:align"):
+        raise UserError(f"--data {name}: expected builtin:qa, builtin:align or a file of questions")
+    mixture = data.Mixture([name], encoder.image_size, seed)
+    for r in map(mixture.__getitem__, range(count)):
+        question, reference = (t["value"].replace("<image>\n", "") for t in r["conversations"])
+        yield (dict(id=r["n"], image=r["key"], kind=r["question"], question=question,
+                    reference=reference),
+               torch.from_numpy(r["image"]).permute(2, 0, 1)[None].float() / 255)
+
+
+def file_questions(path, count, encoder):
+    """Yield the same for the records of a LLaVA-style JSONL (or another source): the human's first
+    question, and as reference the answer after it, if there is one. Raises UserError for a broken
+    record."""
+    source = open_source(path, text=False)
+    for j in range(min(count or len(source), len(source))):
+        try:
+            file, fields = source.read(j)
+            image = sample.to_tensor(open_image(file), encoder)
+            asked = {"from": "human", "value": fields.get("question", fields.get("text"))}
+            turns, _ = read_turns(fields.get("conversations") or [asked])
+        except BrokenRecord as error:
+            raise UserError(f"--data {source.key(j)}: {error}") from error
+        k = next(k for k, turn in enumerate(turns) if ROLES[turn["from"]] == "user")
+        reference = turns[k + 1]["value"] if k + 1 < len(turns) else fields.get("answer")
+        yield dict(id=fields.get("question_id", fields.get("id", j)), reference=reference,
+                   image=fields.get("image", source.key(j)), kind=str(fields.get("category", "any")),
+                   question=turns[k]["value"].replace("<image>", "").strip()), image
+
+
+def accuracy(rows, kind):
+    """Return the table's row of one kind of question, or of `all`."""
+    some = [r for r in rows if kind in (r["kind"], "all")]
+    mean, low, high = interval([[right(r["kind"], r["answer"], r["reference"]) for r in some]])
+    said = collections.defaultdict(collections.Counter)
+    for r in some:
+        said[r["kind"]][r["reference"]] += 1
+    commonest = sum(c.most_common(1)[0][1] for c in said.values())
+    return {"questions": len(some), "accuracy": mean, "low": low, "high": high,
+            "commonest": round(commonest / len(some), 4)}
+
+
 def vqa(args):
-    """Ask unseen questions and compare the answers, by kind of question."""
-    devices, llm, _, tokenizer, _, encoder, _ = load_run(args, decoder=False)
-    mixture = data.Mixture([args.data], encoder.image_size, args.seed)
-    records = [mixture[i] for i in range(args.count)]
-    with torch.no_grad():
-        z = torch.cat([encoder(x) for x in pictures(records, args.count, devices)])     # [n,N,C]
-    asked = [r["conversations"][0]["value"].replace("<image>\n", "") for r in records]
-    said = answers(llm, tokenizer, z, asked)
-    good, expected = collections.defaultdict(list), collections.defaultdict(list)
-    for r, a in zip(records, said):
-        expected[r["question"]].append(r["conversations"][1]["value"])
-        good[r["question"]].append(right(r["question"], a, expected[r["question"]][-1]))
-    print(f"{args.count} questions to {args.run} on {devices}\n\n{'kind':<10}{'questions':>10}"
-          f"{'right':>8}{'95 %':>16}{'commonest':>11}")
-    results = {}
-    for kind in [*sorted(good), "all"]:                 # all: of all questions, whatever their kind
-        values = good[kind] if kind != "all" else sum(good.values(), [])
-        mean, low, high = interval([values])
-        most = sum(collections.Counter(e).most_common(1)[0][1] for k, e in expected.items()
-                   if kind in (k, "all")) / len(values)
-        results[kind] = {"questions": len(values), "accuracy": mean, "low": low, "high": high,
-                         "commonest": round(most, 4)}
-        print(f"{kind:<10}{len(values):>10}{mean:>8.3f}{f'{low:.3f} to {high:.3f}':>16}"
-              f"{most:>11.3f}")
-    print("\ncommonest: right by always saying the commonest answer of the kind")
-    for r, q, a in list(zip(records, asked, said))[:args.show]:
-        print(f"  {q}  {a}  [{r['conversations'][1]['value']}]")
+    """ask questions about images and compare the answers with the references, by kind"""
+    if args.answers:
+        sample.check_out(args.answers, "--answers", ".jsonl")
+    devices, model = load_model(args)
+    encoder, _ = weights.load_codec(model.config, args, devices, decoder=False)
+    stream = (builtin_questions(args.data, args.count or 1000, args.seed, encoder)
+              if args.data.startswith("builtin:") else
+              file_questions(args.data, args.count, encoder))
+    rows, bar = [], tqdm(desc="answering", unit="", disable=not sys.stderr.isatty())
+    while some := list(itertools.islice(stream, 256)):
+        for row, _ in some:
+            sample.check_text(row["question"], f"--data: question {row['id']}", model)
+        z = torch.cat([encoder(torch.cat([x for _, x in some[k:k + 64]]).to(devices.device))
+                       for k in range(0, len(some), 64)])                   # [n,N,C]
+        said = answers(model.llm, model.tokenizer,
+                       check_finite("the latent (made by the encoder)", z),
+                       [row["question"] for row, _ in some], args.max_tokens)
+        rows += [{**row, "answer": a} for (row, _), a in zip(some, said)]
+        bar.update(len(some))
+    bar.close()
+    if args.answers:
+        args.answers.parent.mkdir(parents=True, exist_ok=True)
+        args.answers.write_text("".join(json.dumps(
+            {"question_id": r["id"], "image": r["image"], "prompt": r["question"],
+             "text": r["answer"], "reference": r["reference"]}) + "\n" for r in rows))
+    known, results = [r for r in rows if r["reference"] is not None], {"all": {"questions": 0}}
+    print(f"{len(rows)} questions to {args.run} on {devices}, {len(known)} with a reference\n\n"
+          f"{'kind':<10}{'questions':>10}{'right':>8}{'95 %':>16}{'commonest':>11}")
+    for kind in [*sorted({r["kind"] for r in known}), "all"] if known else ():
+        r = results[kind] = accuracy(known, kind)
+        print(f"{kind:<10}{r['questions']:>10}{r['accuracy']:>8.3f}"
+              f"{'{low:.3f} to {high:.3f}'.format(**r):>16}{r['commonest']:>11.3f}")
+    print("\ncommonest: accuracy of always giving the commonest answer of the kind")
+    for r in rows[:args.show]:
+        print(f"  {r['question']}  {r['answer']}  [{r['reference']}]")
     print(json.dumps({"task": "vqa", "run": str(args.run), "seed": args.seed, **results.pop("all"),
                       "kinds": results}))
 
 
-def judge_scenes(source, count, seed):
-    """`count` scenes of a source, as prompts that ask for all of it."""
-    scenes = (world.scene(source, seed, i) for i in itertools.count())
-    return list(itertools.islice((benchmark.everything(s) for s in scenes if len(s.words) < 2),
-                                 count))
-
-
-def judge_the_judge(prompts, pictures):
-    """Pictures [P,3,S,S] of the prompts' scenes -> do they pass [P], and for each attribute, does
-    the prompt with that one changed pass: {attribute: [...]}."""
-    true, false = [], collections.defaultdict(list)
-    for k, (x, p) in enumerate(zip(pictures, prompts)):
-        seen = None if p.word else benchmark.look(x)
-        passes = (lambda q: benchmark.compare(*seen, q)[0] if seen else benchmark.read(x, q)[0])
-        true.append(passes(p))
-        for which, q in benchmark.changes(p, world.generator("change", p.text, k)).items():
-            false[which].append(passes(q))
-    return true, false
-
-
 def judge(args):
-    """How often is the judge right? On scenes and their reconstructions, with the true caption and
-    with one attribute of it changed."""
-    devices = sample.devices_of(args)
-    paths = weights.locate([("encoder", args.encoder or weights.TINY_CODEC[0], "--encoder"),
-                            ("decoder", args.decoder or weights.TINY_CODEC[1], "--decoder")])
+    """measure the benchmark's judge: scenes and their reconstructions, with the true caption and
+    with one attribute of it changed"""
+    from tiny.judge import judge_table
+    devices = sample.setup(args)
+    paths = weights.locate([("encoder", args.encoder or weights.TINY / "encoder.safetensors",
+                             "--encoder"), ("decoder", args.decoder or
+                                            weights.TINY / "decoder.safetensors", "--decoder")])
     encoder = weights.load_encoder(paths[0], devices)
-    decoder = weights.load_decoder(paths[1], devices, encoder.channels, encoder.mean, encoder.std,
-                                   as_it_is=True)
-    print(f"{'scenes':<12}{'picture':<16}{'true pass':>10}{'95 %':>16}{'changed pass':>14}")
-    rows = {}
-    for source in ("web", "synthetic", "text"):
-        prompts = judge_scenes(f"builtin:{source}", args.count, args.seed)
-        x = scene_pictures(prompts, encoder.image_size)
-        for name, images in (("clean", x), ("reconstruction", reconstruct(encoder, decoder, x))):
-            true, false = judge_the_judge(prompts, images)
-            mean, low, high = interval([true])
-            every = np.mean(sum(false.values(), []))
-            rows[f"{source} {name}"] = {
-                "scenes": len(true), "true": mean, "low": low, "high": high, "changed": every,
-                **{which: [sum(v), len(v)] for which, v in false.items()}}
-            print(f"{source:<12}{name:<16}{mean:>10.3f}{f'{low:.3f} to {high:.3f}':>16}"
-                  f"{every:>14.4f}  "
-                  + ", ".join(f"{k} {sum(v)}/{len(v)}" for k, v in false.items()), flush=True)
+    model = weights.load_decoder(paths[1], devices, encoder)
+    rows = judge_table(encoder, model, args.count, args.seed)
     print(json.dumps({"task": "judge", "count": args.count, "seed": args.seed, "rows": rows}))
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    tasks = p.add_subparsers(dest="task", required=True)
-    q = tasks.add_parser("decoder", help=decoder.__doc__)
-    q.set_defaults(function=decoder)
-    q.add_argument("--run", type=Path, default=weights.TINY_CODEC[1],
-                   help="run folder, file or released folder of a decoder or a VAE")
-    q.add_argument("--encoder", help="of the decoder (default: the one its config names)")
-    q.add_argument("--features", help="encoder whose features FD-enc uses (default: the decoder's)")
-    q.add_argument("--vgg", help="torchvision's VGG16 (tiny: assets/tiny/vgg.safetensors)")
-    q.add_argument("--lpips-weights", help="LPIPS v0.1 lin0..4, where --vgg's file lacks them")
-    q.add_argument("--inception", help="InceptionV3 of torch-fidelity "
-                   "(pt_inception-2015-12-05-6726825d.pth): adds rFID")
-    q.add_argument("--lpips", action=argparse.BooleanOptionalAction, default=True)
-    q.add_argument("--data", nargs="+", metavar="SOURCE",
-                   default=["builtin:web", "builtin:synthetic", "builtin:text"])
-    q.add_argument("--count", type=runs.positive(), default=500, help="pictures of each source")
-    q.add_argument("--batch", type=runs.positive(), default=50)
-    q.add_argument("--seed", type=runs.seed, default=2000,
-                   help="of the pictures (trainings use small ones)")
-    q = tasks.add_parser("t2i", help=t2i.__doc__)
-    q.set_defaults(function=t2i)
-    q.add_argument("--n", type=runs.positive(), default=4, help="pictures a prompt")
-    q.add_argument("--steps", type=runs.positive(), help="default 25; of --prompts 50")
-    q.add_argument("--schedule", choices=["clean", "compat"], default="clean")
-    q.add_argument("--guidance", type=runs.positive(float, zero=True), help="default: as sample.py")
-    q.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"),
-                   help="guide only at times t in it; default 0 1, all (1 is noise)")
-    q.add_argument("--per-category", type=runs.positive(), help="prompts a category (40)")
-    q.add_argument("--batch", type=runs.positive(), help="pictures at a time (32)")
-    q.add_argument("--seed", type=runs.seed, default=0, help="of the noise")
-    q.add_argument("--sheet", type=Path, help="draw failures with the judge's reasons: a PNG")
-    q.add_argument("--prompts", type=Path, help="instead: a .jsonl, a text file, a folder of .txt")
-    q.add_argument("--layout", choices=["geneval", "dpg"], help="of the pictures of --prompts")
-    q.add_argument("--out", type=Path, help="folder for the pictures of --prompts")
-    q = tasks.add_parser("vqa", help=vqa.__doc__)
-    q.set_defaults(function=vqa)
-    q.add_argument("--count", type=runs.positive(), default=1000, help="questions")
-    q.add_argument("--seed", type=runs.seed, default=2000, help="of the questions")
-    q.add_argument("--data", choices=["builtin:qa", "builtin:align"], default="builtin:qa",
-                   help="align: only what the verifiers of best_of.py ask")
-    q.add_argument("--show", type=runs.positive(zero=True), default=0, help="print some answers")
-    q = tasks.add_parser("judge", help=judge.__doc__)
-    q.set_defaults(function=judge)
-    q.add_argument("--count", type=runs.positive(), default=100, help="scenes of each source")
-    q.add_argument("--seed", type=runs.seed, default=2000, help="of the scenes")
-    for name, q in tasks.choices.items():
-        q.add_argument("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
-        q.add_argument("--dtype", choices=["bfloat16", "float32"])
-        if name in ("t2i", "vqa"):
-            q.add_argument("--run", type=Path, default=weights.ASSETS,
-                           help="run folder, released folder or hub id")
-        if name != "decoder":
-            q.add_argument("--encoder", help="default: the one that belongs to the run")
-        q.set_defaults(decoder=None)
-        if name in ("t2i", "judge"):
-            q.add_argument("--decoder", help="default: the one that belongs to the encoder")
+    p = cli.Parser(description=__doc__.split("\n")[0])
+    tasks, add, positive = p.add_subparsers(dest="task", required=True), {}, cli.positive()
+    for function in (decoder, t2i, vqa, flow, fid, judge):
+        q = tasks.add_parser(function.__name__, help=function.__doc__,
+                             description=function.__doc__)
+        q.set_defaults(function=function, encoder=None, decoder=None)
+        add[function] = a = q.add_argument
+        if function != judge:
+            run = weights.TINY / "decoder.safetensors" if function == decoder else weights.TINY
+            a("--run", default=run, help="run, checkpoint, released folder, file or hub id "
+              "(default: the shipped one)")
+        a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
+        a("--dtype", choices=["bfloat16", "float32"], help="default: float32 on the CPU")
+        a("--encoder", help="default: the one that belongs to the run or decoder")
+        if function in (t2i, fid, judge):
+            a("--decoder", help="default: the one that belongs to the encoder")
+        if function in (t2i, fid):
+            sample.sampler_flags(q, steps=25, seed=0 if function == t2i else 2000)
+        else:
+            a("--seed", type=cli.seed, default=2000,
+              help="seed of the unseen data (default %(default)s; trainings use small seeds)")
+        if function in (decoder, t2i, flow, fid):
+            a("--batch", type=positive, default=32, help="images at a time (default %(default)s)")
+        if function in (decoder, fid):
+            a("--inception", help="InceptionV3 of torch-fidelity "
+              "(pt_inception-2015-12-05-6726825d.pth): adds rFID or FID")
+        if function in (flow, fid):
+            a("--data", nargs="+", metavar="SOURCE", default=["builtin:web", "builtin:synthetic"],
+              help="images with captions (default: builtin:web builtin:synthetic)")
+
+    a = add[decoder]
+    a("--data", nargs="+", metavar="SOURCE", help="images (default: three built-in sources)",
+      default=["builtin:web", "builtin:synthetic", "builtin:text"])
+    a("--count", type=positive, default=500, help="images of each source (default %(default)s)")
+    a("--features", help="encoder whose features FD-enc uses (default: the decoder's)")
+    a("--vgg", help="torchvision's VGG16 (default for a tiny decoder: tiny/vgg.safetensors)")
+    a("--lpips-weights", help="LPIPS v0.1 lin0..4, if the file of --vgg lacks them")
+    a("--no-lpips", action="store_true", help="leave LPIPS out")
+    a = add[t2i]
+    a("--n", type=positive, default=4, help="images per prompt (default %(default)s)")
+    a("--per-category", type=positive, default=40, help="prompts (default %(default)s)")
+    a("--sheet", type=Path, help="write the failures with the judge's reasons: a PNG")
+    a("--prompts", type=Path, help="draw these instead: a .jsonl, a text file, a folder of .txt; "
+      "sample.py's flags and defaults")
+    a("--layout", choices=["geneval", "dpg"], help="of the images of --prompts")
+    a("--out", type=Path, help="folder for the images of --prompts")
+    a = add[vqa]
+    a("--data", default="builtin:qa", metavar="SOURCE", help="builtin:qa (default), builtin:align "
+      "(what the verifiers of best_of.py ask) or a LLaVA-style .jsonl")
+    a("--count", type=positive, help="questions (default: 1000 built-in ones, all of a file)")
+    a("--max-tokens", type=positive, default=48, help="length of an answer (default %(default)s)")
+    a("--answers", type=Path, help="write every answer into this .jsonl, for other scorers")
+    a("--show", type=cli.positive(zero=True), default=0, help="answers to print")
+    add[flow]("--count", type=positive, default=256, help="images (default %(default)s)")
+    add[flow]("--times", type=cli.share, nargs="+", metavar="T", help="default 0.1 0.2 ... 0.9",
+              default=[k / 10 for k in range(1, 10)])
+    add[fid]("--count", type=positive, default=1000, help="images of each kind (default 1000)")
+    add[judge]("--count", type=positive, default=100, help="scenes of each source (default 100)")
     args = p.parse_args()
-    args.function(args)
+    with torch.no_grad():
+        args.function(args)
 
 
 if __name__ == "__main__":
-    runs.main(main)
+    cli.main(main)
