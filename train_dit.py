@@ -2,36 +2,43 @@
 
     python train_dit.py                       # tiny, built-in data, 15 CPU minutes
     python train_dit.py --size 2b --data shards/ --batch 2048
+    python train_dit.py --init runs/dit-tiny --out runs/mine --data images/ --epochs 4   # finetune
 
     z    = encoder(image)                                   frozen
     cond = Linear(LLM(chat(prompt), queries) at the queries)        [B,N,Z]
     x_t  = (1-t) z + t eps;   v = DiT(x_t, t, cond)
-    loss = CE(text) + 2 |v - (eps - z)|^2                   paper sections 2.2, 3.1, appendix B
+    loss = CE(text) + 2 |v - (eps - z)|^2                   paper section 3.1, Table 8
 
-Finetuning: python train_dit.py --init runs/dit-tiny --out runs/hq --data builtin:hq --epochs 4
-    --lr 5.66e-4 --lr-llm 5.66e-5 --warmup 0.03 --cache-latents
+Three files follow a step: this one, flow.py and dit.py (and text_model.py for the LLM).
 """
 import argparse
 import itertools
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import benchmark
+import chat
+import checkpoint
+import cli
 import data
-import dit as dits
+import dit as dit_file
 import flow
 import parallel
-import run as runs
-import text_model as text
-import vae as vaes
+import text_model
 import weights
-import world
-from parallel import UserError
+from checkpoint import Run, averaged
+from cli import UserError
+from dit import SIZES, DiT, DiTConfig, Linear
+from encoder import SO400M, WEBSSL_300M, ViT
+from encoder import init_weights as init_encoder
+from text_model import LLMConfig, TextModel
+from vae import VAE, VAEConfig, pack
+from weights import ModelConfig
 
 # ------------------------------------------------------------------------------------------------
 # Arguments
@@ -39,296 +46,447 @@ from parallel import UserError
 
 MIXTURE = ["builtin:synthetic=6", "builtin:web=2", "builtin:text=0.5", "builtin:hq=0.5",
            "builtin:qa=1"]
-
 PLOT = ["loss", "flow", "text", "repa", "cond_spread", "background_right", "colour_right"]
 
-# tiny differs from the paper where its size asks for it. shift_base: 64 tokens of 96 channels give
-# a = sqrt(64*96/128) = 6.9, near the paper's 8.49; with 4096 it would be 1.2, and then x_t alone
-# gives the answer away at nearly every t and the caption is never heard.
+# The paper's values (Table 8; the weight 2 of the flow loss is the authors' code's, the EMA ours).
+# tiny differs where its size asks for it. shift_base: 64 tokens of 96 channels give a =
+# sqrt(64*96/128) = 6.9, near the paper's 8.49. With 4096 it would be 1.2, x_t alone would give the
+# answer away at nearly every t, and the model would ignore the caption.
 DEFAULTS = {
     "tiny": dict(steps=1800, batch=32, lr=1.5e-3, lr_llm=1e-3, warmup=0.03, ema=0.998,
-                 remat="none", shift_base=128.0, log_every=20, sample_every=300, save_every=300,
-                 data=MIXTURE),
+                 remat="none", shift_base=128.0, log_every=20, sample_every=300, save_every=300),
     "paper": dict(steps=30_000, batch=2048, lr=5e-4, lr_llm=5e-5, warmup=0.0134, ema=0.9999,
                   remat="block", shift_base=4096.0, log_every=10, sample_every=1000,
-                  save_every=1000, data=MIXTURE),
+                  save_every=1000),
 }
 
 
+def dit_size(text):
+    """Argparse type: a row of the size table, by our name or the paper's."""
+    name = dit_file.PAPER_NAMES.get(text.upper(), text.lower())
+    if name not in SIZES:
+        raise argparse.ArgumentTypeError(f"known sizes are {', '.join(SIZES)} (or the paper's "
+                                         f"{', '.join(dit_file.PAPER_NAMES)})")
+    return name
+
+
+def shift(text):
+    """Argparse type: auto, none, or a positive number."""
+    return text if text == "auto" else 1.0 if text == "none" else cli.positive(float)(text)
+
+
 def arguments():
-    """Flags, checked against each other; the rest follows from --size. Raises UserError."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                epilog="All defaults follow from --size.")
-    positive, none_or_more = runs.positive(float), runs.positive(float, zero=True)
-    share = runs.share
-    runs.add_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None,
-                   remat=None)
+    """Read the flags. The rest follows from --size."""
+    p = cli.Parser(description=__doc__.split("\n")[0], epilog="All defaults follow from --size.")
+    positive, whole = cli.positive(float), cli.positive()
+    cli.training_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None,
+                       remat=None)
     a = p.add_argument_group("finetuning and checks").add_argument
-    a("--epochs", type=positive, help="passes over finite --data, instead of --steps (finetuning); "
-      "of several sources over as many records as all have, each drawn by its weight")
-    a("--export", action="store_true",
-      help="write final/ from the latest checkpoint of an unfinished run, and stop")
-    a("--overfit", action="store_true", help="train on the first batch only, a check: with "
-      "--batch 4 --steps 60 --lr 3e-3 --lr-llm 3e-3 tiny's loss falls from 11 to below 0.1")
-    a("--cache-latents", nargs="?", const="runs/latents", metavar="DIR", help="encode finite "
-      "--data once, onto disk (for small sets: 1.2 MB an image of 256 x 1152)")
+    a("--epochs", type=positive, help="passes over finite --data, instead of --steps")
+    a("--init-only", action="store_true", help="write the initial weights as final/ and stop")
+    a("--overfit", choices=["same", "fresh"], nargs="?", const="same", help="train on the first "
+      "batch alone, with the same or fresh noise: a check (--batch 4 --steps 60 --lr 3e-3 "
+      "--lr-llm 3e-3: tiny's loss falls from 11 to below 0.1)")
     a = p.add_argument_group("model").add_argument
-    a("--size", default="tiny", metavar="|".join(dits.SIZES),
-      help="of the DiT; the paper's spellings (2.4B, 9.8B, ...) work too")
-    a("--latent", choices=["siglip2", "webssl", "vae"], default="siglip2",
-      help="vae: the baseline, FLUX's latent; siglip2 stays for understanding")
+    a("--size", type=dit_size, metavar="|".join(SIZES), help="of the DiT (default: tiny); the "
+      "paper's spellings (2.4B, 9.8B, ...) work too")
+    for flag in ("width", "depth", "heads", "llm-width", "llm-depth"):
+        a(f"--{flag}", type=whole, help="instead of the size's own")
+    a("--latent", choices=["siglip2", "webssl", "vae"], help="default: siglip2; vae: the baseline, "
+      "FLUX's latent, where siglip2 stays for understanding")
     a("--encoder", help="file, folder or hub id of the frozen encoder")
-    a("--layers", type=runs.positive(), default=1,
-      help="the latent sums the encoder's last K blocks (needs a decoder for that)")
-    a("--decoder", help="file, folder or hub id of the decoder (sample grids)")
-    a("--vae", help="file, folder, run or hub id of the VAE of --latent vae")
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--decoder", help="file, folder or hub id of the decoder (for sample grids)")
+    g.add_argument("--vae", help="file, folder, run or hub id of the VAE of --latent vae")
     a("--llm", help="Qwen2.5 folder or hub id; tiny: a folder with a tokenizer; random: random "
       "weights, for timing")
-    a("--length", type=runs.positive(), help="pad every sample to this many tokens and skip longer "
-      "ones (default: xla 512, tiny 128; elsewhere as long as the batch)")
+    a("--length", type=whole, help="pad every sample to this many tokens and skip longer ones "
+      "(default: xla 512, tiny 128; elsewhere as long as the batch)")
     a("--random-init", action="store_true",
-      help="random LLM and encoder of the real shapes: timing only (says so)")
+      help="random LLM and encoder of the published shapes: for timing only")
     a("--freeze", choices=["llm"], help="train only the DiT, its projector and the queries (the "
       "paper's DiT-only finetuning)")
-    a("--head-width", type=runs.positive(), default=0, help="DiT-DH: width (2688)")
-    a("--head-depth", type=runs.positive(zero=True), default=0, help="DiT-DH: blocks (2)")
-    a("--qk-norm", action="store_true", help="RMSNorm on queries and keys of the DiT")
+    a("--head-width", type=whole, help="DiT-DH: width of the wide head (2688)")
+    a("--head-depth", type=whole, help="DiT-DH: blocks of the wide head (2)")
+    a("--qk-norm", action="store_true", default=None, help="RMSNorm on queries and keys")
+    a("--predict", choices=["v", "x"], help="what the DiT's last layer gives: the velocity "
+      "(default), or the clean latent (JiT), with the same loss on the velocity")
     a("--allow-narrow", action="store_true", help="allow a width that is not above the latent's C")
     a("--scan", action=argparse.BooleanOptionalAction,
       help="xla: stacks of blocks as compiled loops, with --remat block (default: on)")
     a = p.add_argument_group("flow and loss").add_argument
-    a("--shift", default="auto", help="auto: sqrt(N C / base); none: 1; or a number")
+    a("--shift", type=shift, help="auto: sqrt(N C / base) (default without --init); none: 1; or a "
+      "number")
     a("--shift-base", type=positive, help="4096; tiny: 128")
-    a("--diffusion-weight", type=none_or_more, default=2.0, help="of the flow loss")
-    a("--cond-drop", type=share, default=0.1, help="share of images that train the null condition")
-    a("--repa", type=runs.positive(), default=0, metavar="LAYER",
-      help="align the tokens after this DiT block with the encoder's features")
-    a("--repa-weight", type=positive, help="of that, relative to the flow loss (0.5)")
+    a("--diffusion-weight", type=cli.positive(float, zero=True), default=2.0,
+      help="weight of the flow loss")
+    a("--cond-drop", type=cli.share, default=0.1,
+      help="share of the images that train the null condition")
+    a("--repa", type=whole, default=0, metavar="LAYER",
+      help="align the tokens after this DiT block with the encoder's features (REPA)")
+    a("--repa-weight", type=positive, default=0.5, help="weight of REPA, relative to the flow loss")
     a = p.add_argument_group("optimizer").add_argument
-    a("--lr", type=positive, help="DiT and its projector")
-    a("--lr-llm", type=positive, help="LLM, queries, mm_projector")
-    a("--warmup", type=share, help="share of the steps")
-    a("--betas", type=share, nargs=2, default=[0.9, 0.95], help="of the DiT's group")
-    a("--betas-llm", type=share, nargs=2, default=[0.9, 0.999], help="of the LLM's group")
-    a("--clip", type=positive, default=1.0, help="norm of the whole gradient, at most")
-    a("--ema", type=share, help="decay; 0: off")
+    a("--optimizer", choices=["adamw", "muon"], default="adamw",
+      help="muon: for the DiT's matrices, where torch has it; AdamW for everything else")
+    a("--lr", type=positive, help="learning rate of the DiT and its projector")
+    a("--lr-llm", type=positive, help="learning rate of the LLM, queries and mm_projector")
+    a("--warmup", type=cli.share, help="share of the steps")
+    a("--betas", type=cli.share, nargs=2, default=[0.9, 0.95], help="of the DiT's group")
+    a("--betas-llm", type=cli.share, nargs=2, default=[0.9, 0.999], help="of the LLM's group")
+    a("--clip", type=positive, default=1.0, help="largest norm of the whole gradient")
+    a("--ema", type=cli.share, help="decay of the average of the weights; 0: off")
     a = p.add_argument_group("samples").add_argument
-    a("--guidance", type=none_or_more, help="1: off (default with --cond-drop 0); else 3")
-    a("--sample-steps", type=runs.positive(), default=25, help="Euler steps")
+    a("--guidance", type=cli.positive(float, zero=True),
+      help="1: off (default with --cond-drop 0); else 3")
+    a("--sample-steps", type=whole, default=25, help="Euler steps")
     args = p.parse_args()
-
-    args.size = dits.PAPER_NAMES.get(args.size.upper(), args.size.lower())
-    if args.size not in dits.SIZES:
-        raise UserError(f"--size {args.size}: known sizes are {', '.join(dits.SIZES)} "
-                        f"(or the paper's {', '.join(dits.PAPER_NAMES)})")
     if args.epochs and args.steps:
-        raise UserError(f"--epochs {args.epochs} and --steps {args.steps}: give one of them")
-    if args.shift_base and args.shift != "auto":
-        raise UserError(f"--shift-base {args.shift_base:g} is for --shift auto, not {args.shift}")
-    for key, value in DEFAULTS["tiny" if args.size == "tiny" else "paper"].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    if args.export and args.bench:
-        raise UserError("--export writes what is there, --bench nothing: give one of them")
+        p.error("--epochs and --steps exclude each other")
+    if args.init and (args.llm or args.random_init):
+        p.error("--llm and --random-init do not go with --init, whose model has its own LLM")
     if bool(args.head_width) != bool(args.head_depth):
-        raise UserError("--head-width and --head-depth go together (the paper's are 2688 and 2)")
-    if args.repa > (depth := dits.SIZES[args.size].depth):
-        raise UserError(f"--repa {args.repa}: --size {args.size} has {depth} blocks")
-    if not args.cond_drop and args.guidance not in (None, 1):
-        raise UserError(f"--guidance {args.guidance:g} with --cond-drop 0: no null condition is "
-                        "trained to guide away from; use --guidance 1")
-    if args.guidance is None:
-        args.guidance = 3.0 if args.cond_drop else 1.0
-    if args.repa_weight and not args.repa:
-        raise UserError(f"--repa-weight {args.repa_weight:g} needs --repa LAYER")
-    args.repa_weight = args.repa_weight or 0.5
-    if args.init and args.llm == "random":
-        raise UserError(f"--llm random with --init {args.init}, whose LLM is trained: give one of "
-                        "them")
-    if args.random_init and args.size == "tiny":
-        raise UserError("--random-init is for the sizes from 0.5b on; tiny needs no download")
-    if args.bench and args.cache_latents:
-        raise UserError("--cache-latents writes, --bench writes nothing: give one of them")
-    if args.decoder and args.latent == "vae":
-        raise UserError(f"--decoder {args.decoder}: with --latent vae the VAE decodes; --vae")
-    if args.vae and args.latent != "vae":
-        raise UserError(f"--vae {args.vae} is for --latent vae, not --latent {args.latent}")
-    if args.layers > 1 and args.latent == "vae":
-        raise UserError(f"--layers {args.layers}: not with --latent vae, whose latent is the VAE's")
-    if args.shift not in ("auto", "none"):
-        try:
-            positive(args.shift)
-        except ValueError:
-            raise UserError(f"--shift {args.shift}: expected auto, none or a positive number")
-    args.out = args.out or Path(f"runs/dit-{args.size}")
+        p.error("--head-width and --head-depth go together (the paper's are 2688 and 2)")
+    if args.random_init and args.size in (None, "tiny"):
+        p.error("--random-init is for the sizes from 0.5b on; tiny needs no download")
     return args
 
 
+def open_init(args):
+    """Open --init -> its weights, and the config of its model with the flags that may replace parts
+    of it; None, None without. Raises UserError for flags that contradict the network."""
+    if not args.init:
+        return None, None
+    args.init, = weights.locate([("weights", args.init, "--init")])
+    init = weights.open_weights(args.init, "--init")
+    config = weights.model_config(init)
+    k, llm = config.dit, config.llm
+    row = SIZES[args.size] if args.size else k
+    for flag, given, found in (
+            ("--size", (row.width, row.depth, row.heads), (k.width, k.depth, k.heads)),
+            ("--width", args.width, k.width), ("--depth", args.depth, k.depth),
+            ("--heads", args.heads, k.heads), ("--head-width", args.head_width, k.head_width),
+            ("--head-depth", args.head_depth, k.head_depth), ("--qk-norm", args.qk_norm, k.qk_norm),
+            ("--predict", args.predict, k.predict), ("--llm-width", args.llm_width, llm.hidden_size),
+            ("--llm-depth", args.llm_depth, llm.num_hidden_layers)):
+        if given is not None and given != found:
+            raise UserError(f"{flag} asks for {given}, the network of --init {args.init} has "
+                            f"{found}; leave the flag out")
+    args.size = next((name for name, row in SIZES.items() if
+                      (row.width, row.depth, row.heads) == (k.width, k.depth, k.heads)),
+                     "tiny" if k.width < 1024 else "2b")
+    args.latent = "vae" if config.vae else args.latent
+    alpha = config.alpha
+    if args.shift is not None:
+        base = args.shift_base or DEFAULTS["tiny" if args.size == "tiny" else "paper"]["shift_base"]
+        alpha = flow.shift_alpha(k.tokens, k.channels, base) if args.shift == "auto" else args.shift
+    for flag, given, found in (("--shift", alpha, config.alpha),
+                               ("--encoder", args.encoder, config.encoder),
+                               ("--decoder", args.decoder, config.decoder),
+                               ("--vae", args.vae, config.vae)):
+        if given and given != found:
+            print(f"note: --init {args.init} was trained with {flag} {found}, this run takes "
+                  f"{given}", file=sys.stderr)
+    return init, replace(config, alpha=alpha, encoder=args.encoder or config.encoder,
+                         decoder=args.decoder or config.decoder, vae=args.vae or config.vae)
+
+
+def fill_defaults(args, config):
+    """Fill the flags that follow from --size, or from the config of --init's model."""
+    args.size, args.latent = args.size or "tiny", args.latent or "siglip2"
+    args.shift = args.shift or "auto"
+    tiny = args.size == "tiny"
+    for key, value in {**DEFAULTS["tiny" if tiny else "paper"], "data": MIXTURE}.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if tiny and args.latent == "webssl" and not (args.encoder and args.decoder):
+        raise UserError("--latent webssl: there is no tiny one; give --encoder and --decoder, or a "
+                        "larger --size")
+    encoder, decoder = weights.TINY_PAIR if tiny else weights.HUB[args.latent]
+    vae = weights.TINY_VAE if tiny else weights.FLUX_VAE
+    if config:
+        encoder, decoder, vae = config.encoder, config.decoder or decoder, config.vae
+        args.cond_drop *= config.dit.null
+    args.encoder = weights.portable_path(args.encoder or encoder)
+    args.decoder, args.vae = (
+        (None, weights.portable_path(args.vae or vae)) if args.latent == "vae" else
+        (weights.portable_path(args.decoder or decoder), None))
+    if args.guidance is None:
+        args.guidance = 3.0 if args.cond_drop else 1.0
+    args.steps = 0 if args.init_only else args.steps
+    args.out = args.out or Path(f"runs/dit-{args.size}")
+
+
 # ------------------------------------------------------------------------------------------------
-# A batch: tokens, pictures, and every random number of the step
+# A batch: tokens, images, and every random number of the step
 # ------------------------------------------------------------------------------------------------
 
 def generators(seed, numbers):
-    """One CPU generator a sample number: neither mesh nor micro-batch changes what it draws."""
+    """Return one CPU generator per sample number: neither mesh nor micro-batch changes a draw."""
     return [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in numbers]
 
 
 class Collate:
     """Records -> one batch; runs in the loader's worker.
 
-    images uint8 [B,3,S,S] (or, cached, latent [B,N,F]); ids [B,L]; where, targets [B,K], the tokens
-    that the text's loss is about; start, answer [B]; and drawn per image: normal [B] (of the time),
-    eps [B,N,C], drop [B], for a VAE posterior [B,N,C].
+    images uint8 [B,3,S,S]; ids [B,L]; where, targets [B,K]: the positions with a text loss, and
+    their tokens; start, answer [B]; and drawn per image: normal [B] (for the time), eps [B,N,C],
+    drop [B], for a VAE posterior [B,N,C]. counts: labelled tokens and images to generate.
     """
 
     def __init__(self, tokenizer, tokens, channels, seed, cond_drop, length=None, posterior=False):
         self.tokenizer, self.tokens, self.channels = tokenizer, tokens, channels
         self.seed, self.cond_drop, self.posterior = seed, cond_drop, posterior
         self.limit, self.multiple = length or 1024, length or 64    # length: the same for all
-        self.labelled = length and max(length - tokens, 1)          # an image's positions have none
+        self.labelled = length and max(length - tokens, 1)      # image positions have no label
+
+    def row(self, record):
+        """Return a record's (ids, labels, start, answer), and why it is rejected, or ""."""
+        ids, labels = chat.chat(self.tokenizer, record["conversations"])
+        row = chat.insert_image_tokens(ids, labels, self.tokens)
+        special = [s for s in chat.SPECIAL
+                   if any(s in turn["value"] for turn in record["conversations"])]
+        why = (f"its text holds {special[0]}, which the chat format uses" if special else
+               f"{len(row[0])} tokens, more than {self.limit} (--length)"
+               if len(row[0]) > self.limit else "")             # never cut through an image
+        return (row if not why else (row[0][:1], [chat.IGNORE], None, False)), why
 
     def __call__(self, records):
-        rows, unfit = [], []
-        for r in records:
-            row = text.expand(*text.chat(self.tokenizer, r["conversations"]), self.tokens)
-            why = [f"its text holds {s}, which the chat format uses" for s in text.SPECIAL
-                   if any(s in turn["value"] for turn in r["conversations"])]
-            if len(row[0]) > self.limit:                # never cut through an image: no loss at all
-                why.append(f"{len(row[0])} tokens, more than {self.limit} (--length)")
-            if why:
-                unfit.append((r["key"], why[0]))
-                row = (row[0][:1], [text.IGNORE], None, False)
-            rows.append(row)
+        rows, whys = zip(*map(self.row, records))
         pad = self.tokenizer.token_to_id("<|endoftext|>")
-        ids, labels, start, answer = text.pad_batch(rows, pad, self.multiple)
-        where, targets = text.labelled(labels, self.labelled)
+        ids, labels, start, answer = chat.pad_batch(rows, pad, self.multiple)
+        where, targets = chat.labelled(labels, self.labelled)
         draws = generators(self.seed, [r["n"] for r in records])
         shape = (self.tokens, self.channels)
-        if "latent" in records[0]:
-            seen = {"latent": torch.stack([torch.from_numpy(r["latent"]) for r in records])}
-        else:
-            seen = {"images": torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1)
-                                           for r in records])}
         batch = {
-            **seen, "ids": ids, "where": where, "targets": targets, "start": start,
-            "answer": answer,
+            "images": torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records]),
+            **{k: torch.from_numpy(v) for k, v in dict(ids=ids, where=where, targets=targets,
+                                                       start=start, answer=answer).items()},
             "normal": torch.stack([torch.randn((), generator=g) for g in draws]),
             "drop": torch.stack([torch.rand((), generator=g) < self.cond_drop for g in draws]),
             "eps": torch.stack([torch.randn(shape, generator=g) for g in draws]),
-            "keys": [r["key"] for r in records], "unfit": unfit,
+            "counts": {"tokens": int((targets != chat.IGNORE).sum()),
+                       "images_to_draw": int(answer.sum())},
+            "keys": [r["key"] for r in records],
+            "rejected": [(r["key"], why) for r, why in zip(records, whys) if why],
             "skipped": [s for r in records for s in r["skipped"]]}
         if self.posterior:                              # last, so that the other draws are the same
             batch["posterior"] = torch.stack([torch.randn(shape, generator=g) for g in draws])
         return batch
 
 
+# ------------------------------------------------------------------------------------------------
+# The model and its losses
+# ------------------------------------------------------------------------------------------------
+
 class ScaleRAE(nn.Module):
-    """The two networks that are trained, and the loss of a batch.
+    """The two networks that are trained, and the losses of a batch.
 
     repa: a DiT block whose tokens a projector (three Linears, left out of exports) aligns with the
-    `channels` features of the frozen encoder (REPA, arXiv 2410.06940, equation 8). It gives a VAE's
-    latent the semantics that the RAE's has by itself; there it aligns with the clean latent.
+    frozen encoder's features (REPA, arXiv 2410.06940, equation 8). It gives a VAE's latent the
+    semantics that the RAE's has by itself; there it aligns with the clean latent.
     """
 
     def __init__(self, llm, dit, alpha, repa=0, channels=0):
         super().__init__()
         self.llm, self.dit, self.alpha = llm, dit, alpha
         if repa:
-            D, hidden = dit.width, min(2048, 4 * dit.width)                 # 2048: REPA's
-            self.repa = nn.Sequential(dits.Linear(D, hidden), nn.SiLU(),
-                                      dits.Linear(hidden, hidden), nn.SiLU(),
-                                      dits.Linear(hidden, channels))
-            dit.dit_blocks[repa - 1].register_forward_hook(self.keep)
+            D, hidden = dit.config.width, min(2048, 4 * dit.config.width)   # 2048: REPA's
+            self.repa = nn.Sequential(Linear(D, hidden), nn.SiLU(), Linear(hidden, hidden),
+                                      nn.SiLU(), Linear(hidden, channels))
+            dit.dit_blocks[repa - 1].register_forward_hook(self.keep_tokens)
 
-    def keep(self, block, inputs, tokens):
-        self.tokens = tokens                                                # [B,N,D]
+    def keep_tokens(self, block, inputs, tokens):
+        self.tapped = tokens                                                # [B,N,D]
 
-    def forward(self, z, u, batch, draws=True):
+    def forward(self, z, u, batch, has_targets=True):
         """Latents z [B,N,C], what the LLM sees of the images u [B,N,C'] (the same, but for a VAE)
-        and a batch of `Collate` -> cross-entropy summed over the labelled tokens; flow loss and (or
-        None) 1 - cosine of REPA of each image [B], zero for those that are not answers; times t
-        [B]; sums of the condition for `spread`.
+        and a batch of `Collate` -> text loss, summed over the labelled tokens; flow loss and REPA's
+        per image [B], zero where the image is not to be generated; times t [B]; cond [B,N,Z].
 
         Images in questions pass through the DiT too and count zero: one graph for every batch.
-        draws=False: the whole batch asks, so the DiT is left out and there are no sums.
+        has_targets False: the whole batch asks, so the DiT is left out.
         """
         h = self.llm(self.llm.embed(batch["ids"], batch["start"], batch["answer"], u))  # [B,L,H]
-        ce = self.llm.text_loss(h, batch["where"], batch["targets"])
+        text_loss = self.llm.text_loss(h, batch["where"], batch["targets"])
         t = flow.sample_time(batch["normal"], self.alpha)                   # [B]
-        if not draws:
-            return ce, torch.zeros_like(t), None, t, None
+        if not has_targets:
+            return text_loss, torch.zeros_like(t), torch.zeros_like(t), t, None
         cond = self.llm.condition(h, batch["start"])                        # [B,N,Z]
+        dropped = cond
+        if self.dit.config.null:
+            dropped = torch.where(batch["drop"][:, None, None], self.dit.null_condition(), cond)
         x_t = flow.interpolate(z, batch["eps"], t)                          # [B,N,C]
-        v = self.dit(x_t, t, cond, batch["drop"] if hasattr(self.dit, "y_embedder") else None)
-        mask = batch["answer"].float()
-        mse = flow.flow_loss(v, z, batch["eps"]) * mask                     # [B]
-        apart = None
+        v = self.dit(x_t, t, dropped)                                       # [B,N,C]
+        answer = batch["answer"].float()
+        flow_loss = flow.flow_loss(v, z, batch["eps"]) * answer             # [B]
+        repa_loss = torch.zeros_like(t)
         if hasattr(self, "repa"):
-            y = self.repa(self.tokens).float()                              # [B,N,C']
-            apart = (1 - F.cosine_similarity(y, u, dim=-1).mean(1)) * mask
-        w, c = mask[:, None, None], cond.detach().float()
-        sums = torch.cat([(c * w).sum(0).flatten(), (c.square() * w).sum()[None], mask.sum()[None]])
-        return ce, mse, apart, t, sums                                      # sums [N*Z+2]
+            y = self.repa(self.tapped).float()                              # [B,N,C']
+            repa_loss = (1 - F.cosine_similarity(y, u, dim=-1).mean(1)) * answer
+        return text_loss, flow_loss, repa_loss, t, cond
 
 
-def spread(sums):
-    """Sums over a batch of the condition c, of |c|^2 and of 1 [N*Z+2] -> the standard deviation of
-    c across the batch over its rms. Near 0 the text is not heard."""
+def condition_sums(cond, answer):
+    """Sum over the images to generate: cond, |cond|^2 and 1 -> [N*Z+2]."""
+    w, c = answer.float()[:, None, None], cond.detach().float()
+    return torch.cat([(c * w).sum(0).flatten(), (c.square() * w).sum()[None], w.sum()[None]])
+
+
+def condition_spread(sums):
+    """Standard deviation of the condition across the batch over its rms, from `condition_sums`.
+    Near 0 the model ignores the text, which the loss hides."""
     c, square, n = sums[:-2], sums[-2], sums[-1]
     return (1 - c.square().sum() / (n * square).clamp(min=1e-12)).clamp(min=0).sqrt()
 
 
-def train_step(model, look, optimizer, named, ema, batches, tokens, answers, draws, weight, args,
-               devices):
-    """One update from micro-batches that are on the devices; no host waits for a device in it.
-
-    look: batch -> z, u; tokens, answers: what the losses of the whole batch are divided by; draws:
-    does it hold an image to draw (else what draws is not touched); weight: of this step in the
-    average. -> the step's values {name: tensor}; losses by time [10,2]; the gradient's norm.
-    """
-    values, by_time, conditions = {}, 0, 0
-    for batch in batches:
-        z, u = look(batch)                                                  # [B,N,C], [B,N,C']
-        ce, each, apart, t, sums = model(z, u, batch, draws)
-        parts = dict(text=ce / tokens)
-        loss = parts["text"]
-        if draws:
-            parts["flow"] = each.sum() / answers
-            conditions = conditions + sums
-            loss = loss + args.diffusion_weight * parts["flow"]
-        if apart is not None:
-            parts["repa"] = apart.sum() / answers
-            loss = loss + args.diffusion_weight * args.repa_weight * parts["repa"]
-        loss.backward()
-        parts["loss"] = loss
-        values = {k: values.get(k, 0) + v.detach() for k, v in parts.items()}
-        by_time = by_time + buckets(t, each.detach(), batch["answer"])
-    if draws:
-        values["cond_spread"] = spread(parallel.average(conditions, devices))
-    else:                               # zeros, with which AdamW would still follow its momentum
-        named["llm.model.latent_queries"].grad = None
-    norm = parallel.clip_grad(named.values(), args.clip, devices)
-    parallel.guarded_step(optimizer, norm, devices)
-    optimizer.zero_grad(set_to_none=True)
-    runs.update_ema(ema, named, weight)
-    return values, by_time, norm
-
-
-def buckets(t, each, answer):
-    """Losses [B] by time: [10,2], the sum and the number of answer images in each tenth of t."""
+def flow_by_time(t, flow_loss, answer):
+    """Flow losses [B] by tenths of t: [10,2], their sum and the number of images."""
     inside = F.one_hot((t * 10).long().clamp(max=9), 10).float()            # [B,10]
-    return inside.T @ torch.stack([each, answer.float()], 1)
+    return inside.T @ torch.stack([flow_loss.detach(), answer.float()], 1)
 
 
-def note_changes(name, config, now):
-    """Say in what this run {flag: value} differs from the one that --init comes from."""
-    theirs = {"--shift": config.get("shift_alpha"), "--layers": config.get("encoder_layers"),
-              "--encoder": weights.tower_of(config), "--decoder": config.get("decoder")}
-    for flag, value in theirs.items():
-        before, after = (f"{v:.7g}" if isinstance(v, float) else v for v in (value, now[flag]))
-        if value and before != after:
-            print(f"note: --init {name} was trained with {flag} {before}, this run takes {after}; "
-                  f"{flag} {before} keeps the former", file=sys.stderr)
+# ------------------------------------------------------------------------------------------------
+# Networks: the frozen ones, the config of the trained ones, their initial values
+# ------------------------------------------------------------------------------------------------
+
+def frozen_networks(args, init, devices):
+    """Load the frozen networks -> encoder, VAE or None, decoder or None, tokenizer, {name: file}.
+
+    Flags come first, then the model of --init, then the size's own. --dry-run and --random-init of
+    a published size take its shapes: no file is needed.
+    """
+    tiny, vae = args.size == "tiny", args.latent == "vae"
+    if not tiny and (args.dry_run or args.random_init):
+        with torch.device("meta"):
+            encoder = ViT(WEBSSL_300M if args.latent == "webssl" else SO400M, devices.dtype)
+            parts = encoder, VAE() if vae else None
+        if args.random_init and not args.dry_run:
+            for part in filter(None, parts):
+                parallel.build(part, random_rows(part), devices).requires_grad_(False)
+        files = "published shapes" if args.dry_run else "random weights: for timing only"
+        return *parts, None, chat.load_tokenizer(weights.HERE / "tiny"), files
+    llm = args.llm or (weights.tokenizer_folder(args.init) if init else SIZES[args.size].llm)
+    codec = ("vae", args.vae, "--vae") if vae else ("decoder", args.decoder, "--decoder")
+    wanted = [("encoder", args.encoder, "--encoder"), codec,
+              ("llm", weights.TINY if llm in ("tiny", "random") else llm, "--llm")]
+    files = dict(zip((w[0] for w in wanted), weights.locate(wanted)))
+    encoder = weights.load_encoder(files["encoder"], devices)
+    tokenizer = chat.load_tokenizer(files["llm"])
+    if vae:
+        vae, decoder = weights.load_vae(files["vae"], devices), None
+    else:
+        vae, decoder = None, weights.load_decoder(files["decoder"], devices, encoder)
+        if devices.main:
+            weights.note_pair(decoder, args.encoder)
+    return encoder, vae, decoder, tokenizer, files
+
+
+def random_rows(model):
+    """Values for a network that is only timed: small, the same at every start."""
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+
+    def rows(name, first, last):
+        shape = (last - first, *shapes[name][1:]) if shapes[name] else ()
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    return rows
+
+
+def new_config(args, encoder, vae, tokenizer):
+    """Return the ModelConfig that the flags ask for, without --init."""
+    size, name = SIZES[args.size], args.llm or SIZES[args.size].llm
+    dit = DiTConfig(
+        channels=(vae or encoder).channels, tokens=encoder.tokens, width=args.width or size.width,
+        depth=args.depth or size.depth, heads=args.heads or size.heads,
+        head_width=args.head_width or 0, head_depth=args.head_depth or 0,
+        qk_norm=bool(args.qk_norm), null=args.cond_drop > 0, predict=args.predict or "v")
+    alpha = args.shift
+    if alpha == "auto":
+        alpha = flow.shift_alpha(dit.tokens, dit.channels, args.shift_base)
+    if args.size == "tiny":
+        llm = replace(text_model.TINY, vocab_size=tokenizer.get_vocab_size())
+    elif (Path(name) / "config.json").is_file():        # a folder, perhaps of another shape
+        published = weights.read_json(Path(name) / "config.json", "--llm")
+        llm = weights.llm_config(published, f"--llm {name}", args.random_init is False and
+                                 tokenizer.get_vocab_size())
+    else:
+        llm = text_model.QWEN_7B if "7b" in name.lower() else text_model.QWEN_1_5B
+    llm = replace(llm, hidden_size=args.llm_width or llm.hidden_size,
+                  num_hidden_layers=args.llm_depth or llm.num_hidden_layers)
+    return ModelConfig(dit, llm, encoder.channels, alpha, args.encoder, args.decoder, args.vae)
+
+
+def build(config, args, dtype):
+    """Build ScaleRAE from its config; under torch.device("meta") its shapes alone."""
+    llm, dit = weights.build_stage2(config, dtype)
+    llm.remat = dit.remat = args.remat == "block"
+    if args.freeze:
+        llm.requires_grad_(False)
+        for p in (llm.model.latent_queries, *llm.diff_head_projector.parameters()):
+            p.requires_grad_(True)
+    return ScaleRAE(llm, dit, config.alpha, args.repa, config.image_channels)
+
+
+def initial_rows(config, args, init, llm):
+    """Return rows(name, first, last) of the initial weights: those of --init, else a pretrained
+    LLM's, and draws for the rest. init, llm: opened weights, or None."""
+    twin = build(config, args, torch.float32)
+    (text_model.init_extras if llm else text_model.init_weights)(twin.llm, args.seed)
+    dit_file.init_weights(twin.dit, args.seed)
+    if args.repa:
+        dit_file.init_weights(twin.repa, args.seed + 2)
+    drawn = twin.state_dict()
+    if not (init or llm):
+        return parallel.rows_of(drawn)
+    source = init.renamed(weights.our_stage2_key) if init else llm.renamed(lambda k: "llm." + k)
+    own = ("llm.",) if llm else ("llm.", "dit.")        # the parts that the files must have
+    added = ("latent_queries", "projector") if llm else ()
+    fallback = {k: v for k, v in drawn.items()
+                if not k.startswith(own) or any(a in k for a in added)}
+    tied = ("lm_head.weight",) if config.llm.tie_word_embeddings else ()
+    with torch.device("meta"):
+        model = build(config, args, torch.float32)
+    return weights.rows_for(model, source, fallback, weights.RECOMPUTED + tied)
+
+
+def open_data(args, resolution, codec, crop):
+    """Open --data -> the mixture, and its description. --dry-run does without the data."""
+    try:
+        mixture = data.Mixture(args.data, resolution, args.seed, crop, resample=codec.resample)
+        return mixture, mixture.describe()
+    except cli.DataError as error:
+        if not args.dry_run or args.epochs:
+            raise
+        print(f"planned without the data: {error}", file=sys.stderr)
+        names, shares = data.parse_specs(args.data)
+        sources = [dict(source=n, weight=w, size=None) for n, w in zip(names, shares)]
+        return data.Mixture(MIXTURE, resolution, args.seed), sources    # texts of usual length
+
+
+def optimizers_for(named, args, devices):
+    """Return the optimizers of the trainable parameters: AdamW with two groups, the DiT with its
+    projector and everything else; with --optimizer muon Muon for the DiT's matrices."""
+    of_llm = {k for k in named if k.startswith("llm.") and "diff_head" not in k}
+    muon = {k for k, p in named.items() if args.optimizer == "muon" and p.dim() == 2
+            and k.startswith("dit.dit_blocks.")}
+    of_dit = named.keys() - of_llm - muon
+    groups = [dict(params=[p for k, p in named.items() if k in names], lr=lr, betas=betas)
+              for names, lr, betas in ((of_dit, args.lr, args.betas),
+                                       (of_llm, args.lr_llm, args.betas_llm))]
+    found = [parallel.adamw(groups, devices, eps=1e-8, weight_decay=0.0)]
+    if args.optimizer == "muon":
+        found.append(torch.optim.Muon([p for k, p in named.items() if k in muon], lr=args.lr,
+                                      weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+def check_colours(draw, seed, count):
+    """Draw `count` single shapes that training has not seen -> shares of right backgrounds and
+    object colours."""
+    from tiny import judge, world
+    scenes = judge.single_shapes(seed + 77, count)
+    images = draw([world.caption(scene) for scene in scenes], 1)
+    background, colour = judge.colours_right(images, scenes)
+    return dict(background_right=background, colour_right=colour)
 
 
 def main():
@@ -338,289 +496,191 @@ def main():
     # Devices
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
-    runs.check_batch(args, devices, None if args.size == "tiny" else 8)     # 8 images a device
-    if args.scan and devices.target != "xla":
-        raise UserError(f"--scan is for --device xla, not {devices.target}; leave it out")
-    if args.cache_latents and devices.kind == "xla" and devices.world > 1:
-        raise UserError("--cache-latents: not on several XLA hosts, where one alone cannot run the "
-                        "encoder; fill the folder on one host")
+    init, config = open_init(args)
+    fill_defaults(args, config)
+    checkpoint.check_batch(args, devices, None if args.size == "tiny" else 8)   # 8 images a device
 
     # --------------------------------------------------------------------------------------------
     # Models: the frozen encoder (and decoder, to look at samples), the LLM, the DiT
     # --------------------------------------------------------------------------------------------
-    size, tiny = dits.SIZES[args.size], args.size == "tiny"
-    planned = not tiny and (args.dry_run or args.random_init)   # shapes only: no files are needed
-    where, init, config = args.llm or size.llm, {}, {}          # where: the LLM and its tokenizer
-    if args.init:
-        path = weights.final_of(*weights.locate([("weights", args.init, "--init")]))
-        init, config = weights.read_weights(path, "--init")
-    own = not args.llm and "diffusion_model_channels" in config     # the LLM comes with --init
-    if own:
-        llm_config = weights.stage2_config(config, init, f"--init {args.init}")
-        where = path if path.is_dir() else path.parent
-    if planned:
-        encoder, vae = weights.random_towers(args, devices.dtype)     # shapes, so far
-        decoder, tokenizer = None, text.load_tokenizer(weights.ASSETS)
-        files = "published shapes" if args.dry_run else "random weights: timing only"
-    else:
-        encoder, vae, decoder, tokenizer, files = weights.load_towers(args, tiny, where, devices)
-    V, name = tokenizer.get_vocab_size(), size.llm if args.llm == "random" else args.llm or size.llm
-    scratch = own or tiny or planned or args.llm == "random"        # no pretrained LLM to load
-    if tiny and not own:
-        llm_config = dict(text.TINY, vocab_size=V)
-    elif not scratch:
-        llm_config = dict(weights.config_of(files["llm"], "--llm"), vocab_size=V)
-    elif not own:
-        llm_config = text.QWEN_7B if "7b" in name.lower() else text.QWEN_1_5B
-        if (Path(name) / "config.json").is_file():                  # a folder of another shape
-            llm_config = dict(weights.config_of(name, "--llm"),
-                              vocab_size=llm_config["vocab_size"])
-    N, C = encoder.tokens, vae.channels if vae else encoder.channels
+    tiny = args.size == "tiny"
+    encoder, vae, decoder, tokenizer, files = frozen_networks(args, init, devices)
+    config = config or new_config(args, encoder, vae, tokenizer)
+    N, C = config.dit.tokens, config.dit.channels
+    if config.dit.width <= C and not args.allow_narrow:
+        raise UserError(f"the DiT's width {config.dit.width} is not above the latent's {C} "
+                        "channels. Noise fills all C dimensions of a token, so a narrower DiT "
+                        "cannot even copy it (paper, appendix B). Take a larger --size or --width, "
+                        "or override with --allow-narrow")
+    pretrained = not (tiny or args.dry_run or args.random_init or init or args.llm == "random")
+    llm_file = weights.llm_source(files["llm"], tokenizer) if pretrained else None
+    with torch.device("meta"):
+        model = build(config, args, devices.dtype)
+    llm, dit = model.llm, model.dit
+
+    # --------------------------------------------------------------------------------------------
+    # Data
+    # --------------------------------------------------------------------------------------------
     resolution = encoder.grid * vae.stride if vae else encoder.image_size
-    decode = None if planned else vae.decode if vae else decoder
-    alpha = (flow.shift_alpha(N, C, args.shift_base) if args.shift == "auto" else
-             1.0 if args.shift == "none" else float(args.shift))
-    tower = weights.lasting(args.encoder) or (weights.TINY_TOWER if tiny else
-                                              weights.HUB[args.latent][0])
-    decoder_name = weights.lasting(files["decoder"] if args.encoder and decoder else args.decoder)
-    if init and devices.main:
-        note_changes(args.init, config,
-                     {"--shift": alpha, "--layers": args.layers, "--encoder": tower,
-                      "--decoder": decoder_name or "its encoder's own"})
-    if size.width <= C and not args.allow_narrow:
-        raise UserError(f"--size {args.size}: the DiT's width {size.width} is not above the "
-                        f"latent's {C} channels. Noise fills all C dimensions of a token, so a "
-                        "narrower DiT cannot even copy it (paper appendix B). Take a larger "
-                        "--size, or override with --allow-narrow")
-
-    def networks(llm):
-        """The LLM and a new DiT, as the arguments want them."""
-        with weights.user_errors("the DiT"):
-            dit = dits.DiT(C, N, size.width, size.depth, size.heads, head_width=args.head_width,
-                           head_depth=args.head_depth, qk_norm=args.qk_norm,
-                           null=args.cond_drop > 0, dtype=devices.dtype)
-        llm.remat = dit.remat = args.remat == "block"
-        if args.freeze:
-            llm.requires_grad_(False)
-            for p in (llm.model.latent_queries, *llm.diff_head_projector.parameters()):
-                p.requires_grad_(True)
-        return ScaleRAE(llm, dit, alpha, args.repa, encoder.channels)
-
-    # --------------------------------------------------------------------------------------------
-    # Data, and what follows from all of that
-    # --------------------------------------------------------------------------------------------
-    try:
-        mixture = data.Mixture(args.data, resolution, args.seed, encoder.crop,
-                               resample=(vae or encoder).resample)
-        sources = mixture.describe()
-    except data.DataError as error:
-        if not args.dry_run or args.epochs:
-            raise
-        print(f"planned without the data: {error}", file=sys.stderr)
-        mixture = data.Mixture(MIXTURE, resolution, args.seed)              # texts of usual length
-        sources = data.planned(args.data)
-    try:
-        if args.epochs:
-            args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
-        elif args.cache_latents:
-            len(mixture)
-    except TypeError as error:
-        raise UserError(f"--epochs {args.epochs:g}: {error}; give --steps" if args.epochs else
-                        f"--cache-latents: {error}; give finite sources to --data")
+    mixture, sources = open_data(args, resolution, vae or encoder, encoder.crop)
+    if args.epochs:
+        args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
     if devices.target == "xla" and args.length is None: # another length is another program there
         args.length = 128 if tiny else 512
     collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length, vae is not None)
     first = collate([mixture[i] for i in range(16)])
-    length, labelled = first["ids"].shape[1], first["where"].shape[1]       # a typical L and K
-    if (first["targets"] == text.IGNORE).all():
+    if not first["counts"]["tokens"]:
         raise UserError(f"--length {args.length}: none of the first 16 samples fits, such as "
-                        f"{': '.join(first['unfit'][-1])}")
+                        f"{': '.join(first['rejected'][-1])}")
 
-    with weights.user_errors("the LLM"), torch.device("meta"):  # shapes: the table takes no memory
-        model = networks(text.TextModel(llm_config, N, encoder.channels, size.width, devices.dtype))
-    llm, dit = model.llm, model.dit
+    # --------------------------------------------------------------------------------------------
+    # What follows from all of that
+    # --------------------------------------------------------------------------------------------
     parts = {"dit": dit, "llm": llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
              "repa": getattr(model, "repa", None)}
     count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
-    flops = {"dit": dit.train_flops(),
-             "llm": llm.train_flops(length, labelled, args.freeze == "llm")}
-    if not args.cache_latents:
-        flops["encoder"] = encoder.forward_flops()
-    if vae and not args.cache_latents:
+    flops = {"dit": dit.train_flops(), "encoder": encoder.forward_flops(),
+             "llm": llm.train_flops(first["ids"].shape[1], first["where"].shape[1], args.freeze)}
+    if vae:
         flops["vae"] = vae.forward_flops(resolution, decode=False)
     if args.repa:
         flops["repa"] = 6 * N * count["repa"]
-    trained, frozen = (parallel.on_one_device(((k, p) for k, p in model.named_parameters()
-                                               if p.requires_grad == train), devices)
-                       for train in (True, False))
-    xla = devices.target == "xla"
-    frozen += (parallel.on_one_device(encoder.named_parameters(), devices) if xla else
-               count["encoder (frozen)"])
-    frozen += count.get("vae (frozen)", 0)
-    blocks = [*llm.model.layers, *dit.dit_blocks]
-    fsdp2 = devices.mesh is not None or devices.axes["fsdp"] > 1            # or is planned
-    gathered = parallel.gathered(model, blocks, devices.dtype) if fsdp2 and not xla else 0
-    activations = (dit.activation_bytes() + llm.activation_bytes(length)) / devices.axes["fsdp"]
-    compiled = devices.kind != "cpu" if args.compile is None else args.compile
-    copies = 0          # else the backward pass keeps the weights that were cast to bf16
-    if devices.dtype == torch.bfloat16 and not (compiled or gathered or args.remat == "block"):
-        copies = 2 * sum(p.numel() for block in blocks for p in block.parameters())
-    memory = lambda images: runs.memory_gb(trained, frozen, activations * images + copies, args.ema,
-                                           gathered)
-    runs.plan(f"train_dit --size {args.size}", args, devices, count, flops, memory,
-              "take a smaller --size, --freeze llm, --ema 0", latent=[N, C], alpha=alpha,
-              data=sources, frozen=files)
+    stored = {train: sum(parallel.local_numel(k, p.shape, devices)
+                         for k, p in model.named_parameters() if p.requires_grad == train)
+              for train in (True, False)}
+    frozen = stored[False] + count["encoder (frozen)"] + count.get("vae (frozen)", 0)
+    checkpoint.start_table(
+        f"train_dit --size {args.size}", args, devices, count, flops,
+        checkpoint.state_gb(stored[True], frozen, args.ema), latent=[N, C], alpha=config.alpha,
+        steps=args.steps, learning_rates=dict(dit=args.lr, llm=args.lr_llm), run=args.out,
+        frozen_llm=bool(args.freeze), data=sources, frozen=files)
     if args.dry_run:
         return
-    run = runs.Run(args, devices, free={"micro_batch"})     # losses are means over the whole batch
+    run = Run(args, devices, weights.save_config(config), free={"micro_batch"})
 
     # --------------------------------------------------------------------------------------------
-    # The networks that are trained
+    # The trained networks get their weights
     # --------------------------------------------------------------------------------------------
-    if planned:
-        encoder, vae = weights.random_towers(args, devices.dtype, devices.device)
-    if scratch:
-        llm = text.TextModel(llm_config, N, encoder.channels, size.width, devices.dtype)
-    else:
-        llm = weights.load_llm(files["llm"], tokenizer, N, encoder.channels, size.width,
-                               devices.dtype)
-    model = networks(llm)
-    dit, blocks = model.dit, [*llm.model.layers, *model.dit.dit_blocks]
-    (text.init_weights if scratch else text.init_extras)(llm, args.seed)        # or Qwen2 has some
-    dits.init_weights(dit, args.seed)
-    if args.repa:
-        dits.init_weights(model.repa, args.seed + 2)
-    if init:
-        weights.load_model_state(llm, dit, init, f"--init {args.init}")
-    if args.compile or (args.compile is None and devices.kind == "cuda"):
-        for block in blocks:
-            block.compile(fullgraph=True)
+    blocks = [*llm.model.layers, *dit.dit_blocks]
+    parallel.compile_blocks(blocks, args.compile, devices)
     if devices.kind == "xla" and args.scan is not False:
         parallel.use_scan(devices, llm, encoder, *[dit] * (not args.repa))  # REPA taps one block
-    parallel.shard(model, devices, blocks)
-    parallel.shard(encoder, devices)
+    parallel.build(model, initial_rows(config, args, init, llm_file), devices, blocks)
 
     @torch.no_grad()
-    def encode(images):
-        """uint8 [B,3,S,S] -> what --cache-latents keeps, fp32: z [B,N,C]; for a VAE [mean, log
-        variance, features] [B,N,C+C+C'], as its latent is a draw from the posterior."""
-        x = images.float() / 255
+    def encode(batch):
+        """Return a batch's latents z [B,N,C], and what the LLM sees of its images u [B,N,C']: the
+        same, or with a VAE, whose latent says little of what is in the image, the encoder's."""
+        x = batch["images"].float() / 255                                   # [B,3,S,S]
         u = encoder(x)                                                      # [B,N,C']
-        return torch.cat([*map(vaes.pack, vae.posterior(x)), u], -1) if vae else u
-
-    def look(batch):
-        """A batch's latents z [B,N,C], and what the LLM sees of its images u [B,N,C']: the same, or
-        with a VAE, whose latent says little of what is in the picture, a second tower's. That one
-        resizes the VAE's 256 pixels to its own, a little sharper than its processor would."""
-        f = batch["latent"] if args.cache_latents else encode(batch["images"])      # [B,N,F]
         if not vae:
-            return f, f
-        mean, logvar, u = f.split([C, C, encoder.channels], -1)
+            return u, u
+        mean, logvar = map(pack, vae.posterior(x))                          # [B,N,C]
         z = mean + (0.5 * logvar).exp() * batch["posterior"]
         return (z - vae.shift) * vae.scale, u
 
     # --------------------------------------------------------------------------------------------
-    # Optimizer: one AdamW, two groups (the DiT with its projector; everything else)
+    # Optimizers
     # --------------------------------------------------------------------------------------------
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    of_llm = {k for k in named if k.startswith("llm.") and "diff_head" not in k}
-    optimizer = parallel.adamw(
-        [dict(params=[p for k, p in named.items() if k not in of_llm], lr=args.lr,
-              betas=args.betas),
-         dict(params=[p for k, p in named.items() if k in of_llm], lr=args.lr_llm,
-              betas=args.betas_llm)], devices, eps=1e-8, weight_decay=0.0)
-    ema = runs.averages(named, devices) if args.ema else {}
+    optimizers = optimizers_for(named, args, devices)
+    ema = checkpoint.averages(named, devices) if args.ema else {}
+    warmup = math.ceil(args.warmup * args.steps)
 
     # --------------------------------------------------------------------------------------------
     # Resume
     # --------------------------------------------------------------------------------------------
-    run.load({**named, **{f"ema.{k}": v for k, v in ema.items()},
-              **runs.moments(optimizer, named, devices)})
-    if args.cache_latents:
-        what = [(args.latent, args.layers, str(devices.dtype))]
-        what += [weights.checksum(m) for m in (encoder, vae) if m]
-        data.cache_latents(
-            mixture, args.cache_latents, what, lambda x: encode(parallel.place(
-                {"images": torch.from_numpy(x).permute(0, 3, 1, 2)}, devices)["images"]
-            ).cpu().numpy(), args.micro_batch, args.workers, devices.main,
-            lambda: parallel.barrier(devices))
-    batches = data.loader(mixture, collate, args.micro_batch,
-                          0 if args.overfit else run.start * args.batch, args.workers,
-                          devices.rank, devices.world)
+    run.load({**dict(model.named_parameters()), **{f"ema.{k}": v for k, v in ema.items()}},
+             optimizers)
+    if run.main and not args.bench:
+        chat.save_tokenizer(tokenizer, run.dir)         # so that a checkpoint is a model
+    loader = data.loader(mixture, collate, args.micro_batch,
+                         0 if args.overfit else run.start * args.batch, args.workers,
+                         devices.rank, devices.world)
     if args.overfit:
-        batches = itertools.cycle(itertools.islice(batches, args.batch // args.micro_batch))
-    warmup = math.ceil(args.warmup * args.steps)
+        loader = itertools.cycle(itertools.islice(loader, args.batch // args.micro_batch))
 
     @torch.no_grad()
     def draw(prompts, seed):
-        """Pictures [B,3,S,S] of these prompts by the EMA weights; noise i is of (seed, i) only."""
-        runs.swap(named, ema)
-        with parallel.whole(model):
+        """Return images [P,3,S,S] of prompts by the averaged weights. The seed fixes the noise."""
+        with averaged(named, ema), parallel.unsharded(model):
             noise = torch.stack([torch.randn(N, C, generator=g)
                                  for g in generators(seed, range(len(prompts)))])
-            cond = text.direct_condition(llm, tokenizer, prompts, devices.device)
+            cond = text_model.direct_condition(llm, tokenizer, prompts, devices.device)
             parallel.step_done(devices)
-            z = flow.generate(dit, cond, noise.to(devices.device), alpha, args.sample_steps,
-                              args.guidance, progress=parallel.stepwise(devices))
-        runs.swap(named, ema)
-        return parallel.full(decode(z))                 # by every process, as on xla it must be
-
-    def check_colours(count):
-        """Backgrounds and colours on `count` single shapes that training has not seen."""
-        scenes = benchmark.single_shapes(args.seed + 77, count)
-        back, colour = benchmark.colours_right(draw([world.caption(s) for s in scenes], 1), scenes)
-        return dict(background_right=back, colour_right=colour)
+            z = flow.sample(dit, cond, noise.to(devices.device), config.alpha, args.sample_steps,
+                            args.guidance, on_step=lambda: parallel.step_done(devices))
+        return parallel.full_tensor(vae.decode(z) if vae else decoder(z))   # by every process
 
     def sample(done):
-        """The fixed prompts' pictures -> tiny: values for the log."""
-        pictures = draw(benchmark.FIXED, 0)
+        """Draw the fixed prompts into samples/; tiny: count backgrounds and colours for the log."""
+        from tiny import judge
+        images = draw(judge.FIXED, 0)
         if run.main:
-            runs.save_grid(pictures, run.dir / "samples" / f"step-{done:07d}.png", columns=8)
-        return check_colours(32) if tiny and done < args.steps else {}
+            with run.surviving("the samples"):
+                checkpoint.save_grid(images, run.dir / "samples" / f"step-{done:07d}.png")
+        return check_colours(draw, args.seed, 32) if tiny and done < args.steps else {}
 
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, sample, save
     # --------------------------------------------------------------------------------------------
-    for step in run.progress(run.start if args.export else args.steps):
-        factor = runs.cosine(step, args.steps, warmup)
-        for group, lr in zip(optimizer.param_groups, (args.lr, args.lr_llm)):
-            group["lr"] = parallel.scalar(lr * factor, devices.device)
-        micros = list(run.micro_batches(batches))
-        tokens = sum((b["targets"] != text.IGNORE).sum().item() for b in micros)
-        answers = sum(b["answer"].sum().item() for b in micros)
-        tokens, answers = parallel.total([tokens, answers], devices)
-        draws = answers > 0
-        divisors = (parallel.scalar(max(n, 1) / devices.replicas, devices.device)
-                    for n in (tokens, answers))                 # means over the whole batch
-        values, by_time, norm = train_step(
-            model, look, optimizer, named, ema, (parallel.place(b, devices) for b in micros),
-            *divisors, draws, parallel.scalar(runs.ema_weight(args.ema, step), devices.device),
-            args, devices)
-        shown = {k: v for k, v in values.items()                # one image has no spread; it stays
-                 if answers > 1 or k != "cond_spread"}          # in values, for one program on xla
-        run.meter.add(flow_by_t=by_time, **shown)
-        work = {k: v for k, v in flops.items() if draws or k not in ("dit", "repa")}
-        if run.end_step(step + 1, norm, work, PLOT, decode and sample, lr=args.lr * factor,
-                        lr_llm=args.lr_llm * factor, grad_norm=norm):
-            return
+    for step in run.steps():
+        factor = checkpoint.cosine(step, args.steps, warmup)
+        checkpoint.set_lr(optimizers, factor, devices)
+        values, by_time, cond_sums = {}, 0, 0
+        for batch in run.micro_batches(loader):
+            has_targets = run.counts["images_to_draw"] > 0
+            z, u = encode(batch)                                            # [B,N,C], [B,N,C']
+            text, flow_losses, repa, t, cond = model(z, u, batch, has_targets)
+            # sums over this micro-batch, divided: means over the whole batch
+            losses = dict(text=text / batch["tokens"])
+            loss = losses["text"]
+            if has_targets:
+                losses["flow"] = flow_losses.sum() / batch["images_to_draw"]
+                loss = loss + args.diffusion_weight * losses["flow"]
+                cond_sums = cond_sums + condition_sums(cond, batch["answer"])
+            if has_targets and args.repa:
+                losses["repa"] = repa.sum() / batch["images_to_draw"]
+                loss = loss + args.diffusion_weight * args.repa_weight * losses["repa"]
+            loss.backward()
+            losses["loss"] = loss
+            values = {k: values.get(k, 0) + v.detach() for k, v in losses.items()}
+            by_time = by_time + flow_by_time(t, flow_losses, batch["answer"])
+        if not has_targets:                 # zeros, with which AdamW would still follow its momentum
+            named["llm.model.latent_queries"].grad = None
+        grad_norm = parallel.clip_grad(named.values(), args.clip, devices)
+        for optimizer in optimizers:
+            parallel.guarded_step(optimizer, grad_norm, devices)
+            optimizer.zero_grad(set_to_none=True)
+        checkpoint.update_ema(ema, named, parallel.scalar(
+            checkpoint.ema_weight(args.ema, step), devices.device))
+        if has_targets:
+            spread = condition_spread(parallel.average(cond_sums, devices))
+            if run.counts["images_to_draw"] > 1:            # one image has no spread
+                values["cond_spread"] = spread
+        run.meter.add(flow_by_t=by_time, **values)
+        work = {k: v for k, v in flops.items() if has_targets or k not in ("dit", "repa")}
+        run.end_step(step + 1, grad_norm, work, PLOT, (decoder or vae) and not args.random_init and sample, lr=args.lr * factor,
+                     lr_llm=args.lr_llm * factor, grad_norm=grad_norm)
     run.finish()
-    codec = weights.TINY_VAE if tiny else weights.FLUX_VAE
-    config = weights.model_config(llm, dit, tower, alpha,
-                                  (weights.lasting(args.vae) or codec) if vae else None,
-                                  args.layers, decoder_name, args.cond_drop)
-    for name in ("model", "ema"):
-        run.export(name, weights.model_state(llm, dit), config)
-        runs.swap(named, ema)
+    if args.bench:
+        return parallel.finish()
+    for name in ("model", "ema") if ema else ("model",):
+        with averaged(named, ema if name == "ema" else {}):
+            state = {weights.stage2_key(k): v for k, v in model.state_dict().items()}
+            state.pop(None, None)                               # REPA's projector
+            run.export(name, state, run.config)
     if run.main:
-        weights.save_tokenizer(tokenizer, run.dir / "final")
-        print(f"{run.dir}/final written; samples: {run.dir}/samples")
-    if tiny:
-        score = check_colours(128)                      # by all processes
+        chat.save_tokenizer(tokenizer, run.dir / ".writing-final")
+        print(f"{run.publish()} written; samples: {run.dir}/samples")
+    if tiny and not args.init_only:
+        score = check_colours(draw, args.seed, 128)             # by all processes
         if run.main:
             print(f"128 unseen single shapes, guidance {args.guidance}: background right "
                   f"{score['background_right']:.1%}, object colour right "
                   f"{score['colour_right']:.1%}")
+    parallel.finish()
 
 
 if __name__ == "__main__":
-    runs.main(main)
+    cli.main(main)

@@ -30,6 +30,7 @@ from vae import VAE, VAEConfig, from_ldm
 HERE = Path(__file__).parent
 TINY = HERE / "tiny"
 TINY_ENCODER, TINY_VAE = "tiny/encoder.safetensors", "tiny/vae.safetensors"     # as configs say it
+TINY_PAIR = (TINY_ENCODER, "tiny/decoder.safetensors")
 FLUX_VAE = "black-forest-labs/FLUX.1-dev"               # its vae/ folder
 HUB = {"siglip2": ("google/siglip2-so400m-patch14-224", "nyu-visionx/siglip2_decoder"),
        "webssl": ("facebook/webssl-dino300m-full2b-224", "nyu-visionx/webssl300m_decoder")}
@@ -207,6 +208,15 @@ def open_pickle(path, what):
     read = lambda v, first, last: v[first:last] if v.dim() else v
     return {str(k): [(0, tuple(v.shape), v.is_floating_point(), partial(read, v), None)]
             for k, v in state.items()}, {}
+
+
+def open_checkpoint(path):
+    """Open a checkpoint with everything in it -> Weights."""
+    pieces = {}
+    for part in sorted(path.glob("state*.safetensors")):
+        for key, parts in open_safetensors(part, f"checkpoint {path}")[0].items():
+            pieces.setdefault(key, []).extend(parts)
+    return Weights(f"checkpoint {path}", {}, pieces)
 
 
 def open_weights(path, flag="--init"):
@@ -533,7 +543,7 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
         model.image_size = math.isqrt(config.dit.tokens) * model.stride
         return (model if encoder else None), model.decode
     name = args.encoder or config.encoder
-    pairs = {**dict(HUB.values()), TINY_ENCODER: TINY / "decoder.safetensors"}
+    pairs = dict([*HUB.values(), TINY_PAIR])
     found = args.decoder or config.decoder or pairs.get(config.encoder)
     if decoder and not found:
         raise UserError(f"{args.run} has the encoder {config.encoder} and names no decoder; give "
