@@ -161,7 +161,8 @@ def load_frozen(args, devices):
     encoder = None if vae else weights.load_encoder(path["encoder"], devices)
     vgg = weights.load_perceptual(path["VGG16"], path.get("LPIPS"), devices,
                                   args.lpips > 0) if vgg else None
-    disc = weights.load_discriminator(path["DINO"], devices, args.seed) if args.gan else None
+    disc = weights.load_discriminator(path["DINO"], devices,
+                                      args.seed).eval() if args.gan else None
     small = {"VGG16": vgg and vgg.width < 1, "DINO": disc and disc.config.dim < 384}
     return encoder, vgg, disc, {k: f"{p}{SMALL * bool(small.get(k))}" for k, p in path.items()}
 
@@ -222,7 +223,7 @@ def train_flops(model, encoder, vgg, disc, resolution):
     flops["decoder"] = 3 * forward                      # forward and backward
     if vgg:                                             # both images, and back to one
         flops["vgg"] = 3 * vgg.forward_flops(resolution)
-    if disc:            # forward and back to the image; then a fresh reconstruction and the real one
+    if disc:                # forward and back to the image; a fresh reconstruction and the real one
         trunk, heads = disc.forward_flops()
         flops["discriminator"] = forward + 4 * trunk + 8 * heads
     return flops
