@@ -175,7 +175,8 @@ def test_perceptual_files(tmp_path):
     x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     a, _ = model(x, y)
     b, _ = weights.load_perceptual(tmp_path / "vgg16.pth", None, CPU)(x, y)
-    c, _ = weights.load_perceptual(tmp_path / "vgg16.pth", tmp_path / "lpips.safetensors", CPU)(x, y)
+    lpips = tmp_path / "lpips.safetensors"
+    c, _ = weights.load_perceptual(tmp_path / "vgg16.pth", lpips, CPU)(x, y)
     assert torch.equal(a, b) and torch.allclose(2 * a, c)
     full = Perceptual().state_dict()            # a network of full width must have LPIPS' weights
     torch.save({k: v for k, v in full.items() if not k.startswith("lin")}, tmp_path / "full.pth")

@@ -2,15 +2,15 @@
 
     python tiny/train_encoder.py                  # built-in data, a few CPU minutes
     python tiny/train_encoder.py --data folder/ --steps 100000 --batch 256
-    python tiny/train_encoder.py --arch vgg       # the tiny preset's perceptual network (LPIPS, Gram)
+    python tiny/train_encoder.py --arch vgg       # the tiny preset's perceptual network
     python tiny/train_encoder.py --arch dino      # the trunk of its discriminator
 
 The loss is the sigmoid image-text loss (SigLIP, arXiv 2303.15343) plus a dense term. An image's
 wrong captions are the other captions of its micro-batch in its process, so --micro-batch and the
 number of processes matter. In the dense term one linear layer predicts the pixels of each patch
 from its latent token, also where the input patch was hidden. It stands in for SigLIP-2's
-captioning, self-distillation and masked prediction (arXiv 2502.14786): a contrastive encoder without
-it throws pixels away, and no decoder can bring them back.
+captioning, self-distillation and masked prediction (arXiv 2502.14786): a contrastive encoder
+without it throws pixels away, and no decoder can bring them back.
 
 The two networks of the decoder's loss are small stand-ins for VGG16 and DINO ViT-S/16 of the same
 architecture. VGG learns from the sigmoid loss alone, DINO from both terms: without the dense term
@@ -83,8 +83,8 @@ def arguments():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.arch != "vgg" and (args.resolution % args.patch or args.width % args.heads):
-        raise UserError(f"--resolution {args.resolution} must be a multiple of --patch {args.patch}, "
-                        f"and --width {args.width} of --heads {args.heads}")
+        raise UserError(f"--resolution {args.resolution} must be a multiple of --patch "
+                        f"{args.patch}, and --width {args.width} of --heads {args.heads}")
     if args.arch == "dino" and args.depth < 2:
         raise UserError(f"--depth {args.depth}: every second block is read, so 2 are needed")
     args.out = args.out or Path(f"runs/{'encoder' if args.arch == 'vit' else args.arch}-tiny")
@@ -246,23 +246,26 @@ def init_weights(model, seed):
 
 def released_key(name):
     """Return SigLIP's published key of a parameter of the ViT with its head."""
-    for pattern, words in ((r"^patch_embed\.", "embeddings.patch_embedding."),
-                           (r"^pos_embed$", "embeddings.position_embedding.weight"),
-                           (r"^blocks\.", "encoder.layers."), (r"\.norm([12])\.", r".layer_norm\1."),
-                           (r"\.attn\.", ".self_attn.")):
-        name = re.sub(pattern, words, name)
+    for ours, theirs in ((r"^patch_embed\.", "embeddings.patch_embedding."),
+                         (r"^pos_embed$", "embeddings.position_embedding.weight"),
+                         (r"^blocks\.", "encoder.layers."), (r"\.attn\.", ".self_attn."),
+                         (r"\.norm([12])\.", r".layer_norm\1.")):
+        name = re.sub(ours, theirs, name)
     return "vision_model." + name
 
 
 def load_init(encoder, path):
     """Fill an encoder on the CPU from --init. Raises UserError for weights that do not fit."""
     path, = weights.locate([("weights", path, "--init")])
-    source, names = weights.open_weights(path, "--init"), {k: k for k in encoder.state_dict()}
-    if isinstance(encoder, vit.ViT):
-        names = {k: released_key(k) for k in names}
-    own = {names[k]: tuple(v.shape) for k, v in encoder.state_dict().items()}
-    weights.check_keys(own, source.shapes, source.what)
-    encoder.load_state_dict({k: source.rows(key) for k, key in names.items()})
+    source, own = weights.open_weights(path, "--init"), encoder.state_dict()
+    shapes, name = source.shapes, lambda k: k
+    if "logit_scale" in shapes:                         # a checkpoint of this script
+        shapes = {k: shape for k, shape in shapes.items() if k.startswith("encoder.")}
+        name = "encoder.{}".format
+    elif isinstance(encoder, vit.ViT):
+        name = released_key
+    weights.check_keys({name(k): tuple(v.shape) for k, v in own.items()}, shapes, source.what)
+    encoder.load_state_dict({k: source.rows(name(k)) for k in own})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -372,7 +375,7 @@ def main():
     # Optimizer
     # --------------------------------------------------------------------------------------------
     named = {k: p for k, p in model.named_parameters()
-             if not k.startswith("encoder.lin")}                            # LPIPS' weights stay 1/C
+             if not k.startswith("encoder.lin")}                        # LPIPS' weights stay 1/C
     optimizer = parallel.adamw(list(named.values()), devices, lr=args.lr, betas=(0.9, 0.95),
                                weight_decay=0.0)
 
