@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import best_of
@@ -34,9 +33,10 @@ import sample
 import weights
 from best_of import check_finite
 from chat import ROLES, encode_text
-from cli import UserError, parsing, printable
+from cli import UserError, printable
 from files import BrokenRecord, open_image, open_source, read_turns
-from flow import flow_loss, interpolate, noise_for
+from flow import flow_loss, interpolate
+from metrics import frechet, interval, load_inception, psnr, round8, ssim
 from text_model import direct_condition
 
 SMALL = " (small, trained on the built-in data by tiny/train_encoder.py; not the pretrained one)"
@@ -58,81 +58,6 @@ def images_and_records(mixture, count, devices, batch):
             skips.update(r["skipped"], 1)
         images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
         yield parallel.to_device({"images": images}, devices)["images"].float() / 255, records
-
-
-# ------------------------------------------------------------------------------------------------
-# Metrics
-# ------------------------------------------------------------------------------------------------
-
-def round8(x):
-    """[0,1] as an image file stores it: clamped, 8 bits."""
-    return (x.clamp(0, 1) * 255).round() / 255
-
-
-def psnr(a, b):
-    """[B,3,H,W] in [0,1], both rounded to 8 bits -> [B] in dB (100 for equal images)."""
-    return -10 * (round8(a) - round8(b)).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
-
-
-def ssim_map(a, b, window=11, sigma=1.5, k1=0.01, k2=0.03):
-    """[B,3,H,W] in [0,1], sides >= 6 -> [B,3,H,W] (Wang et al. 2004): Gaussian window, images
-    mirrored at the border."""
-    x = torch.arange(window, device=a.device, dtype=torch.float64) - window // 2
-    g = torch.exp(-x.square() / (2 * sigma ** 2))
-    kernel = torch.outer(g, g) / g.sum() ** 2                               # [11,11]
-    kernel = kernel.to(a.dtype).expand(a.shape[1], 1, -1, -1)
-
-    def blur(y):
-        return F.conv2d(F.pad(y, [window // 2] * 4, "reflect"), kernel, groups=y.shape[1])
-    c1, c2, ma, mb = k1 ** 2, k2 ** 2, blur(a), blur(b)
-    va, vb, cov = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
-    return (2 * ma * mb + c1) * (2 * cov + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
-
-
-def ssim(a, b):
-    """[B,3,H,W] in [0,1] -> [B], the map's mean over space and channels (torchmetrics 1.x)."""
-    return ssim_map(a, b).mean(dim=(1, 2, 3))
-
-
-def frechet(a, b):
-    """Features [n,d], [m,d] -> |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2).
-
-    float64. The matrix under the root is symmetric, unlike S_a S_b of the usual form, and has the
-    same eigenvalues. So eigenvalues are enough, and no root can turn complex.
-    """
-    a, b = a.double().cpu(), b.double().cpu()
-    sa, sb = (torch.cov(x.T).reshape(x.shape[1], -1) for x in (a, b))       # [d,d]
-    values, vectors = torch.linalg.eigh(sa)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ sb @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + sa.trace() + sb.trace() - 2 * cross).item()
-
-
-def interval(groups):
-    """[values of a category, ...] -> (mean of the categories' means, low, high): 95 % of 2,000
-    bootstrap draws, which redraw each category's values with replacement."""
-    rand, means = np.random.default_rng(0), []
-    for values in map(np.asarray, groups):
-        again = values[rand.integers(len(values), size=(2000, len(values)))]
-        means.append(again.mean(1))
-    low, high = np.percentile(np.mean(means, 0), (2.5, 97.5))
-    return tuple(round(float(v), 4) for v in (np.mean([np.mean(g) for g in groups]), low, high))
-
-
-def load_inception(path, devices):
-    """Load --inception -> f: [B,3,H,W] in [0,1] -> [B,2048], torch-fidelity's `inception-v3-compat`
-    (the TensorFlow network of FID with its resizing). Raises UserError."""
-    path, = weights.locate([("InceptionV3", path, "--inception")])
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise UserError(f"--inception {path} needs torch-fidelity ({error}): pip install "
-                        "torch-fidelity, or leave the flag out")
-    weights.open_weights(path, "--inception")           # refuses code, which torch-fidelity runs
-    with parsing(f"--inception {path}", path):
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
-    net.to(devices.device).eval()
-    return lambda x: net((x * 255).round().byte())[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -253,17 +178,15 @@ def draw(args, prompts, seeds, model, decode, guidance, devices):
     [0,1] for each, in batches of about --batch images of whole prompts."""
     n = len(seeds[0])
     each = max(1, args.batch // n)
-    N, C = model.dit.config.tokens, model.dit.config.channels
     for start in tqdm(range(0, len(prompts), each), desc="drawing",
                       disable=not sys.stderr.isatty()):
         some = list(zip(prompts, seeds))[start:start + each]
         cond = direct_condition(model.llm, model.tokenizer, [p for p, _ in some], devices.device)
-        noise = torch.stack([noise_for(p, seed, N, C, args.schedule, devices.device)
-                             for p, own in some for seed in own])           # [bn,N,C]
-        z = sample.sample_latents(args, model, cond.repeat_interleave(n, 0), noise, guidance,
-                                  devices)
-        images = check_finite("the decoded image", decode(z)).float().cpu().clamp(0, 1)
-        yield from images.split(n)
+        drawn = [(prompt, seed) for prompt, own in some for seed in own]
+        z = sample.sample_latents(args, model, cond.repeat_interleave(n, 0), drawn, guidance,
+                                  devices)                                  # [bn,N,C]
+        x = check_finite("the decoded image", decode(z)).float().cpu().clamp(0, 1)
+        yield from x.split(n)
 
 
 def t2i(args):

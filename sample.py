@@ -39,8 +39,9 @@ import weights
 from best_of import check_finite
 from chat import IMAGE, SPECIAL, prompt_ids
 from checkpoint import image_sheet
-from cli import UserError, parsing, printable
-from files import is_system, open_image
+from cli import UserError, printable
+from files import open_image
+from prompts import check_geneval, png_files, read_prompts
 from text_model import direct_condition
 
 
@@ -83,47 +84,6 @@ def check_text(words, flag, model):
     if length > model.config.context:
         raise UserError(f"{flag} is too long: {length} tokens with the image's {model.llm.tokens}, "
                         f"the context has {model.config.context}; shorten it ({words[:40]!r}...)")
-
-
-def read_prompts(path, layout=None):
-    """Read --prompts -> [(name, prompt, record)]: a text file with one prompt per line, a .jsonl
-    with "prompt" fields (GenEval), or a folder of .txt files (DPG-Bench). Raises UserError."""
-    flag, items = f"--prompts {printable(path)}", []
-    if path.suffix.lower() in (".json", ".csv", ".tsv", ".parquet"):
-        raise UserError(f"{flag}: expected a text file of lines, a .jsonl or a folder of .txt")
-    files = [f for f in sorted(path.glob("*.txt")) if not is_system(f.name)]
-    for file in files if path.is_dir() else [path]:
-        with parsing(f"--prompts {file}", file):
-            text = file.read_text(encoding="utf-8-sig")
-        if path.is_dir():
-            prompt = " ".join(text.split())
-            items.append((file.stem, prompt, {"prompt": prompt}))
-            continue
-        for number, line in enumerate(text.split("\n"), 1):     # JSON may hold other line breaks
-            record, name = {"prompt": line}, f"{len(items):05d}"
-            if not line.strip():
-                continue
-            if path.suffix.lower() == ".jsonl":
-                with parsing(f"{flag}, line {number}", file):
-                    record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-                    raise UserError(f"{flag}, line {number}: expected {{\"prompt\": ...}}")
-            if layout == "dpg":
-                name = record.get("item_id", name)
-                name = str(name) if isinstance(name, int) else name
-            items.append((name, record["prompt"].strip(), record))
-    if not items:
-        raise UserError(f"{flag}: no prompt in it; expected one per line, or a folder of .txt files")
-    for name, prompt, _ in items:
-        with parsing(f"{flag}: item_id {name!r} is no file name"):
-            size = len(os.fsencode(name))               # raises for null, and half a surrogate pair
-        if not 0 < size <= 200 or name[0] == "." or set(name) & {"/", "\0"}:
-            raise UserError(f"{flag}: item_id {name!r} is no file name")
-        if not prompt:
-            raise UserError(f"{flag}: the prompt of {printable(name)} is empty")
-    if len({name for name, *_ in items}) < len(items):
-        raise UserError(f"{flag}: an item_id comes twice; its images would overwrite each other")
-    return items
 
 
 # ------------------------------------------------------------------------------------------------
@@ -181,34 +141,6 @@ def check_out(path, flag, suffix=None):
         for p in made:
             if os.path.lexists(p):
                 p.unlink() if p.is_file() else p.rmdir()
-
-
-def check_geneval(args, names):
-    """Raise UserError if --out holds images that GenEval's scorer would count besides the ones of
-    the prompts with these names."""
-    for p in args.out.glob("*/samples/*.png"):
-        if p.parts[-3] not in names or p.stem >= f"{args.n:04d}":
-            raise UserError(f"--out {args.out} holds {p} of an earlier run, which the scorer would "
-                            "count too; take another --out")
-
-
-def files_of(args, name, record, images, seeds):
-    """Return the PNG files of one prompt: [(path, image [3,H,W], its seed or seeds)]."""
-    n, all_seeds = len(images), " ".join(map(str, seeds))
-    grid = image_sheet(images, math.ceil(math.sqrt(n)), 0 if args.layout == "dpg" else 2)
-    if args.layout == "geneval":        # NAME/metadata.jsonl, NAME/samples/0000.png, NAME/grid.png
-        folder = args.out / name
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / "metadata.jsonl").write_text(json.dumps(record) + "\n")
-        files = [(folder / "samples" / f"{i:04d}.png", images[i], seeds[i]) for i in range(n)]
-        return files + [(folder / "grid.png", grid, all_seeds)] * args.grid
-    if args.layout == "dpg" or args.prompts and args.grid:      # NAME.png, of 1, or of 2 x 2
-        return [(args.out / f"{name}.png", grid, all_seeds)]
-    if args.prompts:
-        return [(args.out / f"{name}-{seeds[i]}.png", images[i], seeds[i]) for i in range(n)]
-    if args.grid or n == 1:
-        return [(args.out, grid, all_seeds)]
-    return [(args.out.with_stem(f"{args.out.stem}-{i}"), images[i], seeds[i]) for i in range(n)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -282,7 +214,8 @@ def arguments(argv=None):
         a("--save-latent", type=Path, help="save the latents [n,N,C] as safetensors")]
     args = p.parse_args(argv)
     check_arguments(p, args, drawing)
-    args.n = (args.keep if args.best_of else args.n) or (4 if args.layout else 1)
+    default = min(4, args.best_of or 4) if args.layout else 1
+    args.n = (args.keep if args.best_of else args.n) or default
     if args.best_of and args.n > args.best_of or args.layout == "dpg" and args.n not in (1, 4):
         p.error(f"{args.n} images per prompt ({'--keep' if args.best_of else '--n'}): expected at "
                 f"most --best-of {args.best_of}; and 1 or 4 for DPG-Bench's scorer")
@@ -348,14 +281,21 @@ def guidance_of(args, model):
     return guidance
 
 
-def sample_latents(args, model, cond, noise, guidance, devices, progress=lambda: None):
-    """Call flow.sample with the flags of `sampler_flags` -> finite latents [B,N,C]. progress() is
-    called after each step."""
+def sample_latents(args, model, cond, drawn, guidance, devices, progress=lambda: None):
+    """Draw the latent of each (prompt, seed) of `drawn`, with the flags of `sampler_flags`.
+
+    cond: [B,N,Z], or [1,N,Z] for one prompt. progress() is called after each step. Returns finite
+    latents [B,N,C] or raises UserError.
+    """
     def on_step():
         parallel.step_done(devices)                     # XLA computes now: one program per step
         progress()
 
     check_finite("the condition (made by the language model)", cond)
+    N, C = model.dit.config.tokens, model.dit.config.channels
+    where = devices.device if devices.kind == "cuda" else "cpu"     # XLA has no generator
+    noise = torch.stack([flow.noise_for(prompt, seed, N, C, args.schedule, where)
+                         for prompt, seed in drawn])                        # [B,N,C]
     z = flow.sample(model.dit, cond, noise.to(cond.device), model.config.alpha, args.steps,
                     guidance, args.schedule, args.solver, args.guidance_interval, on_step)
     return check_finite(f"the latent (made by the DiT with guidance {guidance:g})", z)
@@ -403,8 +343,7 @@ def condition(args, model, words, device):
 
 def draw(args, items, model, decode, guidance, devices):
     """Draw prompts [(name, prompt, record)] and write their PNG files, with one progress bar."""
-    N, C, count = model.dit.config.tokens, model.dit.config.channels, args.best_of or args.n
-    latents, drawn = [], []
+    count, latents, drawn = args.best_of or args.n, [], []
     steps = len(flow.sampling_times(args.schedule, args.steps, 1.0))
     bar = tqdm(total=len(items) * steps, unit="step", disable=not sys.stderr.isatty())
     for name, prompt, record in items:
@@ -412,9 +351,8 @@ def draw(args, items, model, decode, guidance, devices):
         words = (args.template or "{}").replace("{}", prompt)
         cond, forced = condition(args, model, words, devices.device)        # [1,N,Z]
         seeds = [args.seed + i for i in range(count)]
-        noise = torch.stack([flow.noise_for(prompt, seed, N, C, args.schedule, devices.device)
-                             for seed in seeds])
-        z = sample_latents(args, model, cond, noise, guidance, devices, bar.update)     # [n,N,C]
+        z = sample_latents(args, model, cond, [(prompt, seed) for seed in seeds], guidance,
+                           devices, bar.update)                             # [n,N,C]
         info = dict(prompt=prompt, steps=args.steps, guidance=guidance, schedule=args.schedule,
                     model=printable(Path(args.run).name), dtype=str(devices.dtype)[len("torch."):])
         for key, value, default in (("guidance_interval", args.guidance_interval, (0.0, 1.0)),
@@ -433,7 +371,7 @@ def draw(args, items, model, decode, guidance, devices):
         images = torch.cat([decode(row[None]) for row in z])                # [n,3,H,W]
         latents.append(z.cpu())
         drawn += [[prompt, seed] for seed in seeds]
-        for path, image, seed in files_of(args, name, record, images, seeds):
+        for path, image, seed in png_files(args, name, record, images, seeds):
             save_png(image, path, seed=seed, **info)
             bar.write(printable(path))
     bar.close()

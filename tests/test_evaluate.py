@@ -1,4 +1,4 @@
-"""evaluate.py: the metrics by hand and against other libraries, the commands, bad input.
+"""metrics.py and evaluate.py: the metrics by hand and against other libraries, the commands, bad input.
 
     pytest tests/test_evaluate.py
 """
@@ -22,6 +22,7 @@ import decoder
 import dit
 import encoder
 import evaluate
+import metrics
 import parallel
 import sample
 import text_model
@@ -50,11 +51,11 @@ def last_line(capsys):
 def test_psnr_and_ssim():
     a = torch.full((2, 3, 16, 16), 0.2)                 # 51 of 255
     b = torch.stack([a[0] + 0.1, a[0]])
-    first, second = evaluate.psnr(a, torch.stack([a[0] + 0.103, a[0]]))     # 77.3: stored as 77
+    first, second = metrics.psnr(a, torch.stack([a[0] + 0.103, a[0]]))     # 77.3: stored as 77
     assert first.item() == pytest.approx(-20 * math.log10(26 / 255), abs=1e-3)
     assert second == 100
     # no variance: (2 ma mb + c1) / (ma^2 + mb^2 + c1)
-    assert evaluate.ssim(a, b)[0].item() == pytest.approx(0.1201 / 0.1301, abs=1e-4)
+    assert metrics.ssim(a, b)[0].item() == pytest.approx(0.1201 / 0.1301, abs=1e-4)
     # one window, by the definition
     g = torch.Generator().manual_seed(0)
     x, y = torch.rand(2, 1, 1, 11, 11, generator=g, dtype=torch.float64)
@@ -64,19 +65,19 @@ def test_psnr_and_ssim():
     dx, dy = x - mx, y - my
     vx, vy, cov = (w * dx ** 2).sum(), (w * dy ** 2).sum(), (w * dx * dy).sum()
     want = (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
-    assert evaluate.ssim_map(x, y)[0, 0, 5, 5].item() == pytest.approx(want.item(), rel=1e-9)
+    assert metrics.ssim_map(x, y)[0, 0, 5, 5].item() == pytest.approx(want.item(), rel=1e-9)
 
 
 def test_psnr_and_ssim_against_torchmetrics():
     """LPIPS has its golden file, tests/golden/lpips.safetensors."""
     image = pytest.importorskip("torchmetrics.functional.image")
     g = torch.Generator().manual_seed(1)
-    a = evaluate.round8(torch.rand(3, 3, 40, 48, generator=g))
-    b = evaluate.round8((a + 0.1 * torch.randn(a.shape, generator=g)).clamp(0, 1))
+    a = metrics.round8(torch.rand(3, 3, 40, 48, generator=g))
+    b = metrics.round8((a + 0.1 * torch.randn(a.shape, generator=g)).clamp(0, 1))
     want = image.structural_similarity_index_measure(a, b, data_range=1.0)
-    assert evaluate.ssim(a, b).mean().item() == pytest.approx(want.item(), abs=1e-4)
+    assert metrics.ssim(a, b).mean().item() == pytest.approx(want.item(), abs=1e-4)
     want = image.peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3), reduction="none")
-    assert torch.allclose(evaluate.psnr(a, b), want, atol=1e-4)
+    assert torch.allclose(metrics.psnr(a, b), want, atol=1e-4)
 
 
 def test_ssim_against_scikit_image():
@@ -88,7 +89,7 @@ def test_ssim_against_scikit_image():
     _, where = metrics.structural_similarity(
         a.numpy(), b.numpy(), data_range=1.0, channel_axis=0, gaussian_weights=True, sigma=1.5,
         use_sample_covariance=False, full=True)
-    found = evaluate.ssim_map(a[None], b[None])[0]
+    found = metrics.ssim_map(a[None], b[None])[0]
     assert torch.allclose(found[:, 5:-5, 5:-5], torch.from_numpy(where[:, 5:-5, 5:-5]), atol=1e-4)
 
 
@@ -96,18 +97,18 @@ def test_frechet_distance():
     """Closed forms: a shift; a scale of every axis; and the trace form for any two covariances."""
     g = torch.Generator().manual_seed(0)
     a = torch.randn(500, 6, generator=g, dtype=torch.float64)
-    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-9)
-    assert evaluate.frechet(a, a + 2) == pytest.approx(6 * 4, rel=1e-9)
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet(a, a + 2) == pytest.approx(6 * 4, rel=1e-9)
     centred = a - a.mean(0)
     spread = torch.cov(a.T).trace().item()
-    assert evaluate.frechet(centred, 3 * centred) == pytest.approx(4 * spread, rel=1e-9)
+    assert metrics.frechet(centred, 3 * centred) == pytest.approx(4 * spread, rel=1e-9)
     b = a @ torch.randn(6, 6, generator=g, dtype=torch.float64)
     sa, sb = torch.cov(a.T), torch.cov(b.T)
     cross = torch.linalg.eigvals(sa @ sb).real.sqrt().sum()
     want = (a.mean(0) - b.mean(0)).square().sum() + sa.trace() + sb.trace() - 2 * cross
-    assert evaluate.frechet(a, b) == pytest.approx(want.item(), rel=1e-9)
+    assert metrics.frechet(a, b) == pytest.approx(want.item(), rel=1e-9)
     few = a[:4]                                     # fewer images than features
-    assert evaluate.frechet(few, few) == pytest.approx(0, abs=1e-6)
+    assert metrics.frechet(few, few) == pytest.approx(0, abs=1e-6)
 
 
 def test_ssim_mirrors_the_image_at_its_border():
@@ -121,7 +122,7 @@ def test_ssim_mirrors_the_image_at_its_border():
     vx, vy, cov = ((w * px * px).sum() - mx**2, (w * py * py).sum() - my**2,
                    (w * px * py).sum() - mx * my)
     want = (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
-    found = evaluate.ssim_map(*(torch.from_numpy(v)[None, None] for v in (x, y)))
+    found = metrics.ssim_map(*(torch.from_numpy(v)[None, None] for v in (x, y)))
     assert found[0, 0, 0, 0].item() == pytest.approx(want, rel=1e-6)
 
 
@@ -129,20 +130,20 @@ def test_metrics_are_of_stored_images():
     """Metrics see images as a file stores them: clamped, 8 bits."""
     x = torch.rand(4, 3, 16, 16)
     rows = evaluate.measure(lambda x: 3 * x - 1, [x], lambda x: x.flatten(2), None)
-    stored = evaluate.round8(3 * x - 1)
-    assert torch.equal(rows["ssim"], evaluate.ssim(stored, x))
+    stored = metrics.round8(3 * x - 1)
+    assert torch.equal(rows["ssim"], metrics.ssim(stored, x))
     assert torch.equal(rows["fake"], stored.flatten(2).mean(1))
 
 
 def test_intervals_by_hand():
-    assert evaluate.interval([[1, 1, 1]]) == (1, 1, 1)
-    assert evaluate.interval([[0, 1]]) == (0.5, 0, 1)   # 0, 1/2, 1 with odds 1/4, 1/2, 1/4
-    assert evaluate.interval([[1] * 4, [0] * 4]) == (0.5, 0.5, 0.5)     # within categories only
-    mean, low, high = evaluate.interval([[1, 0, 0, 0] * 25])            # binomial(100, 1/4)
+    assert metrics.interval([[1, 1, 1]]) == (1, 1, 1)
+    assert metrics.interval([[0, 1]]) == (0.5, 0, 1)   # 0, 1/2, 1 with odds 1/4, 1/2, 1/4
+    assert metrics.interval([[1] * 4, [0] * 4]) == (0.5, 0.5, 0.5)     # within categories only
+    mean, low, high = metrics.interval([[1, 0, 0, 0] * 25])            # binomial(100, 1/4)
     assert mean == 0.25 and abs(low - 0.17) <= 0.01 and abs(high - 0.34) <= 0.01
-    mean, low, high = evaluate.interval([[0, 1] * 50] * 4)   # standard error 1/20, of all 1/40
+    mean, low, high = metrics.interval([[0, 1] * 50] * 4)   # standard error 1/20, of all 1/40
     assert mean == 0.5 and abs(low - 0.451) <= 0.008 and abs(high - 0.549) <= 0.008
-    assert evaluate.interval([[0, 1] * 50] * 4) == (mean, low, high)    # the same draws each time
+    assert metrics.interval([[0, 1] * 50] * 4) == (mean, low, high)    # the same draws each time
 
 
 def test_which_answers_are_right():
@@ -203,9 +204,9 @@ def test_rfid_and_fid(call, capsys, untrained, tmp_path, monkeypatch):      # no
         m.setattr(fid.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         net = fid.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     torch.save(net.state_dict(), tmp_path / "inception.pth")
-    f = evaluate.load_inception(tmp_path / "inception.pth", CPU)
+    f = metrics.load_inception(tmp_path / "inception.pth", CPU)
     x = torch.rand(3, 3, 64, 64)
-    assert f(x).shape == (3, 2048) and torch.equal(f(x), f(evaluate.round8(x)))
+    assert f(x).shape == (3, 2048) and torch.equal(f(x), f(metrics.round8(x)))
     options = ["--data", "builtin:web", "--count", 4, "--inception", tmp_path / "inception.pth"]
     assert run(call, "decoder", "--run", untrained, "--no-lpips", *options) == 0
     assert last_line(capsys)[1]["rfid"] > 0
@@ -337,7 +338,7 @@ def test_fid_by_hand(call, capsys):                         # noqa: F811
     with torch.no_grad():
         real, fake = (net(torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2) / 255).mean(1)
                       for x in ([mixture[i]["image"] for i in range(5)], images))
-    assert found["fd_enc"] == pytest.approx(evaluate.frechet(real, fake), rel=0.02)
+    assert found["fd_enc"] == pytest.approx(metrics.frechet(real, fake), rel=0.02)
     assert run(call, *few, "--steps", 1) == 0
     assert last_line(capsys)[1]["fd_enc"] > 1.3 * found["fd_enc"]
 
@@ -579,7 +580,7 @@ BAD = [
     ("decoder --data builtin:cats", "builtin:cats|builtin:web"),
     ("decoder --run {f}/absent", "--run|absent"), ("decoder --vgg {f}/absent", "--vgg|absent"),
     ("decoder --data {f}/one", "--data|1 image"),
-    ("decoder --data {f}/broken --count 30 --no-lpips", "broken records|10%"),
+    ("decoder --data {f}/broken --count 40 --no-lpips", "broken records|10%"),
     ("decoder --run {a}/vae.safetensors --encoder {f}/absent", "--encoder|VAE|--features"),
     ("decoder --run {f}/nan.safetensors", "--run|nan.safetensors|NaN"),
     ("decoder --run {a}/encoder.safetensors", "--run|encoder.safetensors|not a decoder"),

@@ -26,6 +26,7 @@ import cli                                                              # noqa: 
 import data                                                             # noqa: E402
 import flow                                                             # noqa: E402
 import parallel                                                         # noqa: E402
+import prompts                                                          # noqa: E402
 import sample                                                           # noqa: E402
 import text_model                                                       # noqa: E402
 import weights                                                          # noqa: E402
@@ -483,10 +484,10 @@ def test_prompt_files_keep_the_prompt(tmp_path):
     """A line separator that JSON allows inside a string; the record of a folder's text file."""
     file, folder = tmp_path / "u.jsonl", tmp_path / "t"
     file.write_text(json.dumps({"prompt": "a red\u2028circle"}, ensure_ascii=False))
-    assert [p for _, p, _ in sample.read_prompts(file)] == ["a red\u2028circle"]
+    assert [p for _, p, _ in prompts.read_prompts(file)] == ["a red\u2028circle"]
     folder.mkdir()
     (folder / "a.txt").write_text("a red\ncircle\n")
-    assert sample.read_prompts(folder, "geneval") == [("a", "a red circle",
+    assert prompts.read_prompts(folder, "geneval") == [("a", "a red circle",
                                                        {"prompt": "a red circle"})]
 
 

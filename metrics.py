@@ -1,0 +1,81 @@
+"""Measures of images: PSNR, SSIM, Frechet distance, and bootstrap intervals.
+
+Images are [B,3,H,W] in [0,1].
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import weights
+from cli import UserError, parsing
+
+
+def round8(x):
+    """[0,1] as an image file stores it: clamped, 8 bits."""
+    return (x.clamp(0, 1) * 255).round() / 255
+
+
+def psnr(a, b):
+    """[B,3,H,W] in [0,1], both rounded to 8 bits -> [B] in dB (100 for equal images)."""
+    return -10 * (round8(a) - round8(b)).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
+
+
+def ssim_map(a, b, window=11, sigma=1.5, k1=0.01, k2=0.03):
+    """[B,3,H,W] in [0,1], sides >= 6 -> [B,3,H,W] (Wang et al. 2004): Gaussian window, images
+    mirrored at the border."""
+    x = torch.arange(window, device=a.device, dtype=torch.float64) - window // 2
+    g = torch.exp(-x.square() / (2 * sigma ** 2))
+    kernel = torch.outer(g, g) / g.sum() ** 2                               # [11,11]
+    kernel = kernel.to(a.dtype).expand(a.shape[1], 1, -1, -1)
+
+    def blur(y):
+        return F.conv2d(F.pad(y, [window // 2] * 4, "reflect"), kernel, groups=y.shape[1])
+    c1, c2, ma, mb = k1 ** 2, k2 ** 2, blur(a), blur(b)
+    va, vb, cov = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
+    return (2 * ma * mb + c1) * (2 * cov + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
+
+
+def ssim(a, b):
+    """[B,3,H,W] in [0,1] -> [B], the map's mean over space and channels (torchmetrics 1.x)."""
+    return ssim_map(a, b).mean(dim=(1, 2, 3))
+
+
+def frechet(a, b):
+    """Features [n,d], [m,d] -> |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2).
+
+    float64. The matrix under the root is symmetric, unlike S_a S_b of the usual form, and has the
+    same eigenvalues. So eigenvalues are enough, and no root can turn complex.
+    """
+    a, b = a.double().cpu(), b.double().cpu()
+    sa, sb = (torch.cov(x.T).reshape(x.shape[1], -1) for x in (a, b))       # [d,d]
+    values, vectors = torch.linalg.eigh(sa)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ sb @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + sa.trace() + sb.trace() - 2 * cross).item()
+
+
+def interval(groups):
+    """[values of a category, ...] -> (mean of the categories' means, low, high): 95 % of 2,000
+    bootstrap draws, which redraw each category's values with replacement."""
+    rand, means = np.random.default_rng(0), []
+    for values in map(np.asarray, groups):
+        again = values[rand.integers(len(values), size=(2000, len(values)))]
+        means.append(again.mean(1))
+    low, high = np.percentile(np.mean(means, 0), (2.5, 97.5))
+    return tuple(round(float(v), 4) for v in (np.mean([np.mean(g) for g in groups]), low, high))
+
+
+def load_inception(path, devices):
+    """Load --inception -> f: [B,3,H,W] in [0,1] -> [B,2048], torch-fidelity's `inception-v3-compat`
+    (the TensorFlow network of FID with its resizing). Raises UserError."""
+    path, = weights.locate([("InceptionV3", path, "--inception")])
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise UserError(f"--inception {path} needs torch-fidelity ({error}): pip install "
+                        "torch-fidelity, or leave the flag out")
+    weights.open_weights(path, "--inception")           # refuses code, which torch-fidelity runs
+    with parsing(f"--inception {path}", path):
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
+    net.to(devices.device).eval()
+    return lambda x: net((x * 255).round().byte())[0]
