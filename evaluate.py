@@ -367,7 +367,8 @@ def file_questions(path, count, encoder):
         k = next(k for k, turn in enumerate(turns) if ROLES[turn["from"]] == "user")
         reference = turns[k + 1]["value"] if k + 1 < len(turns) else fields.get("answer")
         yield dict(id=fields.get("question_id", fields.get("id", j)), reference=reference,
-                   image=fields.get("image", source.key(j)), kind=str(fields.get("category", "any")),
+                   image=fields.get("image", source.key(j)),
+                   kind=str(fields.get("category", "any")),
                    question=turns[k]["value"].replace("<image>", "").strip()), image
 
 

@@ -1,4 +1,4 @@
-"""metrics.py and evaluate.py: the metrics by hand and against other libraries, the commands, bad input.
+"""metrics.py by hand and against other libraries; evaluate.py's commands; bad input.
 
     pytest tests/test_evaluate.py
 """
@@ -481,7 +481,7 @@ def test_a_run_on_a_vae_latent(call, capsys, vae_run):      # noqa: F811
     assert 0.5 < last_line(capsys)[1]["ceiling"] <= 1                   # the VAE passes most
     assert run(call, "vqa", "--run", vae_run, "--count", 2) == 0
     assert run(call, "flow", "--run", vae_run, "--count", 4, "--times", 0.5) == 0
-    assert 1 < last_line(capsys)[1]["flow"] < 4         # an untrained v is 0: |eps - z|^2 is about 2
+    assert 1 < last_line(capsys)[1]["flow"] < 4         # v is 0 at first: |eps - z|^2, about 2
     assert run(call, "fid", "--run", vae_run, "--count", 3, "--steps", 1) == 0
     assert last_line(capsys)[1]["fd_enc"] > 0
     assert run(call, "t2i", "--run", vae_run, "--encoder", "absent") == 2
@@ -520,7 +520,7 @@ def files(tmp_path_factory):
                        "roles.jsonl": '{"image": "a.png", "conversations": [{"from": "cat", '
                                       '"value": "meow"}]}',
                        "mute.jsonl": '{"image": "a.png"}',
-                       "chat.jsonl": '{"image": "a.png", "text": "what <im_start> is it?"}'}.items():
+                       "chat.jsonl": '{"image": "a.png", "text": "what <im_start>?"}'}.items():
         (f / name).write_text(line)
     Image.new("RGB", (20, 20)).save(f / "a.png")
     (f / "cut.safetensors").write_bytes((weights.TINY / "decoder.safetensors").read_bytes()[:999])
@@ -570,7 +570,8 @@ BAD = [
     ("vqa --run {f}/absent", "--run|absent"), ("vqa --encoder {f}/other.safetensors", "--encoder"),
     ("vqa --decoder {f}/absent", "--decoder"), ("vqa --data {f}/absent.jsonl", "absent.jsonl"),
     ("vqa --data {f}/lost.jsonl", "gone.png"), ("vqa --data {f}/half.jsonl", "half.jsonl"),
-    ("vqa --data {f}/roles.jsonl", "roles.jsonl|'cat'"), ("vqa --data {f}/mute.jsonl", "mute.jsonl"),
+    ("vqa --data {f}/roles.jsonl", "roles.jsonl|'cat'"),
+    ("vqa --data {f}/mute.jsonl", "mute.jsonl"),
     ("vqa --data {f}/chat.jsonl", "<im_start>|chat format"),
     ("vqa --answers a.txt", "--answers|a.txt|.jsonl"), ("vqa --data builtin:web", "builtin:web"),
     ("judge --count 0", "--count"), ("judge --decoder {f}/absent", "--decoder|absent"),
