@@ -31,6 +31,8 @@ import data
 import parallel
 import sample
 import weights
+import stage2
+import networks
 from best_of import check_finite
 from chat import ROLES, encode_text
 from cli import UserError, printable
@@ -68,17 +70,17 @@ def load_codec(args, devices):
     """Load --run -> reconstruct: [B,3,S,S] -> [B,3,S,S]; S; the encoder of the features; whether it
     is a tiny one. A decoder's config names its encoder; a published decoder's width tells it."""
     path, = weights.locate([("decoder or VAE", args.run, "--run")])
-    source = weights.open_weights(weights.vae_inside(path), "--run")
+    source = weights.open_weights(networks.vae_inside(path), "--run")
     is_vae = any(k.startswith("decoder.up") for k in source.shapes)
     if is_vae and args.encoder:
         raise UserError(f"--encoder {args.encoder}: {args.run} is a VAE, its own encoder; "
                         "--features names the network of FD-enc")
     if is_vae:
-        vae = weights.load_vae(path, devices, "--run")
+        vae = networks.load_vae(path, devices, "--run")
         tiny = len(vae.config.block_out_channels) < 4
         name = args.features or (weights.TINY_ENCODER if tiny else weights.HUB["siglip2"][0])
         features, = weights.locate([("encoder for the features", name, "--features")])
-        features = weights.load_encoder(features, devices)
+        features = networks.load_encoder(features, devices)
         return lambda x: vae.decode(vae.encode(x)), 64 if tiny else 256, features, tiny
     width = next((s[1] for k, s in source.shapes.items() if k.endswith("decoder_embed.weight")), 0)
     known = {1152: weights.HUB["siglip2"][0], 1024: weights.HUB["webssl"][0]}
@@ -86,10 +88,10 @@ def load_codec(args, devices):
     name = args.encoder or own or known.get(width, weights.TINY_ENCODER)
     paths = weights.locate([("encoder", name, "--encoder"),
                             ("encoder for the features", args.features or name, "--features")])
-    encoder = weights.load_encoder(paths[0], devices)
-    decode = weights.load_decoder(path, devices, encoder, "--run")
-    weights.note_pair(decode, name, "--run")
-    features = weights.load_encoder(paths[1], devices) if args.features else encoder
+    encoder = networks.load_encoder(paths[0], devices)
+    decode = networks.load_decoder(path, devices, encoder, "--run")
+    networks.note_pair(decode, name, "--run")
+    features = networks.load_encoder(paths[1], devices) if args.features else encoder
     resolution = decode.config.image_size
     return lambda x: decode(encoder(x)), resolution, features, resolution <= 64
 
@@ -133,8 +135,8 @@ def decoder(args):
     reconstruct, resolution, features, tiny = load_codec(args, devices)
     vgg, note = None, "left out (--no-lpips)"
     if not args.no_lpips:
-        paths = weights.locate(weights.vgg_files(args, tiny, True))
-        vgg = weights.load_perceptual(paths[0], paths[1] if len(paths) > 1 else None, devices)
+        paths = weights.locate(networks.vgg_files(args, tiny, True))
+        vgg = networks.load_perceptual(paths[0], paths[1] if len(paths) > 1 else None, devices)
         note = str(paths[0]) + SMALL * (vgg.width < 1)
     print(f"reconstructions by {args.run}, {resolution} px, on {devices}\nLPIPS net: {note}\n")
     header = f"{'source':<28}{'images':>8}{'PSNR dB':>9}{'SSIM':>8}{'LPIPS':>8}{'FD-enc':>10}"
@@ -170,7 +172,7 @@ def load_model(args):
     """Load --run -> (devices, model)."""
     devices = sample.setup(args)
     path, = weights.locate([("model", args.run, "--run")])
-    return devices, weights.load_run(path, devices)
+    return devices, stage2.load_run(path, devices)
 
 
 def draw(args, prompts, seeds, model, decode, guidance, devices):
@@ -206,7 +208,7 @@ def t2i(args):
     prompts = judge.prompts(args.per_category)
     devices, model = load_model(args)
     guidance = sample.guidance_of(args, model)
-    encoder, decode = weights.load_codec(model.config, args, devices)
+    encoder, decode = stage2.load_codec(model.config, args, devices)
     at = "" if (where := args.guidance_interval) == (0, 1) else f" at t in {list(where)}"
     print(f"{len(prompts)} prompts x {args.n} images by {args.run}, {args.steps} steps "
           f"({args.schedule}), guidance {guidance:g}{at}, on {devices}\n", flush=True)
@@ -250,8 +252,8 @@ def fid(args):
     devices, model = load_model(args)
     guidance = sample.guidance_of(args, model)
     inception = load_inception(args.inception, devices) if args.inception else None
-    encoder, _ = weights.load_codec(model.config, args, devices, decoder=False)
-    _, decode = weights.load_codec(model.config, args, devices, encoder=False)
+    encoder, _ = stage2.load_codec(model.config, args, devices, decoder=False)
+    _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
     mixture, count = captioned(args, encoder)
     if count < 2:
         raise UserError(f"--data of {count} image; a covariance needs at least 2")
@@ -286,7 +288,8 @@ def fid(args):
 def flow(args):
     """measure the flow loss on unseen images at fixed times, with fixed noise"""
     devices, model = load_model(args)
-    encoder, _ = weights.load_codec(model.config, args, devices)        # the VAE, if it has one
+    encoder, _ = stage2.load_codec(model.config, args, devices,        # the VAE, if it has one
+                                    decoder=bool(model.config.vae))
     shape = model.dit.config.tokens, model.dit.config.channels
     mixture, count = captioned(args, encoder)
     loss, done = [[] for _ in args.times], 0
@@ -389,7 +392,7 @@ def vqa(args):
     if args.answers:
         sample.check_out(args.answers, "--answers", ".jsonl")
     devices, model = load_model(args)
-    encoder, _ = weights.load_codec(model.config, args, devices, decoder=False)
+    encoder, _ = stage2.load_codec(model.config, args, devices, decoder=False)
     stream = (builtin_questions(args.data, args.count or 1000, args.seed, encoder)
               if args.data.startswith("builtin:") else
               file_questions(args.data, args.count, encoder))
@@ -432,8 +435,8 @@ def judge(args):
     paths = weights.locate([("encoder", args.encoder or weights.TINY / "encoder.safetensors",
                              "--encoder"), ("decoder", args.decoder or
                                             weights.TINY / "decoder.safetensors", "--decoder")])
-    encoder = weights.load_encoder(paths[0], devices)
-    model = weights.load_decoder(paths[1], devices, encoder)
+    encoder = networks.load_encoder(paths[0], devices)
+    model = networks.load_decoder(paths[1], devices, encoder)
     rows = judge_table(encoder, model, args.count, args.seed)
     print(json.dumps({"task": "judge", "count": args.count, "seed": args.seed, "rows": rows}))
 
@@ -453,7 +456,7 @@ def main():
         a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
         a("--dtype", choices=["bfloat16", "float32"], help="default: float32 on the CPU")
         a("--encoder", help="default: the one that belongs to the run or decoder")
-        if function in (t2i, fid, judge):
+        if function in (t2i, flow, fid, judge):
             a("--decoder", help="default: the one that belongs to the encoder")
         if function in (t2i, fid):
             sample.sampler_flags(q, steps=25, seed=0 if function == t2i else 2000)
