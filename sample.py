@@ -36,6 +36,7 @@ import cli
 import flow
 import parallel
 import weights
+import stage2
 from best_of import check_finite
 from chat import IMAGE, SPECIAL, prompt_ids
 from checkpoint import image_sheet
@@ -412,11 +413,11 @@ def main(argv=None):
     path, = weights.locate([("model", args.run, "--run")])
     devices = setup(args)
     if args.reconstruct:
-        config = weights.model_config(weights.open_weights(path, "--run"))
-        codec = weights.load_codec(config, args, devices)
+        config = stage2.model_config(weights.open_weights(path, "--run"))
+        codec = stage2.load_codec(config, args, devices)
         return reconstruct(args, image, *codec, devices.device)
 
-    model = weights.load_run(path, devices)
+    model = stage2.load_run(path, devices)
     N, C, z = model.dit.config.tokens, model.dit.config.channels, None
     if model.config.image_channels != C and (args.best_of or args.latent and args.text):
         raise UserError(f"--run {args.run} draws latents of {C} channels and reads latents of "
@@ -427,13 +428,13 @@ def main(argv=None):
     if args.latent:
         z = read_latent(args.latent, N, C).to(devices.device)
     if args.image:
-        encoder, _ = weights.load_codec(model.config, args, devices, decoder=False)
+        encoder, _ = stage2.load_codec(model.config, args, devices, decoder=False)
         z = encoder(to_tensor(image, encoder).to(devices.device))
         check_finite("the latent (made by the encoder)", z)
     if z is not None and args.text:                     # a question: no pixels needed
         return ask(args, model, z)
     guidance = guidance_of(args, model)
-    _, decode = weights.load_codec(model.config, args, devices, encoder=False)
+    _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
     if args.latent:
         return show_latents(args, z, decode)
     draw(args, items, model, decode, guidance, devices)

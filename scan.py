@@ -2,11 +2,11 @@
 
     x = block(x, *shared)   for every block
 
-The loop keeps the input of each block and computes the rest again in the loop back, that is
---remat block. torch_xla's own scan_layers would also keep one copy of `shared` a block and, with
-its default partition, everything that autograd saves. The weights are kept stacked, with their
-gradients, moments and average, so that what is done to each parameter is compiled once too; files
-have them block by block (parallel.apart). Only parallel.use_scan calls this.
+The loop keeps the input of each block and recomputes the rest in the loop back, as --remat block
+does. torch_xla's own scan_layers would also keep one copy of `shared` per block and, with its
+default partition, everything that autograd saves. Weights stay stacked, with their gradients,
+moments and average, so that the work on each parameter is compiled once too; files hold them block
+by block (parallel.unstack). Only parallel.use_scan calls this.
 """
 import copy
 import itertools
@@ -20,8 +20,8 @@ from parallel import spec
 
 
 class Stacks(nn.Module):
-    """In place of an nn.ModuleList of blocks: those of one shape that follow each other hold each
-    parameter once, [n,...]. A child, such as `0-31`, is the first of them, with these for its own.
+    """Replaces an nn.ModuleList of blocks. Blocks of one shape that follow each other hold each
+    parameter once, [n,...]; a child, such as `0-31`, is the first of them with these parameters.
     """
 
     def __init__(self, blocks=()):
@@ -41,7 +41,7 @@ class Stacks(nn.Module):
             first += len(group)
 
     def ranges(self):
-        """(first, behind the last, the stack) of each."""
+        """Yield (first, last + 1, stack) of each stack."""
         for name, stack in self.named_children():
             first, last = map(int, name.split("-"))
             yield first, last + 1, stack
@@ -50,14 +50,13 @@ class Stacks(nn.Module):
         return sum(end - first for first, end, _ in self.ranges())
 
     def __iter__(self):
-        """Block by block, with views of the stacks for weights: for what is no loop, as sampling
-        with modulations of its own for every block."""
+        """Yield block by block, with views of the stacks for weights: for code without a loop."""
         for first, end, stack in self.ranges():
             for i in range(end - first):
                 yield view(stack, i)
 
     def __getitem__(self, at):
-        """The block at a number; of a slice the stacks, cut where it ends within one."""
+        """Return the block at a number; for a slice the stacks, cut where it ends within one."""
         if not isinstance(at, slice):
             return next(itertools.islice(self, at, None))
         part, (start, stop, _) = Stacks(), at.indices(len(self))
@@ -71,31 +70,25 @@ class Stacks(nn.Module):
 
 
 def kind(block):
-    """Equal for blocks that may share a stack: shapes, and numbers as that of heads."""
+    """Return a value that is equal for blocks that may share a stack: shapes and plain numbers."""
     return [p.shape for p in block.parameters()], [
         v for m in block.modules() for v in vars(m).values() if isinstance(v, (int, float))]
 
 
 def view(stack, at):
-    """The same module over a part of each of its parameters."""
+    """Return the same module over a part of each of its parameters."""
     return copy.deepcopy(stack, {id(p): p[at] for p in stack.parameters()})
 
 
 def scan(devices, blocks, x, *shared):
-    """Stacks and x [B,N,D] -> [B,N,D]; shared: what all blocks take besides x, tensors or anything
-    else."""
-    each = [hasattr(s, "__next__") for s in shared]     # an iterator: one for each block, as the
-    if any(each):                                       # modulations in sampling; no loop then
-        for block in blocks:
-            x = block(x, *[next(s) if e else s for s, e in zip(shared, each)])
-        return x
+    """Run Stacks on x [B,N,D]. shared: what all blocks take besides x, tensors or anything else."""
     for block in blocks.children():
         x = scan_stack(devices, block, x, *shared)
     return x
 
 
 def scan_stack(devices, block, x, *shared):
-    """One loop: a block whose parameters are [n,...]."""
+    """Run one loop over a block whose parameters are [n,...]."""
     names, stacks = zip(*block.named_parameters())
     axes = [spec(name, p.shape[1:]) for name, p in zip(names, stacks)]      # of one block
     tensors = [s for s in shared if torch.is_tensor(s)]
@@ -115,7 +108,7 @@ def scan_stack(devices, block, x, *shared):
 
 
 class _Scan(torch.autograd.Function):
-    """The loop over the stacked weights, and the loop back. The shared tensors travel in the carry,
+    """The loop over the stacked weights and the loop back. Shared tensors travel in the carry,
     because the body of a loop sees nothing else."""
 
     @staticmethod

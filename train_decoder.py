@@ -23,6 +23,7 @@ import cli
 import data
 import parallel
 import weights
+import networks
 from checkpoint import (
     Run, averaged, averages, check_batch, cosine, ema_weight, save_grid, set_lr, start_table,
     state_gb, update_ema)
@@ -155,13 +156,13 @@ def load_frozen(args, devices):
             return (None if vae else encoder, Perceptual(dtype=devices.dtype) if vgg else None,
                     Discriminator() if args.gan else None, "published shapes")
     wanted = [] if vae else [("encoder", args.encoder or encoder_name(args), "--encoder")]
-    wanted += weights.vgg_files(args, tiny, args.lpips) if vgg else []
-    wanted += weights.dino_file(args, tiny) if args.gan else []
+    wanted += networks.vgg_files(args, tiny, args.lpips) if vgg else []
+    wanted += networks.dino_file(args, tiny) if args.gan else []
     path = dict(zip((what for what, _, _ in wanted), weights.locate(wanted)))
-    encoder = None if vae else weights.load_encoder(path["encoder"], devices)
-    vgg = weights.load_perceptual(path["VGG16"], path.get("LPIPS"), devices,
+    encoder = None if vae else networks.load_encoder(path["encoder"], devices)
+    vgg = networks.load_perceptual(path["VGG16"], path.get("LPIPS"), devices,
                                   args.lpips > 0) if vgg else None
-    disc = weights.load_discriminator(path["DINO"], devices,
+    disc = networks.load_discriminator(path["DINO"], devices,
                                       args.seed).eval() if args.gan else None
     small = {"VGG16": vgg and vgg.width < 1, "DINO": disc and disc.config.dim < 384}
     return encoder, vgg, disc, {k: f"{p}{SMALL * bool(small.get(k))}" for k, p in path.items()}
@@ -200,8 +201,8 @@ def build(args, encoder, devices):
             init_weights(twin, args.seed)
         return parallel.build(model, parallel.rows_of(twin.state_dict()), devices)
     path, = weights.locate([("weights", args.init, "--init")])
-    model = (weights.load_vae(path, devices, "--init") if vae else
-             weights.load_decoder(path, devices, encoder, "--init"))
+    model = (networks.load_vae(path, devices, "--init") if vae else
+             networks.load_decoder(path, devices, encoder, "--init"))
     own = ("encoder", "image_mean", "image_std", "layer_norm_eps", "scaling_factor", "shift_factor")
     differ = [f"{k} {v!r}, not {getattr(config, k)!r}" for k, v in vars(model.config).items()
               if k not in own and v != getattr(config, k)]

@@ -29,16 +29,13 @@ import data
 import dit as dit_file
 import flow
 import parallel
+import stage2
 import text_model
 import weights
 from checkpoint import Run, averaged
 from cli import UserError
-from dit import SIZES, DiT, DiTConfig, Linear
-from encoder import SO400M, WEBSSL_300M, ViT
-from encoder import init_weights as init_encoder
-from text_model import LLMConfig, TextModel
-from vae import VAE, VAEConfig, pack
-from weights import ModelConfig
+from dit import SIZES, Linear
+from vae import pack
 
 # ------------------------------------------------------------------------------------------------
 # Arguments
@@ -158,7 +155,7 @@ def open_init(args):
         return None, None
     args.init, = weights.locate([("weights", args.init, "--init")])
     init = weights.open_weights(args.init, "--init")
-    config = weights.model_config(init)
+    config = stage2.model_config(init)
     k, llm = config.dit, config.llm
     row = SIZES[args.size] if args.size else k
     for flag, given, found in (
@@ -346,78 +343,12 @@ def flow_by_time(t, flow_loss, answer):
 
 
 # ------------------------------------------------------------------------------------------------
-# Networks: the frozen ones, the config of the trained ones, their initial values
+# The trained networks and their initial values
 # ------------------------------------------------------------------------------------------------
-
-def frozen_networks(args, init, devices):
-    """Load the frozen networks -> encoder, VAE or None, decoder or None, tokenizer, {name: file}.
-
-    Flags come first, then the model of --init, then the size's own. --dry-run and --random-init of
-    a published size take its shapes: no file is needed.
-    """
-    tiny, vae = args.size == "tiny", args.latent == "vae"
-    if not tiny and (args.dry_run or args.random_init):
-        with torch.device("meta"):
-            encoder = ViT(WEBSSL_300M if args.latent == "webssl" else SO400M, devices.dtype)
-            parts = encoder, VAE() if vae else None
-        if args.random_init and not args.dry_run:
-            for part in filter(None, parts):
-                parallel.build(part, random_rows(part), devices).requires_grad_(False)
-        files = "published shapes" if args.dry_run else "random weights: for timing only"
-        return *parts, None, chat.load_tokenizer(weights.HERE / "tiny"), files
-    llm = args.llm or (weights.tokenizer_folder(args.init) if init else SIZES[args.size].llm)
-    codec = ("vae", args.vae, "--vae") if vae else ("decoder", args.decoder, "--decoder")
-    wanted = [("encoder", args.encoder, "--encoder"), codec,
-              ("llm", weights.TINY if llm in ("tiny", "random") else llm, "--llm")]
-    files = dict(zip((w[0] for w in wanted), weights.locate(wanted)))
-    encoder = weights.load_encoder(files["encoder"], devices)
-    tokenizer = chat.load_tokenizer(files["llm"])
-    if vae:
-        vae, decoder = weights.load_vae(files["vae"], devices), None
-    else:
-        vae, decoder = None, weights.load_decoder(files["decoder"], devices, encoder)
-        if devices.main:
-            weights.note_pair(decoder, args.encoder)
-    return encoder, vae, decoder, tokenizer, files
-
-
-def random_rows(model):
-    """Values for a network that is only timed: small, the same at every start."""
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-
-    def rows(name, first, last):
-        shape = (last - first, *shapes[name][1:]) if shapes[name] else ()
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-    return rows
-
-
-def new_config(args, encoder, vae, tokenizer):
-    """Return the ModelConfig that the flags ask for, without --init."""
-    size, name = SIZES[args.size], args.llm or SIZES[args.size].llm
-    dit = DiTConfig(
-        channels=(vae or encoder).channels, tokens=encoder.tokens, width=args.width or size.width,
-        depth=args.depth or size.depth, heads=args.heads or size.heads,
-        head_width=args.head_width or 0, head_depth=args.head_depth or 0,
-        qk_norm=bool(args.qk_norm), null=args.cond_drop > 0, predict=args.predict or "v")
-    alpha = args.shift
-    if alpha == "auto":
-        alpha = flow.shift_alpha(dit.tokens, dit.channels, args.shift_base)
-    if args.size == "tiny":
-        llm = replace(text_model.TINY, vocab_size=tokenizer.get_vocab_size())
-    elif (Path(name) / "config.json").is_file():        # a folder, perhaps of another shape
-        published = weights.read_json(Path(name) / "config.json", "--llm")
-        llm = weights.llm_config(published, f"--llm {name}", args.random_init is False and
-                                 tokenizer.get_vocab_size())
-    else:
-        llm = text_model.QWEN_7B if "7b" in name.lower() else text_model.QWEN_1_5B
-    llm = replace(llm, hidden_size=args.llm_width or llm.hidden_size,
-                  num_hidden_layers=args.llm_depth or llm.num_hidden_layers)
-    return ModelConfig(dit, llm, encoder.channels, alpha, args.encoder, args.decoder, args.vae)
-
 
 def build(config, args, dtype):
     """Build ScaleRAE from its config; under torch.device("meta") its shapes alone."""
-    llm, dit = weights.build_stage2(config, dtype)
+    llm, dit = stage2.build_stage2(config, dtype)
     llm.remat = dit.remat = args.remat == "block"
     if args.freeze:
         llm.requires_grad_(False)
@@ -437,7 +368,7 @@ def initial_rows(config, args, init, llm):
     drawn = twin.state_dict()
     if not (init or llm):
         return parallel.rows_of(drawn)
-    source = init.renamed(weights.our_stage2_key) if init else llm.renamed(lambda k: "llm." + k)
+    source = init.renamed(stage2.our_stage2_key) if init else llm.renamed(lambda k: "llm." + k)
     own = ("llm.",) if llm else ("llm.", "dit.")        # the parts that the files must have
     added = ("latent_queries", "projector") if llm else ()
     fallback = {k: v for k, v in drawn.items()
@@ -445,7 +376,7 @@ def initial_rows(config, args, init, llm):
     tied = ("lm_head.weight",) if config.llm.tie_word_embeddings else ()
     with torch.device("meta"):
         model = build(config, args, torch.float32)
-    return weights.rows_for(model, source, fallback, weights.RECOMPUTED + tied)
+    return weights.rows_for(model, source, fallback, stage2.RECOMPUTED + tied)
 
 
 def open_data(args, resolution, codec, crop):
@@ -504,8 +435,8 @@ def main():
     # Models: the frozen encoder (and decoder, to look at samples), the LLM, the DiT
     # --------------------------------------------------------------------------------------------
     tiny = args.size == "tiny"
-    encoder, vae, decoder, tokenizer, files = frozen_networks(args, init, devices)
-    config = config or new_config(args, encoder, vae, tokenizer)
+    encoder, vae, decoder, tokenizer, files = stage2.frozen_networks(args, init, devices)
+    config = config or stage2.new_config(args, encoder, vae, tokenizer)
     N, C = config.dit.tokens, config.dit.channels
     if config.dit.width <= C and not args.allow_narrow:
         raise UserError(f"the DiT's width {config.dit.width} is not above the latent's {C} "
@@ -513,7 +444,7 @@ def main():
                         "cannot even copy it (paper, appendix B). Take a larger --size or --width, "
                         "or override with --allow-narrow")
     pretrained = not (tiny or args.dry_run or args.random_init or init or args.llm == "random")
-    llm_file = weights.llm_source(files["llm"], tokenizer) if pretrained else None
+    llm_file = stage2.llm_source(files["llm"], tokenizer) if pretrained else None
     with torch.device("meta"):
         model = build(config, args, devices.dtype)
     llm, dit = model.llm, model.dit
@@ -556,7 +487,7 @@ def main():
         frozen_llm=bool(args.freeze), data=sources, frozen=files)
     if args.dry_run:
         return
-    run = Run(args, devices, weights.save_config(config), free={"micro_batch"})
+    run = Run(args, devices, stage2.save_config(config), free={"micro_batch"})
 
     # --------------------------------------------------------------------------------------------
     # The trained networks get their weights

@@ -1,0 +1,194 @@
+"""The frozen networks, loaded from published files and from ours: encoder, decoder, VAE, and the
+networks of stage 1's losses. Each is built on the meta device and filled from its file.
+"""
+import math
+import re
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import parallel
+from cli import UserError, parsing
+from decoder import Decoder, DecoderConfig
+from encoder import ENCODERS, our_key
+from losses import DiscConfig, Discriminator, Perceptual, init_discriminator, zero_k_bias
+from vae import VAE, VAEConfig, from_ldm
+from weights import (TINY, TINY_ENCODER, Weights, check_config, load, locate, open_weights,
+                     portable_path, read_fields, read_json, rows_for, weights_of)
+
+
+def load_encoder(path, devices):
+    """Load a frozen encoder in the compute dtype: a file of ours, a published folder, or the name
+    of an encoder that needs no weights."""
+    if str(path) in ENCODERS:
+        return ENCODERS[str(path)]({}, devices.dtype).to(devices.device)
+    source = open_weights(path, "--encoder")
+    config = source.config.get("vision_config", source.config)
+    kind = config.get("model_type", "siglip_vision_model") if isinstance(config, dict) else None
+    if kind not in ENCODERS:
+        raise UserError(f"{source.what}: model_type is {kind!r}; known are "
+                        f"{', '.join(sorted(ENCODERS))}")
+    source = source.renamed(partial(our_key, dino=kind == "dinov2") if ENCODERS[kind] is
+                            ENCODERS["dinov2"] else lambda key: key)
+    check_config(config, dict(num_hidden_layers=source.depth("blocks"),
+                              hidden_size=source.size("patch_embed.weight"),
+                              intermediate_size=source.size("blocks.0.mlp.fc1.weight")),
+                 source.what)
+    with parsing(source.what), torch.device("meta"):
+        model = ENCODERS[kind](source.config, devices.dtype)
+    model = load(model, source, devices)
+    processor = Path(path) / "preprocessor_config.json"
+    if processor.is_file():                                     # of a published folder
+        with parsing(source.what, processor):
+            model.resample = int(read_json(processor, source.what).get("resample", model.resample))
+    return model
+
+
+def load_decoder(path, devices, encoder, flag="--decoder"):
+    """Load a frozen decoder in the compute dtype for the latents of `encoder`, which gives the
+    channels and the normalisation (a published config does not hold them)."""
+    source = open_weights(path, flag)
+    if any(k.startswith("decoder.decoder_") for k in source.shapes):
+        source = source.renamed(diffusers_decoder_key)
+    ends = ("decoder_embed.weight", "decoder_layers.0.intermediate.dense.weight",
+            "decoder_pred.weight")
+    if lacks := [k for k in ends if k not in source.shapes]:
+        raise UserError(f"{source.what} is not a decoder: it lacks {', '.join(lacks)}")
+    (W, C), (hidden, _), (pixels, _) = (source.shapes[k] for k in ends)     # [W,C], [h,W], [3pp,W]
+    if C != encoder.channels:
+        raise UserError(f"{source.what} takes latents of {C} channels, the encoder gives "
+                        f"{encoder.channels}; give the decoder of this encoder")
+    config = source.config
+    if config.get("latent_stats") or config.get("layers", 1) != 1:
+        raise UserError(f"{source.what}: trained on a latent of the first edition (latent_stats or "
+                        "layers in its config), which this code does not make")
+    found = dict(decoder_hidden_size=W, decoder_intermediate_size=hidden,
+                 decoder_num_hidden_layers=source.depth("decoder_layers"))
+    check_config(config, found, source.what)
+    N = source.size("decoder_pos_embed", 1) - 1
+    if N < 1:
+        N = config.get("num_patches") or (config.get("image_size", 224)
+                                          // config.get("patch_size", 14)) ** 2
+    patch = math.isqrt(pixels // 3)
+    given = {k: v for k, v in config.items() if k in DecoderConfig.__dataclass_fields__}
+    values = {"decoder_num_attention_heads": 16, "image_mean": encoder.mean,
+              "image_std": encoder.std, **given, **found, "hidden_size": C, "num_patches": N,
+              "patch_size": patch, "image_size": patch * math.isqrt(N)}
+    values = read_fields(DecoderConfig, values, source.what)
+    with torch.device("meta"):
+        model = Decoder(values, devices.dtype)
+    return load(model, source, devices)
+
+
+def diffusers_decoder_key(key):
+    """Rename a key of diffusers' AutoencoderRAE, or drop it if it is the encoder's."""
+    return key.removeprefix("decoder.") if key.startswith("decoder.decoder_") or key == \
+        "decoder.trainable_cls_token" else None
+
+
+def note_pair(decoder, encoder, flag="--decoder"):
+    """Say so if a decoder was trained for another encoder than the one in use (names; a hub id may
+    lie in a folder of its name)."""
+    theirs = re.sub("^assets/tiny/", "tiny/", decoder.config.encoder or "")
+    theirs, used = portable_path(theirs), portable_path(str(encoder))
+    hub_id = theirs != TINY_ENCODER and not Path(theirs).is_absolute()
+    if theirs and theirs != used and not (hub_id and Path(theirs).name == Path(used).name):
+        print(f"note: {flag} was trained for the encoder {theirs}, this one is {used}",
+              file=sys.stderr)
+
+
+def vae_inside(path):
+    """Return the place of the VAE in a run folder or a published one, else the path itself."""
+    path = weights_of(path)
+    return next((p for p in (path / "vae", path / "ae.safetensors") if p.exists()), path)
+
+
+def load_vae(path, devices, flag="--vae"):
+    """Load FLUX's VAE: ae.safetensors, diffusers' file, a folder with either or with vae/, or a
+    run. A file without a config is FLUX.1's."""
+    source = open_weights(vae_inside(path), flag)
+    if any(k.startswith("decoder.up.") for k in source.shapes):
+        source = from_ldm_pieces(source)
+    known = VAEConfig.__dataclass_fields__
+    values = {k: v for k, v in source.config.items() if k in known}
+    blocks = source.depth("encoder.down_blocks.0.resnets")
+    check_config(values, dict(layers_per_block=blocks), source.what)
+    config = read_fields(VAEConfig, values, source.what)
+    if len(config.block_out_channels) != source.depth("encoder.down_blocks"):
+        raise UserError(f"{source.what}: block_out_channels {config.block_out_channels} in the "
+                        f"config, {source.depth('encoder.down_blocks')} levels in the weights")
+    with torch.device("meta"):
+        model = VAE(config)
+    return load(model, source, devices)
+
+
+def from_ldm_pieces(source):
+    """Give a file in ae.safetensors' layout diffusers' keys and shapes."""
+    state = from_ldm({key: source.rows(key) for key in source.shapes})
+    pieces = {key: [(0, tuple(v.shape), v.is_floating_point(), partial(torch_rows, v), None)]
+              for key, v in state.items()}
+    return Weights(source.what, source.config, pieces)
+
+
+def torch_rows(tensor, first, last):
+    return tensor[first:last] if tensor.dim() else tensor
+
+
+def vgg_files(args, tiny, lpips=True):
+    """Return what `locate` needs for the perceptual net. lpips False: Gram terms alone."""
+    lpips = lpips and (args.lpips_weights or (None if tiny or args.vgg else "vgg.pth"))
+    vgg = args.vgg or (TINY / "vgg.safetensors" if tiny else "vgg16-397923af.pth")
+    return [("VGG16", vgg, "--vgg")] + [("LPIPS", lpips, "--lpips-weights")] * bool(lpips)
+
+
+def dino_file(args, tiny):
+    """Return what `locate` needs for the discriminator's trunk."""
+    dino = args.dino or (TINY / "dino.safetensors" if tiny else "dino_vitsmall16_pretrain.pth")
+    return [("DINO", dino, "--dino")]
+
+
+def load_perceptual(vgg, lpips, devices, needed=True):
+    """Load torchvision's VGG16 and the `lin*` of LPIPS v0.1 (lpips None: they are in `vgg`, or in
+    their usual place). The first convolution tells the width. A net of full width must have
+    `lin*`, unless they are not `needed`; a narrower one keeps 1/C."""
+    source = open_weights(vgg, "--vgg")
+    whole = source.size("features.0.weight") >= 64
+    if needed and whole and not lpips and not any(k.startswith("lin") for k in source.shapes):
+        lpips, = locate([("LPIPS", "vgg.pth", "--lpips-weights")])
+    pieces = {k: v for k, v in source.pieces.items() if not k.startswith("classifier.")}
+    what = source.what
+    if lpips:
+        more = open_weights(lpips, "--lpips-weights")
+        pieces, what = {**pieces, **more.pieces}, f"{what}, {more.what}"
+    source = Weights(what, source.config, pieces)
+    if "features.0.weight" not in source.shapes:
+        raise UserError(f"{what}: no key features.0.weight; expected torchvision's VGG16 layout")
+    with torch.device("meta"):
+        model = Perceptual(source.size("features.0.weight") / 64, devices.dtype)
+    fallback = {} if needed and whole else {
+        k: torch.full(v.shape, 1 / v.shape[1]) for k, v in model.state_dict().items()
+        if k.startswith("lin")}
+    return load(model, source, devices, fallback)
+
+
+def load_discriminator(path, devices, seed=0):
+    """Load a DINO trunk with new heads, or a whole discriminator. Without a config it is DINO
+    ViT-S/16. The k biases become zero, as in the RAE code."""
+    source = open_weights(path, "--dino")
+    config = read_fields(DiscConfig, source.config, source.what)
+    whole = any(k.startswith("dino.") for k in source.shapes)
+    if not whole:
+        source = source.renamed(lambda key: f"dino.{key}")
+    check_config(asdict(config), dict(depth=source.depth("dino.blocks"),
+                                      dim=source.size("dino.cls_token", 2)), source.what)
+    twin = Discriminator(config)
+    init_discriminator(twin, seed)
+    fallback = {} if whole else {k: v for k, v in twin.state_dict().items()
+                                 if k.startswith(("heads.", "dino.x_"))}
+    with torch.device("meta"):
+        model = Discriminator(config)
+    parallel.build(model, rows_for(model, source, fallback), devices)
+    return zero_k_bias(model)

@@ -1,0 +1,370 @@
+"""A stage-2 model as files: config.json, the released layout, the LLM and the DiT. The authors' config is translated; our own block in it holds the constructors' arguments.
+"""
+import math
+import re
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import chat
+import flow
+import parallel
+from cli import UserError, parsing
+from dit import SIZES, DiT, DiTConfig
+from encoder import SO400M, WEBSSL_300M, ViT
+from networks import load_decoder, load_encoder, load_vae, note_pair
+from text_model import QWEN_1_5B, QWEN_7B, LLMConfig, TextModel
+from text_model import TINY as TINY_LLM
+from vae import VAE
+from weights import (DIT, HUB, TINY, TINY_PAIR, Weights, check_config, load, locate, open_weights,
+                     read_fields, read_json, weights_of)
+
+
+RECOMPUTED = ("rope.freqs_", "rotary_emb.inv_freq")     # in files, but recomputed in fp32
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A stage-2 model: everything that a file of weights does not say itself."""
+    dit: DiTConfig
+    llm: LLMConfig
+    image_channels: int         # of the features that the LLM sees
+    alpha: float                # time shift
+    encoder: str                # name of the encoder
+    decoder: str | None = None  # name of the decoder; None: the encoder's own
+    vae: str | None = None      # name of the VAE whose latent the DiT draws
+    context: int = 1024         # tokens
+    released: bool = False      # the authors' model, which they sample without guidance
+
+
+def our_stage2_key(key):
+    """Return ScaleRAE's name of a released key."""
+    return "dit." + key.removeprefix(DIT) if key.startswith(DIT) else "llm." + key
+
+
+def save_config(config):
+    """Return config.json's dict. Our block `scale_rae` holds the constructors' arguments as they
+    are; the other fields are those that the authors' code needs."""
+    k, c = config.dit, asdict(config)
+    wide = k.head_depth > 0
+    pair = lambda a, b: [a, b or a] if wide else a
+    base = k.tokens * k.channels / config.alpha ** 2    # None is the paper's 4096
+    authors = dict(
+        asdict(config.llm), architectures=["ScaleRAEQwenForCausalLM"], model_type="cambrian_qwen",
+        torch_dtype="float32", hidden_act="silu", max_position_embeddings=32768, rope_scaling=None,
+        vision_loss="diffusion-loss", vision_loss_mode="query", dit_cls="DDT" if wide else "DiT",
+        diffusion_model_hidden_size=pair(k.width, k.head_width),
+        diffusion_model_depth=pair(k.depth, k.head_depth),
+        diffusion_model_heads=pair(k.heads, k.head_heads), diffusion_model_channels=k.channels,
+        diffusion_model_z_channels=k.cond_width or k.width,
+        diffusion_class_dropout_prob=0.1 if k.null else 0.0,
+        diffusion_base_dim=None if abs(base - 4096) < 1 else base, diffusion_norm_stats_path=None,
+        diffusion_split_per_token=k.tokens, ddt_encoder_depth=2,
+        vision_tower_aux_token_len_list=[k.tokens], mm_vision_tower_aux_token_len_list=[k.tokens],
+        mm_vision_tower_aux_list=[config.encoder], mm_vision_select_layer=-1,
+        mm_hidden_size=config.image_channels, mm_projector_type="mlp2x_gelu",
+        mm_use_im_start_end=True, mm_use_im_patch_token=False, image_aspect_ratio="square",
+        tokenizer_model_max_length=config.context, tokenizer_padding_side="right",
+        generation_alignment_tower=config.vae, patch_size=2,
+        vision_hidden_size=config.image_channels, connector_only=True, si_token_len=729,
+        miv_token_len=0, image_position=35)
+    return {**authors, "scale_rae": c}
+
+
+def llm_config(config, what, vocab_size=None):
+    """Read Qwen2's config.json -> LLMConfig. Raises UserError for one that asks for more than plain
+    Qwen2."""
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = config.get(key) or {}
+        if (kind := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
+            raise UserError(f"{what}: {key} asks for {kind}; only plain rotary angles are built")
+    values = {k: v for k, v in config.items()
+              if k in LLMConfig.__dataclass_fields__ and v is not None}
+    if theta := (config.get("rope_parameters") or {}).get("rope_theta"):
+        values["rope_theta"] = theta
+    if vocab_size:
+        values["vocab_size"] = vocab_size
+    return read_fields(LLMConfig, values, what)
+
+
+def model_config(source):
+    """Read the config of an opened stage-2 model -> ModelConfig, checked against the shapes.
+    Raises UserError."""
+    config, what, size = source.config, source.what, source.size
+    if "scale_rae" in config:
+        block = dict(config["scale_rae"])
+        for name, cls in (("dit", DiTConfig), ("llm", LLMConfig)):
+            block[name] = read_fields(cls, dict(block.get(name) or {}), f"{what} ({name})")
+        out = read_fields(ModelConfig, block, what)
+    else:
+        out = released_config(source)
+    k, lm = out.dit, out.llm
+    hd, hd1, hd2 = (size(f"{DIT}{r}_rope.freqs_cos", 1) for r in ("feat", "enc", "dec"))
+    found = dict(hidden_size=(lm.hidden_size, size("model.embed_tokens.weight", 1)),
+                 vocab_size=(lm.vocab_size, size("model.embed_tokens.weight")),
+                 num_hidden_layers=(lm.num_hidden_layers, source.depth("model.layers")),
+                 intermediate_size=(lm.intermediate_size,
+                                    size("model.layers.0.mlp.gate_proj.weight")),
+                 image_channels=(out.image_channels, size("model.mm_projector.0.weight", 1)),
+                 tokens=(k.tokens, size("model.latent_queries")),
+                 channels=(k.channels, size(DIT + "x_embedder.proj.weight", 1)),
+                 cond_width=(k.cond_width or k.width, size("diff_head_projector.weight")),
+                 width=(k.width, size(DIT + "x_embedder.proj.weight")),
+                 head_width=(k.head_depth and (k.head_width or k.width),
+                             size(DIT + "s_embedder.proj.weight")),
+                 depth=(k.depth + k.head_depth, source.depth(DIT + "dit_blocks")),
+                 heads=(k.heads, k.width // (hd or hd1) if hd or hd1 else 0),
+                 head_heads=(k.head_heads or k.heads,
+                             (k.head_width or k.width) // hd2 if hd2 else 0))
+    check_config({key: a for key, (a, _) in found.items()}, {key: b for key, (_, b) in
+                                                             found.items()}, what)
+    return out
+
+
+def released_config(source):
+    """Translate the authors' config.json -> ModelConfig."""
+    c, what = source.config, source.what
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+              "intermediate_size", "diffusion_model_hidden_size", "diffusion_model_depth",
+              "diffusion_model_heads")
+    if lacks := [k for k in needed if c.get(k) is None]:
+        raise UserError(f"{what}: its config lacks {', '.join(lacks)}; expected a Scale-RAE model "
+                        "folder with its config.json")
+    if c.get("vision_loss_mode", "query") != "query" or (c.get("encoder_layers") or 1) != 1:
+        raise UserError(f"{what}: vision_loss_mode {c.get('vision_loss_mode')!r}, encoder_layers "
+                        f"{c.get('encoder_layers')!r}; known are 'query' and 1")
+    with parsing(f"{what}: diffusion_model_hidden_size, _depth and _heads"):
+        D, depth, heads = (c[f"diffusion_model_{k}"] for k in ("hidden_size", "depth", "heads"))
+        head = {}
+        if isinstance(D, list):
+            (D, D2), (depth, depth2), (heads, heads2) = D, depth, heads
+            head = dict(head_width=D2, head_depth=depth2, head_heads=heads2)
+        elif c.get("vision_loss") == "ddt-loss":        # one width, split: the classic DDT
+            depth, depth2 = c["ddt_encoder_depth"], depth - c["ddt_encoder_depth"]
+            head = dict(head_width=D, head_depth=depth2, head_heads=heads)
+        tokens = (c.get("vision_tower_aux_token_len_list") or [0])[0]
+        encoder = (c.get("mm_vision_tower_aux_list") or ["encoder"])[0]
+    plain = lambda name: re.sub("^assets/tiny/", "tiny/", re.sub(r"-(interp|res)\d+$", "", name))
+    N = source.size("model.latent_queries") or tokens
+    C = source.size(DIT + "x_embedder.proj.weight", 1) or c.get("diffusion_model_channels", 0)
+    Z = source.size("diff_head_projector.weight") or c.get("diffusion_model_z_channels", 0)
+    given = dict(channels=c.get("diffusion_model_channels"), tokens=tokens or None,
+                 z_channels=c.get("diffusion_model_z_channels"), mm_hidden_size=c.get(
+                     "mm_hidden_size"))
+    check_config(given, dict(channels=C, tokens=N, z_channels=Z, mm_hidden_size=source.size(
+        "model.mm_projector.0.weight", 1)), what)
+    values = dict(channels=C, tokens=N, width=D, depth=depth, heads=heads, cond_width=Z, **head,
+                  null=DIT + "y_embedder.dropout_embedding" in source.shapes,
+                  qk_norm=bool(c.get("diffusion_qk_norm")))
+    base = c.get("diffusion_base_dim") or 4096
+    return ModelConfig(
+        dit=read_fields(DiTConfig, values, what),
+        llm=llm_config(c, what, source.size("model.embed_tokens.weight")),
+        image_channels=source.size("model.mm_projector.0.weight", 1) or c.get("mm_hidden_size"),
+        alpha=c.get("shift_alpha") or math.sqrt(N * C / base), encoder=plain(encoder),
+        decoder=c.get("decoder"), vae=plain(c.get("generation_alignment_tower") or "") or None,
+        context=c.get("tokenizer_model_max_length") or 1024, released="shift_alpha" not in c)
+
+
+def build_stage2(config, dtype):
+    """Build the LLM and the DiT of a ModelConfig (under torch.device("meta"): their shapes)."""
+    llm = TextModel(config.llm, config.dit.tokens, config.image_channels,
+                    config.dit.cond_width or config.dit.width, dtype)
+    return llm, DiT(config.dit, dtype)
+
+
+def llm_source(path, tokenizer):
+    """Open a pretrained Qwen2.5 folder -> Weights with one embedding row per token.
+
+    Rows of the LLM's own tokens are kept; rows beyond them (Qwen pads its matrices) are dropped;
+    tokens that `tokenizer` adds begin as the mean of all others, each matrix its own.
+    """
+    source = open_weights(path, "--llm")
+    V, own = tokenizer.get_vocab_size(), chat.read_tokenizer(path).get_vocab_size()
+    pieces = dict(source.pieces)
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        if key not in pieces:
+            continue
+        rows, width = source.shapes[key]
+        if rows < own:
+            raise UserError(f"{source.what}: {key} has {rows} rows, the tokenizer {own} tokens")
+        known = partial(source.rows, key)
+        mean = RowMean(known, own, width)
+        pieces[key] = [(0, (own, width), True, known, None)]
+        if V > own:
+            pieces[key].append((own, (V - own, width), True, mean.rows, None))
+    if source.config.get("tie_word_embeddings"):
+        pieces.pop("lm_head.weight", None)
+    return Weights(source.what, source.config, pieces)
+
+
+class RowMean:
+    """The mean of a matrix's first `count` rows, read once, in parts."""
+
+    def __init__(self, read, count, width):
+        self.read, self.count, self.width = read, count, width
+
+    @cached_property
+    def mean(self):
+        total = torch.zeros(self.width, dtype=torch.float64)
+        for first in range(0, self.count, 8192):
+            total += self.read(first, min(first + 8192, self.count)).double().sum(0)
+        return (total / self.count).float()
+
+    def rows(self, first, last):
+        return self.mean.expand(last - first, -1)
+
+
+@dataclass
+class Stage2:
+    llm: TextModel
+    dit: DiT
+    tokenizer: object
+    config: ModelConfig
+
+
+def load_run(path, devices, flag="--run"):
+    """Load a run, a checkpoint or a released folder -> Stage2, in eval mode.
+
+    Matrices are kept in the compute dtype, to which each product would cast them anyway: in bf16
+    half the memory, the same numbers. Raises UserError.
+    """
+    source = open_weights(path, flag)
+    config = model_config(source)
+    with torch.device("meta"):
+        llm, dit = build_stage2(config, devices.dtype)
+    for model in (llm, dit):
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and "t_embedder" not in name:
+                module.to(devices.dtype)                # the time's MLP computes in fp32
+    tied = ("lm_head.weight",) if config.llm.tie_word_embeddings else ()
+    head, rest = (source.renamed(lambda k: k.removeprefix(DIT) if k.startswith(DIT) else None),
+                  source.renamed(lambda k: None if k.startswith(DIT) else k))
+    load(llm, rest, devices, ignore=RECOMPUTED + tied)
+    load(dit, head, devices, ignore=RECOMPUTED)
+    folder = tokenizer_folder(path)
+    tokenizer = chat.load_tokenizer(folder)
+    if tokenizer.get_vocab_size() > config.llm.vocab_size:
+        raise UserError(f"{source.what}: the tokenizer has {tokenizer.get_vocab_size()} tokens, "
+                        f"the embedding {config.llm.vocab_size} rows")
+    return Stage2(llm, dit, tokenizer, config)
+
+
+def tokenizer_folder(path):
+    """Return the folder of a model's tokenizer: its own, or its run's."""
+    place = weights_of(path)
+    folder = place if place.is_dir() else place.parent
+    return folder.parent.parent if (folder / "meta.json").is_file() else folder
+
+
+def load_codec(config, args, devices, encoder=True, decoder=True):
+    """Load the encoder and the decode function of a ModelConfig; None for one not asked for.
+
+    --encoder and --decoder come first, then the config's, then the released pair. A run on a VAE's
+    latent has two encoders: alone, it is the one that understands; with the decoder, the VAE.
+    """
+    if config.vae and decoder:
+        if encoder and args.encoder:
+            raise UserError(f"--encoder {args.encoder}: the latent of {args.run} is a VAE's, which "
+                            "is its own encoder; --decoder replaces it")
+        model = load_vae(*locate([("vae", args.decoder or config.vae, "--decoder")]), devices,
+                         "--decoder")
+        model.image_size = math.isqrt(config.dit.tokens) * model.stride
+        return (model if encoder else None), model.decode
+    name = args.encoder or config.encoder
+    pairs = dict([*HUB.values(), TINY_PAIR])
+    found = args.decoder or config.decoder or pairs.get(config.encoder)
+    if decoder and not found:
+        raise UserError(f"{args.run} has the encoder {config.encoder} and names no decoder; give "
+                        "--decoder")
+    wanted = [("encoder", name, "--encoder"), ("decoder", found, "--decoder")]
+    paths = locate([w for w, needed in zip(wanted, (encoder, decoder)) if needed])
+    e = load_encoder(paths[0], devices) if encoder else None
+    if not decoder:
+        return e, None
+    d = load_decoder(paths[-1], devices, e or Normalisation(config.dit.channels, name))
+    note_pair(d, name)
+    return e, d
+
+
+class Normalisation:
+    """What `load_decoder` asks of an encoder, where the encoder itself is not loaded."""
+
+    def __init__(self, channels, name):
+        dino = "dino" in str(name).lower()
+        self.channels = channels
+        self.mean = (0.485, 0.456, 0.406) if dino else (0.5,) * 3
+        self.std = (0.229, 0.224, 0.225) if dino else (0.5,) * 3
+
+
+# ------------------------------------------------------------------------------------------------
+# What a training needs besides the networks that it trains
+# ------------------------------------------------------------------------------------------------
+
+def frozen_networks(args, init, devices):
+    """Load the frozen networks -> encoder, VAE or None, decoder or None, tokenizer, {name: file}.
+
+    Flags come first, then the model of --init, then the size's own. --dry-run and --random-init of
+    a published size take its shapes: no file is needed.
+    """
+    tiny, vae = args.size == "tiny", args.latent == "vae"
+    if not tiny and (args.dry_run or args.random_init):
+        with torch.device("meta"):
+            encoder = ViT(WEBSSL_300M if args.latent == "webssl" else SO400M, devices.dtype)
+            parts = encoder, VAE() if vae else None
+        if args.random_init and not args.dry_run:
+            for part in filter(None, parts):
+                parallel.build(part, random_rows(part), devices).requires_grad_(False)
+        files = "published shapes" if args.dry_run else "random weights: for timing only"
+        return *parts, None, chat.load_tokenizer(TINY), files
+    llm = args.llm or (tokenizer_folder(args.init) if init else SIZES[args.size].llm)
+    codec = ("vae", args.vae, "--vae") if vae else ("decoder", args.decoder, "--decoder")
+    wanted = [("encoder", args.encoder, "--encoder"), codec,
+              ("llm", TINY if llm in ("tiny", "random") else llm, "--llm")]
+    files = dict(zip((w[0] for w in wanted), locate(wanted)))
+    encoder = load_encoder(files["encoder"], devices)
+    tokenizer = chat.load_tokenizer(files["llm"])
+    if vae:
+        vae, decoder = load_vae(files["vae"], devices), None
+    else:
+        vae, decoder = None, load_decoder(files["decoder"], devices, encoder)
+        if devices.main:
+            note_pair(decoder, args.encoder)
+    return encoder, vae, decoder, tokenizer, files
+
+
+def random_rows(model):
+    """Values for a network that is only timed: small, the same at every start."""
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+
+    def rows(name, first, last):
+        shape = (last - first, *shapes[name][1:]) if shapes[name] else ()
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    return rows
+
+
+def new_config(args, encoder, vae, tokenizer):
+    """Return the ModelConfig that the flags ask for, without --init."""
+    size, name = SIZES[args.size], args.llm or SIZES[args.size].llm
+    dit = DiTConfig(
+        channels=(vae or encoder).channels, tokens=encoder.tokens, width=args.width or size.width,
+        depth=args.depth or size.depth, heads=args.heads or size.heads,
+        head_width=args.head_width or 0, head_depth=args.head_depth or 0,
+        qk_norm=bool(args.qk_norm), null=args.cond_drop > 0, predict=args.predict or "v")
+    alpha = args.shift
+    if alpha == "auto":
+        alpha = flow.shift_alpha(dit.tokens, dit.channels, args.shift_base)
+    if args.size == "tiny":
+        llm = replace(TINY_LLM, vocab_size=tokenizer.get_vocab_size())
+    elif (Path(name) / "config.json").is_file():        # a folder, perhaps of another shape
+        published = read_json(Path(name) / "config.json", "--llm")
+        llm = llm_config(published, f"--llm {name}", args.random_init is False and
+                                 tokenizer.get_vocab_size())
+    else:
+        llm = QWEN_7B if "7b" in name.lower() else QWEN_1_5B
+    llm = replace(llm, hidden_size=args.llm_width or llm.hidden_size,
+                  num_hidden_layers=args.llm_depth or llm.num_hidden_layers)
+    return ModelConfig(dit, llm, encoder.channels, alpha, args.encoder, args.decoder, args.vae)
