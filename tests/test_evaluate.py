@@ -27,6 +27,8 @@ import parallel
 import sample
 import text_model
 import weights
+import stage2
+import networks
 from flow import flow_loss, interpolate
 from text_model import direct_condition
 from tiny import judge
@@ -237,7 +239,7 @@ def test_the_width_of_a_published_decoder_tells_its_encoder(tmp_path, monkeypatc
     asked = []
     monkeypatch.setattr(weights, "locate",
                         lambda wanted: [asked.append(n) or Path(n) for _, n, _ in wanted])
-    monkeypatch.setattr(weights, "load_encoder", lambda *a: 1 / 0)
+    monkeypatch.setattr(networks, "load_encoder", lambda *a: 1 / 0)
     args = SimpleNamespace(run=tmp_path, encoder=None, features=None)
     for width, name, prefix in ((1152, "siglip2", ""), (1024, "webssl", "decoder.")):
         save_file({f"{prefix}decoder_embed.weight": torch.zeros(4, width)},
@@ -291,7 +293,7 @@ def test_images_of_the_benchmark_are_those_of_sample(call):             # noqa: 
                            batch=6, steps=3, guidance=None, schedule="euler", solver="euler",
                            guidance_interval=(0.0, 0.9))
     devices, model = evaluate.load_model(args)
-    _, decode = weights.load_codec(model.config, args, devices, encoder=False)
+    _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
     prompts = ["a red circle", "two cats", "a blue star left of a dog"]
     with torch.no_grad():
         drawn = torch.stack(list(evaluate.draw(args, prompts, [[3, 4]] * 3, model, decode,
@@ -328,7 +330,7 @@ def test_fid_by_hand(call, capsys):                         # noqa: F811
     assert run(call, *few, "--steps", 8) == 0
     found = last_line(capsys)[1]
     assert (found["images"], found["fid"], found["data"]) == (5, None, ["builtin:synthetic"])
-    net, _ = weights.load_codec(weights.load_run(weights.TINY, CPU).config,
+    net, _ = stage2.load_codec(stage2.load_run(weights.TINY, CPU).config,
                                 SimpleNamespace(encoder=None, decoder=None), CPU, decoder=False)
     mixture, images = data.Mixture(["builtin:synthetic"], 64, 2000, net.crop), []
     for i in range(5):
@@ -354,8 +356,8 @@ def test_flow_by_hand(call, capsys):                        # noqa: F811
                "builtin:web", "--dtype", "float32") == 0
     out, found = last_line(capsys)
     assert found["images"] == 5 and [r["t"] for r in found["times"]] == [0.3, 0.8]
-    model = weights.load_run(weights.TINY, CPU)
-    net = weights.load_encoder(weights.TINY / "encoder.safetensors", CPU)
+    model = stage2.load_run(weights.TINY, CPU)
+    net = networks.load_encoder(weights.TINY / "encoder.safetensors", CPU)
     mixture = data.Mixture(["builtin:web"], 64, 2000)
     records = [mixture[i] for i in range(5)]
     with torch.no_grad():
@@ -432,7 +434,7 @@ def test_vqa_of_a_file(call, capsys):                       # noqa: F811
 
 
 def test_answers_of_a_batch_are_those_of_one():
-    model = weights.load_run(weights.TINY, CPU)
+    model = stage2.load_run(weights.TINY, CPU)
     z = torch.randn(7, 64, 96, generator=torch.Generator().manual_seed(0))
     questions = ["What is in the picture?", "How many cats are there?", "What do you see?",
                  "Is there a dog in the picture?", "What colour is the background?",
@@ -460,17 +462,17 @@ def test_judge_from_end_to_end(call, capsys):               # noqa: F811
 def vae_run(tmp_path_factory):
     """A model with random weights that draws the tiny VAE's latent, as a folder."""
     folder = tmp_path_factory.mktemp("vae run")
-    config = weights.ModelConfig(
+    config = stage2.ModelConfig(
         dit=dit.DiTConfig(64, 64, 80, 1, 5), llm=replace(text_model.TINY, num_hidden_layers=1),
         image_channels=96, alpha=5.0, encoder=weights.TINY_ENCODER, vae=weights.TINY_VAE)
-    llm, model = weights.build_stage2(config, torch.float32)
+    llm, model = stage2.build_stage2(config, torch.float32)
     text_model.init_weights(llm, 0)
     dit.init_weights(model, 0)
     state = {**{f"llm.{k}": v for k, v in llm.state_dict().items()},
              **{f"dit.{k}": v for k, v in model.state_dict().items()}}
     save_file({weights.stage2_key(k): v.contiguous() for k, v in state.items()},
               folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(weights.save_config(config)))
+    (folder / "config.json").write_text(json.dumps(stage2.save_config(config)))
     (folder / "tokenizer.json").write_bytes((weights.TINY / "tokenizer.json").read_bytes())
     return folder
 

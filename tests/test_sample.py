@@ -30,6 +30,7 @@ import prompts                                                          # noqa: 
 import sample                                                           # noqa: E402
 import text_model                                                       # noqa: E402
 import weights                                                          # noqa: E402
+import stage2
 from chat import IMAGE, encode_text, load_tokenizer                     # noqa: E402
 from dit import DiT, DiTConfig                                          # noqa: E402
 from text_model import TINY, LLMConfig, TextModel, direct_condition     # noqa: E402
@@ -308,12 +309,12 @@ def close(a, b):
 
 def test_ranking_never_decodes(call, capsys, monkeypatch):
     """5 candidates, 2 kept: the decoder sees 2 latents, one by one, after the last score."""
-    events, load, scores = [], weights.load_codec, best_of.scores
+    events, load, scores = [], stage2.load_codec, best_of.scores
 
     def load_codec(*args, **options):
         encoder, decode = load(*args, **options)
         return encoder, lambda z: events.append(z.shape[0]) or decode(z)
-    monkeypatch.setattr(weights, "load_codec", load_codec)
+    monkeypatch.setattr(stage2, "load_codec", load_codec)
     monkeypatch.setattr(best_of, "scores", lambda *a: events.append("scores") or scores(*a))
     command = ["a red circle", "--best-of", 5, "--keep", 2, "--steps", 2, "--seed", 7]
     assert call(*command, "--save-latent", "z.safetensors") == 0
@@ -571,7 +572,7 @@ def test_a_character_of_several_tokens_comes_whole():
 def test_the_model_opens_the_image_where_training_has_it():
     """The shipped model writes its answer; the queries then stand where `direct_condition` puts
     them in one prefill."""
-    model = weights.load_run(weights.TINY, CPU)
+    model = stage2.load_run(weights.TINY, CPU)
     words = "a red circle on a white background"
     *said, condition = sample.answer(model.llm, model.tokenizer, words)
     assert "".join(said) == "Here you go:\n"
@@ -597,8 +598,8 @@ def test_the_shipped_model_draws_what_it_is_told(call):
 def test_matrices_in_bf16_give_the_same_numbers():
     """Matrices that are kept in bf16 for sampling, against fp32 weights cast in each product."""
     devices = parallel.Devices("cpu", torch.device("cpu"), 0, 1, torch.bfloat16, {"fsdp": 1})
-    kept = weights.load_run(weights.TINY, devices)
-    exact = weights.load_run(weights.TINY, CPU)
+    kept = stage2.load_run(weights.TINY, devices)
+    exact = stage2.load_run(weights.TINY, CPU)
     exact.llm.dtype = exact.dit.dtype = torch.bfloat16
     assert kept.dit.dit_blocks[0].attn.qkv.weight.dtype == torch.bfloat16
     results = []
