@@ -8,7 +8,7 @@ import json
 import math
 import os
 
-from checkpoint import image_sheet
+from training import image_sheet
 from cli import UserError, parsing, printable
 from files import is_system
 

@@ -39,7 +39,7 @@ import weights
 import stage2
 from best_of import check_finite
 from chat import IMAGE, SPECIAL, prompt_ids
-from checkpoint import image_sheet
+from training import image_sheet
 from cli import UserError, printable
 from files import open_image
 from prompts import check_geneval, png_files, read_prompts

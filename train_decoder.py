@@ -21,18 +21,19 @@ import torch
 
 import cli
 import data
+import networks
 import parallel
 import weights
-import networks
-from checkpoint import (
-    Run, averaged, averages, check_batch, cosine, ema_weight, save_grid, set_lr, start_table,
-    state_gb, update_ema)
+from checkpoint import Run
 from cli import UserError, positive, share
 from decoder import SIZES, Decoder, init_weights, size_config
 from encoder import SO400M, WEBSSL_300M, ViT
 from evaluate import SMALL, images, psnr, round8
 from losses import (
     Discriminator, Perceptual, adaptive_weight, augment, d_loss_hinge, d_loss_vanilla, g_loss)
+from training import (
+    averaged, averages, check_batch, cosine, ema_weight, save_grid, set_lr, start_table, state_gb,
+    update_ema)
 from vae import TINY, VAE, VAEConfig
 
 # ------------------------------------------------------------------------------------------------

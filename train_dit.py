@@ -23,7 +23,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import chat
-import checkpoint
 import cli
 import data
 import dit as dit_file
@@ -31,8 +30,9 @@ import flow
 import parallel
 import stage2
 import text_model
+import training
 import weights
-from checkpoint import Run, averaged
+from checkpoint import Run
 from cli import UserError
 from dit import SIZES, Linear
 from vae import pack
@@ -429,7 +429,7 @@ def main():
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     init, config = open_init(args)
     fill_defaults(args, config)
-    checkpoint.check_batch(args, devices, None if args.size == "tiny" else 8)   # 8 images a device
+    training.check_batch(args, devices, None if args.size == "tiny" else 8)   # 8 images a device
 
     # --------------------------------------------------------------------------------------------
     # Models: the frozen encoder (and decoder, to look at samples), the LLM, the DiT
@@ -480,9 +480,9 @@ def main():
                          for k, p in model.named_parameters() if p.requires_grad == train)
               for train in (True, False)}
     frozen = stored[False] + count["encoder (frozen)"] + count.get("vae (frozen)", 0)
-    checkpoint.start_table(
+    training.start_table(
         f"train_dit --size {args.size}", args, devices, count, flops,
-        checkpoint.state_gb(stored[True], frozen, args.ema), latent=[N, C], alpha=config.alpha,
+        training.state_gb(stored[True], frozen, args.ema), latent=[N, C], alpha=config.alpha,
         steps=args.steps, learning_rates=dict(dit=args.lr, llm=args.lr_llm), run=args.out,
         frozen_llm=bool(args.freeze), data=sources, frozen=files)
     if args.dry_run:
@@ -515,7 +515,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     optimizers = optimizers_for(named, args, devices)
-    ema = checkpoint.averages(named, devices) if args.ema else {}
+    ema = training.averages(named, devices) if args.ema else {}
     warmup = math.ceil(args.warmup * args.steps)
 
     # --------------------------------------------------------------------------------------------
@@ -534,7 +534,7 @@ def main():
     @torch.no_grad()
     def draw(prompts, seed):
         """Return images [P,3,S,S] of prompts by the averaged weights. The seed fixes the noise."""
-        with averaged(named, ema), parallel.unsharded(model):
+        with training.averaged(named, ema), parallel.unsharded(model):
             noise = torch.stack([torch.randn(N, C, generator=g)
                                  for g in generators(seed, range(len(prompts)))])
             cond = text_model.direct_condition(llm, tokenizer, prompts, devices.device)
@@ -549,15 +549,15 @@ def main():
         images = draw(judge.FIXED, 0)
         if run.main:
             with run.surviving("the samples"):
-                checkpoint.save_grid(images, run.dir / "samples" / f"step-{done:07d}.png")
+                training.save_grid(images, run.dir / "samples" / f"step-{done:07d}.png")
         return check_colours(draw, args.seed, 32) if tiny and done < args.steps else {}
 
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, sample, save
     # --------------------------------------------------------------------------------------------
     for step in run.steps():
-        factor = checkpoint.cosine(step, args.steps, warmup)
-        checkpoint.set_lr(optimizers, factor, devices)
+        factor = training.cosine(step, args.steps, warmup)
+        training.set_lr(optimizers, factor, devices)
         values, by_time, cond_sums = {}, 0, 0
         for batch in run.micro_batches(loader):
             has_targets = run.counts["images_to_draw"] > 0
@@ -583,8 +583,8 @@ def main():
         for optimizer in optimizers:
             parallel.guarded_step(optimizer, grad_norm, devices)
             optimizer.zero_grad(set_to_none=True)
-        checkpoint.update_ema(ema, named, parallel.scalar(
-            checkpoint.ema_weight(args.ema, step), devices.device))
+        training.update_ema(ema, named, parallel.scalar(
+            training.ema_weight(args.ema, step), devices.device))
         if has_targets:
             spread = condition_spread(parallel.average(cond_sums, devices))
             if run.counts["images_to_draw"] > 1:            # one image has no spread
@@ -597,7 +597,7 @@ def main():
     if args.bench:
         return parallel.finish()
     for name in ("model", "ema") if ema else ("model",):
-        with averaged(named, ema if name == "ema" else {}):
+        with training.averaged(named, ema if name == "ema" else {}):
             state = {weights.stage2_key(k): v for k, v in model.state_dict().items()}
             state.pop(None, None)                               # REPA's projector
             run.export(name, state, run.config)

@@ -1,16 +1,17 @@
-"""The built-in compositional benchmark: prompts with the structure they ask for, and the judge.
+"""The benchmark of the toy world: prompts with the structure they ask for, a judge, the scores.
 
-    for p in benchmark.prompts(): passed, why = benchmark.judge(picture, p)    # [3,H,W] in [0,1]
+    for p in judge.prompts(): passed, why = judge.judge(image, p)        # image [3,H,W] in [0,1]
 
-Six categories as in GenEval (arXiv 2310.11513), and one of words. Half of the prompts show held-out
-compositions, which are in no training source (world.held_out): a coloured shape, or two things in a
-relation; for words, ones that the training words lack.
+Six categories as in GenEval (arXiv 2310.11513), and one of written words. Half of the prompts show
+held-out compositions, which are in no training source (world.held_out): a coloured shape, or two
+things in a relation; for words, ones that the training words lack.
 
-The judge is a program, because the world is known: every background, shape, colour and sprite. It
+The judge is a program, because every background, shape, colour and sprite of the world is known. It
 subtracts the background, matches the templates of all things over positions and sizes, keeps the
-best that do not overlap, and compares them with what was asked. `python evaluate.py judge` measures
-how often it is right.
+best that do not overlap, and compares them with the prompt. `python evaluate.py judge` measures how
+often it is right.
 """
+import collections
 import dataclasses
 import functools
 import itertools
@@ -21,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import world
-from world import DataError, Scene, Thing, pick
+from cli import DataError
+from data import contact_sheet, hash64, random_stream
+from tiny import world
+from tiny.world import Scene, Thing, pick
 
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribution")
 TEXT = "text"
@@ -37,9 +40,12 @@ FROST GHOST HONEY MEDAL OLIVE PEARL ROYAL SHELF TOWEL TULIP""".split())
 
 @dataclass(frozen=True)
 class Prompt:
-    """`things`: ((kind, colour or None for any, how many), ...), all of which the picture must show
-    in exactly that number; relation: of the first to the second; word: what must be written. None
-    is not asked for. `scene` is one that the prompt is true of."""
+    """A prompt with the structure that the judge compares; None means not asked for.
+
+    scene: one for which the prompt is true. things: ((kind, colour or None for any, count), ...),
+    each to be shown exactly `count` times. relation: the first thing's place as seen from the
+    second. word: the word to be written.
+    """
     category: str
     text: str
     scene: Scene
@@ -51,14 +57,14 @@ class Prompt:
 
 
 def everything(scene):
-    """A scene's complete caption, all of it asked for."""
+    """Return a Prompt that asks for a scene's complete caption."""
     word = scene.words[0].text if scene.words else None
     return Prompt("scene", world.caption(scene), scene, tuple(world.groups(scene)),
                   world.relation_of(scene), scene.background, word)
 
 
 def compose(category, unseen, shapes, rand):
-    """A Prompt, or None when the draw is not one of this category and half."""
+    """Draw a Prompt; None if the draw does not belong to this category and half."""
     if category == TEXT:
         scene = world.write_words(rand)
         word = scene.words[0]
@@ -100,9 +106,12 @@ def compose(category, unseen, shapes, rand):
 
 @functools.lru_cache(maxsize=4)
 def prompts(per_category=40):
-    """The benchmark: a tuple of Prompts, the same on every machine; the first half of a category is
-    of seen compositions, shapes and sprites by turns, the second of unseen ones (shapes, but for
-    `position`: only they have colours to hold out). Raises DataError when there are not so many."""
+    """Return the benchmark: a tuple of Prompts, the same on every machine.
+
+    The first half of a category shows seen compositions, shapes and sprites in turn. The second
+    half shows unseen ones: shapes, because sprites have no colour to hold out (both in `position`).
+    Raises DataError if there are not that many different prompts.
+    """
     out = []
     for category, unseen in itertools.product(CATEGORIES + (TEXT,), (False, True)):
         found = {}
@@ -112,7 +121,7 @@ def prompts(per_category=40):
                 break
             shapes = (len(found) % 2 == 0 or category == "attribution"
                       or (unseen and category != "position"))
-            rand = world.generator("prompt", category, unseen, attempt)
+            rand = random_stream("prompt", category, unseen, attempt)
             p = compose(category, unseen, shapes, rand)
             if p:
                 found.setdefault(p.text, p)
@@ -124,8 +133,8 @@ def prompts(per_category=40):
 
 
 def changes(prompt, rand):
-    """{attribute: the prompt with that one attribute changed}, for each that the prompt has: none
-    of them is true of its scene. The text is not changed."""
+    """Return {attribute: the prompt with that attribute changed} for each that the prompt has. No
+    changed prompt is true for its scene. The text stays."""
     replace = functools.partial(dataclasses.replace, prompt)
     if prompt.word:
         others = [w for w in world.WORDS if w != prompt.word]
@@ -149,12 +158,12 @@ def changes(prompt, rand):
 
 
 # ------------------------------------------------------------------------------------------------
-# The judge: what is in a picture
+# The judge: what an image shows
 #
-# With F the picture less its background B, and D what a template (colours P times its mask A) would
-# leave there, D = P - A B, the match is S = 2 <F,D> / (|F|^2 + |D|^2) in a window that is a margin
-# wider than the template: 1 where they are equal, less for another shape, colour or brightness, and
-# for a part of something larger. All products are matrix products of unfolded windows.
+# F is the image minus its background B. A template, colours P times its mask A, would give
+# D = P - A B there. The match is S = 2 <F,D> / (|F|^2 + |D|^2) in a window that is a margin wider
+# than the template: 1 where F = D, less for another shape, colour or brightness, and for a part of
+# a larger thing. All products are matrix products of unfolded windows.
 # ------------------------------------------------------------------------------------------------
 
 SIDE = 64                                               # the judge looks at 64 pixels
@@ -162,11 +171,12 @@ THINGS = tuple((k, c) for k in world.SHAPES for c in world.COLOURS) + tuple(
     (k, None) for k in world.KINDS)
 TURNS = (0, -10, 10)                                    # degrees; the coarse scan turns shapes only
 SIZES = (8, 9, 10, 11, 12, 14, 16, 18, 20, 23, 26)      # of the coarse scan, at half resolution
-FOUND = 0.7                                             # a match below is nothing
+FOUND = 0.7                                             # a weaker match counts as nothing
 
 
 @dataclass(frozen=True)
 class Found:
+    """A thing that the judge sees, with its match and its place as in world.Thing."""
     kind: str
     colour: str
     score: float
@@ -177,7 +187,7 @@ class Found:
 
 @functools.lru_cache(maxsize=4096)
 def template(kind, colour, angle, px):
-    """[4,px+4,px+4]: P and A of a thing, its longer side px, in a window with a margin of 2."""
+    """Return P and A of a thing with a longer side of px and a margin of 2: [4,px+4,px+4]."""
     if colour:
         mask = np.asarray(world.shape(kind, angle, px), np.float32) / 255
         rgb = np.array(world.COLOURS[colour], np.float32) / 255
@@ -192,35 +202,35 @@ def template(kind, colour, angle, px):
 
 
 def rows(templates):
-    """[K,4,w,w] -> what is multiplied with windows of (F, -F B): [K,4ww], with those of (B, |B|^2):
-    [K,4ww], and |P|^2: [K,1]; from them <F,D> and |D|^2."""
+    """Prepare templates [K,4,w,w] for products with windows of (F, -F B): [K,4ww], of (B, |B|^2):
+    [K,4ww], and |P|^2: [K,1]. They give <F,D> and |D|^2."""
     P, A = templates[:, :3], templates[:, 3:]
     energy = torch.cat([-2 * A * P, A * A], 1)
     return templates.flatten(1), energy.flatten(1), P.square().sum((1, 2, 3))[:, None]
 
 
 def layers(f, b):
-    """[3,H,W] twice -> (F, -F B) and (B, |B|^2), each [1,4,H,W]."""
+    """Return (F, -F B) and (B, |B|^2), each [1,4,H,W], from F and B, each [3,H,W]."""
     return (torch.cat([f, -(f * b).sum(0, keepdim=True)])[None],
             torch.cat([b, b.square().sum(0, keepdim=True)])[None])
 
 
 @functools.lru_cache(maxsize=None)
 def backgrounds():
-    """Every background there is, its picture [256,3,64,64], and that at half size [256,3,32,32]."""
+    """Return all backgrounds, their images [256,3,64,64], and those at half size [256,3,32,32]."""
     names = tuple(world.BACKGROUNDS)
     out = [("plain", a) for a in names] + [("textured", *b)
                                            for b in itertools.product(names, world.TEXTURES)]
     out += [(form, *ab, way) for form in ("two-tone", "gradient")
             for ab in itertools.permutations(names, 2) for way in ("across", "down")]
-    pictures = np.stack([np.asarray(world.backdrop(b, SIDE)) for b in out])
-    pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-    return out, pictures, F.avg_pool2d(pictures, 2)
+    images = np.stack([np.asarray(world.backdrop(b, SIDE)) for b in out])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return out, images, F.avg_pool2d(images, 2)
 
 
 @functools.lru_cache(maxsize=None)
 def bank(size):
-    """The coarse templates of one size: index into THINGS [K], and `rows`."""
+    """Return the coarse templates of one size: their index into THINGS [K], and `rows`."""
     all_of = [(i, turn) for i, (_, colour) in enumerate(THINGS)
               for turn in (TURNS if colour else TURNS[:1])]
     templates = torch.stack([template(*THINGS[i], turn, 2 * size) for i, turn in all_of])
@@ -229,7 +239,7 @@ def bank(size):
 
 @functools.lru_cache(maxsize=16 * len(SIZES))
 def energies(index, size):
-    """|D|^2 [K,L] of all coarse templates of a size at all positions on a background."""
+    """Return |D|^2 [K,L] of all coarse templates of a size at all positions on a background."""
     b = F.pad(backgrounds()[2][index][None], (1, 1, 1, 1), mode="replicate")[0]
     _, (_, energy, constant) = bank(size)
     return energy @ F.unfold(layers(b, b)[1], size + 2)[0] + constant
@@ -240,8 +250,8 @@ def match(dot, ff, dd):
 
 
 def coarse(f, index):
-    """Local maxima over positions and sizes, best first: [(rank, size, x, y, [kinds])]; x, y of
-    the centre in pixels of 64."""
+    """Return the local maxima over positions and sizes, best first: [(rank, size, x, y, [kinds])],
+    with the centre x, y in pixels of 64."""
     x = F.pad(layers(F.avg_pool2d(f[None], 2)[0], backgrounds()[2][index])[0], (1, 1, 1, 1))
     peaks = []
     for size in SIZES:
@@ -264,7 +274,7 @@ def coarse(f, index):
 
 
 def refine(f, b, peak):
-    """The kinds of a peak again, at full resolution, turned and moved: Found."""
+    """Match the kinds of a peak again at full resolution, turned and moved -> Found."""
     _, size, x, y, kinds = peak
     sizes = sorted({round(size * z) for z in (0.92, 1, 1.08)})
     trials = [(i, px) for i in kinds for px in sizes for _ in range(5)]
@@ -288,27 +298,30 @@ def refine(f, b, peak):
                  (y + shift // 5 - 2) / SIDE, px / SIDE)
 
 
-def to_side(picture):
-    """[3,H,W] in [0,1] -> [3,64,64] float32 on the CPU."""
-    return F.interpolate(picture.float().cpu().clamp(0, 1)[None], (SIDE, SIDE), mode="area")[0]
+def to_side(image):
+    """Resize an image [3,H,W] in [0,1] -> [3,64,64] float32 on the CPU."""
+    return F.interpolate(image.float().cpu().clamp(0, 1)[None], (SIDE, SIDE), mode="area")[0]
 
 
-def find_background(picture):
-    """[3,64,64] -> (index, the background, its picture): the smallest error at half resolution; a
-    pixel counts for little once it is far off, and for less inside, where the things are."""
-    names, pictures, small = backgrounds()
-    error = (small - F.avg_pool2d(picture, 2)).square().sum(1).sqrt().clamp(max=0.3)
+def find_background(image):
+    """Find the background of an image [3,64,64] -> (index, the background, its image).
+
+    It has the smallest error at half resolution. The error of a pixel is limited, and counts less
+    in the interior, where the things are.
+    """
+    names, images, small = backgrounds()
+    error = (small - F.avg_pool2d(image, 2)).square().sum(1).sqrt().clamp(max=0.3)
     error[:, 2:-2, 2:-2] *= 0.3                                             # [256,32,32]
     index = int(error.mean((1, 2)).argmin())
-    return index, names[index], pictures[index]
+    return index, names[index], images[index]
 
 
 @torch.no_grad()
-def look(picture):
-    """[3,H,W] in [0,1] -> (background, [Found, ...] best first)."""
-    picture = to_side(picture)
-    index, name, b = find_background(picture)
-    f, kept = picture - b, []
+def look(image):
+    """Find what an image [3,H,W] in [0,1] shows -> (background, [Found, ...] best first)."""
+    image = to_side(image)
+    index, name, b = find_background(image)
+    f, kept = image - b, []
     for peak in coarse(f, index):
         _, size, x, y, _ = peak
         if all(max(abs(x - x2), abs(y - y2)) > 0.4 * (size + size2)
@@ -320,7 +333,7 @@ def look(picture):
 
 @functools.lru_cache(maxsize=64)
 def word_masks(word):
-    """Spectra [K,64,33] of the word's masks in every style at six widths, their energies [K]."""
+    """Return the spectra [K,64,33] of a word in every style at six widths, and the energies [K]."""
     widest, out = SIDE * min(0.92, 0.2 * len(word)), []
     for style, part in itertools.product(world.STYLES, (0.75, 0.8, 0.85, 0.9, 0.95, 1)):
         mask, w = world.letters(word, style), round(widest * part)
@@ -332,12 +345,13 @@ def word_masks(word):
 
 
 @torch.no_grad()
-def read_word(picture, colour, candidates):
-    """[3,H,W] in [0,1] -> {candidate: match}; as above, with the ink in `colour` for F."""
-    picture = to_side(picture)
-    _, _, b = find_background(picture)
+def read_word(image, colour, candidates):
+    """Match candidate words to an image [3,H,W] in [0,1] -> {candidate: match}, as above with the
+    amount of ink in `colour` as F."""
+    image = to_side(image)
+    _, _, b = find_background(image)
     ink = torch.tensor(world.COLOURS[colour])[:, None, None] / 255 - b       # [3,64,64]
-    m = ((picture - b) * ink).sum(0) / ink.square().sum(0).clamp(min=0.05)  # 1 where there is ink
+    m = ((image - b) * ink).sum(0) / ink.square().sum(0).clamp(min=0.05)  # 1 where there is ink
     m, scores = m.clamp(-0.5, 1.5), {}
     spectrum = torch.fft.rfft2(m)
     for word in candidates:
@@ -347,19 +361,19 @@ def read_word(picture, colour, candidates):
     return scores
 
 
-def judge(picture, prompt):
-    """(passed, why not) for a picture [3,H,W] in [0,1]."""
-    if not picture.isfinite().all():
+def judge(image, prompt):
+    """Tell whether an image [3,H,W] in [0,1] shows a prompt -> (passed, why not)."""
+    if not image.isfinite().all():
         return False, "values that are not finite"
-    return read(picture, prompt) if prompt.word else compare(*look(picture), prompt)
+    return read(image, prompt) if prompt.word else compare(*look(image), prompt)
 
 
-def read(picture, prompt):
-    """`judge` of a word: it must match well, and best among 40, those of its length first. (Of all
-    21,102 wrong words of the same length 1.3 % pass for 160 clean scenes; LOG.md has more.)"""
+def read(image, prompt):
+    """Judge a word. It must match well, and best among 40 words, first those of the same length.
+    (For 160 clean scenes, 1.3 % of all 21,102 wrong words of the same length pass.)"""
     others = sorted(set(world.WORDS + NEW_WORDS) - {prompt.word}, key=lambda w: (
-        len(w) != len(prompt.word), world.hash64("candidates", prompt.word, w)))
-    scores = read_word(picture, prompt.scene.words[0].colour, [prompt.word, *others[:39]])
+        len(w) != len(prompt.word), hash64("candidates", prompt.word, w)))
+    scores = read_word(image, prompt.scene.words[0].colour, [prompt.word, *others[:39]])
     best = max(scores, key=scores.get)
     if scores[best] < 0.75:
         return False, "no word"
@@ -367,7 +381,7 @@ def read(picture, prompt):
 
 
 def compare(background, found, prompt):
-    """`judge` of things, from what `look` gives."""
+    """Judge things from the result of `look`."""
     first = []
     for kind, colour, count in prompt.things:
         same = [t for t in found if t.kind == kind and colour in (None, t.colour)]
@@ -388,7 +402,116 @@ def compare(background, found, prompt):
 
 
 # ------------------------------------------------------------------------------------------------
-# While a model trains: fixed prompts to look at, and a count of colours, the first that comes right
+# Scores, and the judge of the judge
+# ------------------------------------------------------------------------------------------------
+
+PARTS = {"seen": lambda p: not p.unseen, "unseen": lambda p: p.unseen,
+         "shapes": lambda p: p.scene.things and p.scene.things[0].colour,
+         "sprites": lambda p: p.scene.things and not p.scene.things[0].colour}
+
+
+def score(prompts, scores, ceiling, categories):
+    """Return a row of the table: the share of images that pass, averaged over `categories`.
+
+    scores, ceiling: a share for each prompt, of its images and of its scene after the decoder.
+    """
+    from evaluate import interval
+
+    def by_category(values, keep=lambda p: True):
+        groups = [[v for v, p in zip(values, prompts) if p.category == c and keep(p)]
+                  for c in categories]
+        return [g for g in groups if g]
+    groups = by_category(scores)
+    mean, low, high = interval(groups)
+    parts = {k: by_category(scores, keep) for k, keep in PARTS.items()}
+    return {"prompts": sum(map(len, groups)), "score": mean, "low": low, "high": high,
+            **{k: interval(g)[0] if g else None for k, g in parts.items()},
+            "ceiling": interval(by_category(ceiling))[0]}
+
+
+def score_table(prompts, scores, ceiling):
+    """Print `score` of each category and overall -> {category: row}."""
+    columns, results = (*PARTS, "ceiling"), {}
+    print(f"{'category':<16}{'prompts':>8}{'score':>8}{'95 %':>16}"
+          + "".join(f"{k:>9}" for k in columns))
+    for name in (*CATEGORIES, "overall", TEXT):
+        r = results[name] = score(prompts, scores, ceiling,
+                                  CATEGORIES if name == "overall" else [name])
+        print(f"{name:<16}{r['prompts']:>8}{r['score']:>8.3f}"
+              f"{'{low:.3f} to {high:.3f}'.format(**r):>16}"
+              + "".join(f"{'-' if r[k] is None else format(r[k], '.3f'):>9}" for k in columns))
+    print("\nceiling: the same scenes, rendered and reconstructed by the decoder")
+    return results
+
+
+def failure_sheet(failures, path):
+    """Draw [(image, prompt, why)] as a PNG; if there are many, the same number per category."""
+    by_category = collections.defaultdict(list)
+    for failure in failures:
+        by_category[failure[1].category].append(failure)
+    shown = [f for group in by_category.values() for f in group[:48 // len(by_category)]]
+    images = [(to_side(x) * 255).round().byte().permute(1, 2, 0).numpy() for x, _, _ in shown]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(images, [f"{p.text}\n> {why}" for _, p, why in shown], 8).save(path)
+    print(f"{path}: {len(shown)} of {len(failures)} failures")
+
+
+def scene_images(prompts, size):
+    """Render the scenes of prompts: [P,3,size,size] in [0,1]."""
+    x = np.stack([world.render(p.scene, size) for p in prompts])
+    return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
+
+
+@torch.no_grad()
+def reconstruct(encoder, decode, x, batch=64):
+    """Encode and decode images [P,3,S,S] -> the same on the CPU."""
+    device = next(encoder.parameters()).device
+    return torch.cat([decode(encoder(part.to(device))).float().cpu() for part in x.split(batch)])
+
+
+def judge_scenes(source, count, seed):
+    """Return `count` scenes of a source as Prompts that ask for all of the scene."""
+    scenes = (world.scene(source, seed, i) for i in itertools.count())
+    return list(itertools.islice((everything(s) for s in scenes if len(s.words) < 2), count))
+
+
+def judge_the_judge(prompts, images):
+    """Judge images [P,3,S,S] of the prompts' scenes -> do they pass [P], and for each attribute, do
+    they pass for the prompt with that attribute changed: {attribute: [...]}."""
+    true, false = [], collections.defaultdict(list)
+    for k, (x, p) in enumerate(zip(images, prompts)):
+        seen = None if p.word else look(x)
+        passes = (lambda q: compare(*seen, q)[0] if seen else read(x, q)[0])
+        true.append(passes(p))
+        for which, q in changes(p, random_stream("change", p.text, k)).items():
+            false[which].append(passes(q))
+    return true, false
+
+
+def judge_table(encoder, decode, count, seed):
+    """Print how often the judge is right about `count` scenes of each source, clean and
+    reconstructed -> {"source kind": row}."""
+    from evaluate import interval
+    print(f"{'scenes':<12}{'image':<16}{'true pass':>10}{'95 %':>16}{'changed pass':>14}")
+    rows = {}
+    for source in ("web", "synthetic", "text"):
+        prompts = judge_scenes(f"builtin:{source}", count, seed)
+        x = scene_images(prompts, encoder.image_size)
+        for name, images in (("clean", x), ("reconstruction", reconstruct(encoder, decode, x))):
+            true, false = judge_the_judge(prompts, images)
+            mean, low, high = interval([true])
+            every = np.mean(sum(false.values(), []))
+            rows[f"{source} {name}"] = {
+                "scenes": len(true), "true": mean, "low": low, "high": high, "changed": every,
+                **{which: [sum(v), len(v)] for which, v in false.items()}}
+            print(f"{source:<12}{name:<16}{mean:>10.3f}{f'{low:.3f} to {high:.3f}':>16}"
+                  f"{every:>14.4f}  "
+                  + ", ".join(f"{k} {sum(v)}/{len(v)}" for k, v in false.items()), flush=True)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# During training: fixed prompts to look at, and a count of colours, which come right first
 # ------------------------------------------------------------------------------------------------
 
 FIXED = [
@@ -404,16 +527,17 @@ FIXED = [
 
 
 def single_shapes(seed, count):
-    """`count` scenes of one shape; for unseen ones give a seed that no training has."""
+    """Return `count` scenes of one shape. A seed that no training uses gives unseen ones."""
     scenes = (world.scene("builtin:synthetic", seed, i) for i in itertools.count())
     return list(itertools.islice((s for s in scenes if len(s.things) == 1), count))
 
 
 def colours_right(images, scenes):
-    """Built-in scenes of one shape: share of right backgrounds and of right object colours.
+    """Return the share of right backgrounds and of right object colours in images [B,3,S,S] of
+    scenes with one shape.
 
-    By a plain count: a pixel belongs to the nearest of the palette's colours; the background is
-    the commonest on the border, the object the commonest other colour inside it. images [B,3,S,S].
+    Each pixel counts for the nearest colour of the palette. The background is the most frequent
+    colour on the border, the object the most frequent other colour in the interior.
     """
     palette = {**world.BACKGROUNDS, **world.COLOURS}
     names = list(palette)

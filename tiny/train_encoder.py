@@ -36,8 +36,9 @@ import losses
 import parallel
 import text_model
 import weights
-from checkpoint import Run, check_batch, cosine, set_lr, start_table, state_gb, write_text
+from checkpoint import Run, write_text
 from cli import UserError, positive, share
+from training import check_batch, cosine, set_lr, start_table, state_gb
 
 # ------------------------------------------------------------------------------------------------
 # Arguments

@@ -1,49 +1,30 @@
-"""The built-in world: scenes of shapes and emoji, their pictures, captions and questions.
+"""The toy world: scenes of shapes and emoji, their images, captions and questions.
 
     s = world.scene("builtin:web", seed, i);  world.render(s, 224);  world.caption(s)
 
-Scene i of a source is a pure function of (source, seed, i): a structure of background and things
-that renders at any resolution. It stands in for the paper's data (arXiv 2601.16208): `builtin:web`
-for web images, `builtin:synthetic` for FLUX-generated ones, `builtin:text` for RenderedText,
-`builtin:hq` for BLIP3o-60k, `builtin:qa` for Cambrian-7M; `builtin:align` asks, about shapes alone,
-what the verifiers of best_of.py ask, and `builtin:brief` says of one or two shapes no more than
-people type: seldom where they are, not always on what. Who trains on pictures of their own needs
-only `prompt`.
+Scene i of a source is a pure function of (source, seed, i): a background and things on it, which
+can be rendered at any resolution. The sources stand in for the paper's data (arXiv 2601.16208):
+`builtin:web` for web images, `builtin:synthetic` for images made by FLUX, `builtin:text` for
+RenderedText, `builtin:hq` for BLIP3o-60k, `builtin:qa` for Cambrian-7M. `builtin:align` asks only
+the questions of best_of.py's verifiers, about shapes. `builtin:brief` writes short captions like a
+person's, which rarely mention positions and do not always name the background.
 """
 import collections
 import functools
-import hashlib
 import io
 import itertools
 import json
 import math
-import os
-import random
-import re
 import tarfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-
-class DataError(Exception):
-    """One line for the user: what is wrong, the value found, what was expected, what fixes it."""
-
-
-# ------------------------------------------------------------------------------------------------
-# Randomness: everything below is keyed by a hash, so that it is the same on every machine
-# ------------------------------------------------------------------------------------------------
-
-def hash64(*parts) -> int:
-    """64-bit hash of the parts; Python's own hash() differs from process to process."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
-
-
-def generator(*key):
-    """A function that gives floats in [0, 1). Python promises the sequence of random() for ever,
-    that of choice() and shuffle() it does not, so nothing else is used."""
-    return random.Random(hash64(*key)).random
+from chat import drawing
+from cli import DataError
+from data import hash64, random_stream
 
 
 def pick(rand, items):
@@ -82,14 +63,14 @@ SAIL SALE SALT SAND SEA SEED SHIP SHOE SHOP SHOW SILK SKY SLOW SNOW SOAP SOCK SO
 SPOON STAR STEAM STONE STOP STORM SUGAR SUN SWAN TAXI TEA TEAM TENT TIGER TIME TOAST TOP TOWN TOY
 TRAIN TREE TRUCK VASE VOICE WALL WATER WAVE WEST WHALE WIND WOLF WOOD WOOL WORD YARD ZEBRA ZERO
 ZOO""".split())
-SPRITES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "sprites.tar")
+SPRITES = Path(__file__).parent / "sprites.tar"
 
 
 def read_sprites() -> dict:
-    """name -> (plural, category, PNG bytes) of the pictures in assets/sprites.tar."""
-    if not os.path.exists(SPRITES):
-        raise DataError(f"{SPRITES} is missing: the pictures of the built-in data, part of this "
-                        "repository; `git checkout assets/sprites.tar` brings it back")
+    """Return name -> (plural, category, PNG bytes) of the images in sprites.tar."""
+    if not SPRITES.exists():
+        raise DataError(f"{SPRITES} is missing; the toy world needs it, and it is part of this "
+                        "repository: `git checkout tiny/sprites.tar` restores it")
     rename = {"ring": "diamond ring", "diamond": "gemstone"}   # the bare names are shapes here
     with tarfile.open(SPRITES) as tar:
         files = {m.name: tar.extractfile(m).read() for m in tar}
@@ -109,8 +90,11 @@ PLURALS.update({name: plural for name, (plural, _, _) in _SPRITES.items()})
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape (one of SHAPES, with a colour) or a sprite (one of KINDS, colour None). `size` is its
-    longer side and (x, y) its centre, in fractions of the image, y down; degrees, anticlockwise."""
+    """A shape (one of SHAPES, with a colour) or a sprite (one of KINDS, colour None).
+
+    size: the longer side; x, y: the centre, y down; all as fractions of the image. angle: degrees,
+    anticlockwise.
+    """
     kind: str
     colour: str = None
     size: float = 0.6
@@ -122,7 +106,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Word:
-    """A word in capitals; `size` is its width, (x, y) its centre, in fractions of the image."""
+    """A word in capitals. size: its width; x, y: its centre; all as fractions of the image."""
     text: str
     colour: str
     style: str = "regular"
@@ -133,8 +117,11 @@ class Word:
 
 @dataclass(frozen=True)
 class Scene:
-    """`background` is ("plain", colour), ("two-tone" or "gradient", colour, colour, direction) or
-    ("textured", colour, texture), the direction "across" or "down"; the lists are above."""
+    """A background with things and words on it.
+
+    background: ("plain", colour), ("two-tone" or "gradient", colour, colour, "across" or "down") or
+    ("textured", colour, texture), from BACKGROUNDS and TEXTURES.
+    """
     background: tuple
     things: tuple = ()
     words: tuple = ()
@@ -144,7 +131,7 @@ RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "be
 
 
 def relation(a: Thing, b: Thing):
-    """Where a is as seen from b: a key of RELATIONS, or None when no one would be sure."""
+    """Return where a is as seen from b: a key of RELATIONS, or None when it is not clear."""
     dx, dy = b.x - a.x, b.y - a.y
     if abs(dx) >= 0.25 and abs(dx) >= 1.5 * abs(dy):
         return "left of" if dx > 0 else "right of"
@@ -155,24 +142,26 @@ def relation(a: Thing, b: Thing):
 
 @functools.lru_cache(maxsize=1 << 18)
 def held_out(*parts: str) -> bool:
-    """Is this composition kept out of every training source? One in 20 is. `parts` is (object,
-    colour) or (object, object, relation), objects without their colours; "a left of b" and "b right
-    of a" are one composition."""
+    """Tell whether this composition is kept out of every training source; one in 20 is.
+
+    parts: (object, colour) or (object, object, relation), the objects without their colours. "a
+    left of b" and "b right of a" are one composition.
+    """
     if len(parts) == 3 and parts[2] in ("right of", "below"):
         parts = parts[1], parts[0], RELATIONS[parts[2]]
-    # The salt holds out four of the 64 coloured shapes, of four shapes and four colours.
+    # This salt holds out four of the 64 coloured shapes, with four shapes and four colours.
     return hash64("held out 47", *parts) % 20 == 0
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Does the scene show a held-out composition, whether or not its caption would say so?"""
+    """Tell whether the scene shows a held-out composition, even if its caption does not name it."""
     return (any(t.colour and held_out(t.kind, t.colour) for t in scene.things)
             or any(held_out(a.kind, b.kind, relation(a, b))
                    for a, b in itertools.combinations(scene.things, 2) if relation(a, b)))
 
 
 def distance(a, b) -> np.ndarray:
-    """Perceived distance of colours [..., 3] (the "redmean" formula; black to white is 765)."""
+    """Return the perceived distance of colours [..., 3] ("redmean"; black to white is 765)."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     red, d = (a[..., 0] + b[..., 0]) / 2, (a - b) ** 2
     return np.sqrt((2 + red / 256) * d[..., 0] + 4 * d[..., 1] + (3 - red / 256) * d[..., 2])
@@ -180,7 +169,7 @@ def distance(a, b) -> np.ndarray:
 
 @functools.lru_cache(maxsize=None)
 def apart(kind: str, colour: str, tone: tuple) -> bool:
-    """Is a shape, or are at least 70 % of a sprite's pixels, far in colour from an RGB tone?"""
+    """Tell whether a shape, or more than 70 % of a sprite's pixels, differ clearly from a tone."""
     if colour:
         return distance(COLOURS[colour], tone) > 200
     pixels = np.asarray(sprite(kind, 0))
@@ -189,15 +178,16 @@ def apart(kind: str, colour: str, tone: tuple) -> bool:
 
 
 def stands_out(thing: Thing, background: tuple) -> bool:
+    """Tell whether a thing differs clearly from every tone of a background."""
     tones = [BACKGROUNDS[b] for b in background[1:3] if b in BACKGROUNDS]
-    if background[0] == "gradient":                       # half way it may be the thing
+    if background[0] == "gradient":                       # its middle may look like the thing
         tones.append(tuple(sum(v) // 2 for v in zip(*tones)))
     return all(apart(thing.kind, thing.colour, tone) for tone in tones)
 
 
 def place(rand, n: int, neat: bool) -> list:
-    """[(size, x, y)] of n things whose square boxes lie inside the image and apart from each other.
-    `neat` puts them on a regular grid."""
+    """Return [(size, x, y)] of n things whose square boxes lie inside the image and do not touch.
+    neat: on a regular grid."""
     margin, gap = 0.02, 0.04
     wobble = (lambda room: 0.0) if neat else (lambda room: (2 * rand() - 1) * room)
     size = lambda lo, hi: round(64 * (hi - 0.02 if neat else lo + (hi - lo) * rand())) / 64
@@ -227,11 +217,11 @@ def place(rand, n: int, neat: bool) -> list:
 
 
 def compose(rand, sprites: bool, neat: bool, forms: tuple):
-    """A scene of one to four things on a background of one of `forms`; None if it is held out, or
-    if the things stand out from no background."""
+    """Return a scene of one to four things on a background of one of `forms`; None if it is held
+    out, or if none of ten backgrounds differs clearly from the things."""
     u, kinds, colours = rand(), KINDS if sprites else SHAPES, tuple(COLOURS)
     n = 1 if u < 0.45 else 2 if u < 0.80 else 3 if u < 0.90 else 4
-    same = rand() < (0.25 if n == 2 else 0.8)             # three and four are mostly for counting
+    same = rand() < (0.25 if n == 2 else 0.8)             # most scenes of 3 or 4 teach counting
     what = [(pick(rand, kinds), None if sprites else pick(rand, colours)) for _ in range(n)]
     things = []
     for k, (size, x, y) in enumerate(place(rand, n, neat)):
@@ -250,7 +240,8 @@ def compose(rand, sprites: bool, neat: bool, forms: tuple):
 
 
 def write_words(rand) -> Scene:
-    """One or two words in one colour, which is far from that of the plain background."""
+    """Return a scene of one or two words in one colour, which differs clearly from the plain
+    background."""
     colour, style, two = pick(rand, tuple(COLOURS)), pick(rand, STYLES), rand() < 0.35
     names = [b for b in BACKGROUNDS if distance(BACKGROUNDS[b], COLOURS[colour]) > 250]
     background, words = ("plain", pick(rand, names)), []
@@ -269,13 +260,13 @@ BUILTIN = {"builtin:web": None, "builtin:synthetic": None, "builtin:text": None,
 
 
 def scene(source: str, seed: int, i: int) -> Scene:
-    """Scene i of a built-in source, a pure function of its arguments. It shows no held-out
-    composition. The 600 of builtin:hq do not depend on the seed. Raises DataError."""
+    """Return scene i of a built-in source: a pure function of the arguments, without held-out
+    compositions. The 600 scenes of builtin:hq do not depend on the seed. Raises DataError."""
     if source not in BUILTIN:
         raise DataError(f"unknown source {source!r}; the built-in ones are {', '.join(BUILTIN)}")
     if BUILTIN[source]:
         seed, i = 0, i % BUILTIN[source]
-    rand = generator("scene", source, seed, i)
+    rand = random_stream("scene", source, seed, i)
     if source == "builtin:text":
         return write_words(rand)
     while True:
@@ -283,26 +274,26 @@ def scene(source: str, seed: int, i: int) -> Scene:
             s = compose(rand, True, False, ("plain", "two-tone", "gradient", "textured"))
         elif source == "builtin:synthetic":
             s = compose(rand, False, False, ("plain",))
-        elif source == "builtin:brief":     # two different ones, or more seldom one
+        elif source == "builtin:brief":     # two different things, or rarely one
             s = compose(rand, False, False, ("plain",))
             s = s if s and len(s.things) == len(groups(s)) == (1 if rand() < 0.25 else 2) else None
         elif source == "builtin:hq":
             s = compose(rand, rand() < 0.7, True, ("plain", "plain", "gradient"))
-        else:                           # qa; align without sprites, which want far longer training
+        else:                           # qa; align without sprites, which take longer to learn
             s = compose(rand, source == "builtin:qa" and rand() < 0.5, False,
                         ("plain", "plain", "two-tone", "gradient"))
             if source == "builtin:align" and s and len(groups(s)) != 2 and rand() < 0.8:
-                continue                # to check two things takes far more questions than one
+                continue                # checking two things takes more questions than one
         if s:
             return s
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ------------------------------------------------------------------------------------------------
 
 def outline(kind: str) -> list:
-    """Corners [(x, y)] of a shape, y down, in its own units."""
+    """Return the corners [(x, y)] of a shape, y down, in its own units."""
     turn = lambda n, start, radius=lambda k: 1.0: [
         (radius(k) * math.sin(start + 2 * math.pi * k / n),
          -radius(k) * math.cos(start + 2 * math.pi * k / n)) for k in range(n)]
@@ -329,11 +320,11 @@ def outline(kind: str) -> list:
 
 @functools.lru_cache(maxsize=4096)
 def shape(kind: str, angle: int, px: int) -> Image.Image:
-    """Anti-aliased mask (mode L) of a shape; its longer side is px pixels."""
+    """Return the anti-aliased mask (mode L) of a shape whose longer side is px pixels."""
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     points = np.array([(c * x + s * y, c * y - s * x) for x, y in outline(kind)])
     low, high = points.min(0), points.max(0)
-    scale = px / (high - low).max()                       # pixels a unit
+    scale = px / (high - low).max()                       # pixels per unit
     w, h = (max(1, round(v)) for v in (high - low) * scale)
     scale = 4 * scale                                     # drawn at four times the size
     image = Image.new("L", (4 * w, 4 * h))
@@ -348,7 +339,7 @@ def shape(kind: str, angle: int, px: int) -> Image.Image:
 
 @functools.lru_cache(maxsize=2048)
 def sprite(kind: str, angle: int) -> Image.Image:
-    """RGBA picture of a sprite at its own size (about 64 pixels), turned, cut to what shows."""
+    """Return the RGBA image of a sprite in its own size (about 64 pixels), turned and cropped."""
     if kind not in _SPRITES:
         raise DataError(f"unknown kind {kind!r}: neither a shape nor a sprite")
     image = Image.open(io.BytesIO(_SPRITES[kind][2])).convert("RGBA")
@@ -357,7 +348,7 @@ def sprite(kind: str, angle: int) -> Image.Image:
 
 
 def sprite_at(kind: str, angle: int, brightness: float, px: int) -> Image.Image:
-    """RGBA picture of a sprite; its longer side is px pixels. (Too many to cache.)"""
+    """Return the RGBA image of a sprite whose longer side is px pixels (too many to cache)."""
     image = sprite(kind, angle)
     scale = px / max(image.size)
     image = image.resize([max(1, round(v * scale)) for v in image.size], Image.BICUBIC)
@@ -367,7 +358,7 @@ def sprite_at(kind: str, angle: int, brightness: float, px: int) -> Image.Image:
 
 @functools.lru_cache(maxsize=2048)
 def letters(text: str, style: str) -> Image.Image:
-    """Mask (mode L) of a word, about 48 pixels high, cut to what shows."""
+    """Return the mask (mode L) of a word, about 48 pixels high, cropped."""
     font = ImageFont.load_default(64)
     stroke = {"bold": 3, "outlined": 4}.get(style, 0)
     left, top, right, bottom = font.getbbox(text, stroke_width=stroke)
@@ -386,7 +377,7 @@ def letters(text: str, style: str) -> Image.Image:
 
 @functools.lru_cache(maxsize=256)
 def backdrop(background: tuple, resolution: int) -> Image.Image:
-    """RGB picture of a background."""
+    """Return the RGB image of a background."""
     form, first, *rest = background
     a = np.array(BACKGROUNDS[first], np.int64)
     if form == "textured":                                # a pattern in a shade of the same colour
@@ -414,8 +405,8 @@ def backdrop(background: tuple, resolution: int) -> Image.Image:
 
 
 def render(scene: Scene, resolution: int) -> np.ndarray:
-    """uint8 [R, R, 3] RGB, anti-aliased. Sizes and angles are rounded to whole pixels and degrees
-    before anything is looked up, so the caches change the speed and never a pixel."""
+    """Draw a scene -> uint8 [R, R, 3], anti-aliased. Sizes and angles are rounded to whole pixels
+    and degrees before any cache is asked, so the caches never change a pixel."""
     image = backdrop(scene.background, resolution).copy()
     for t in scene.things:
         px, angle = max(1, round(t.size * resolution)), round(t.angle)
@@ -440,7 +431,7 @@ def render(scene: Scene, resolution: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 
 def noun(kind: str, colour=None, count: int = 1, article: bool = True) -> str:
-    """`a red circle`, `two cats`, without the article `red circle`."""
+    """Return `a red circle` or `two cats`; without the article `red circle`."""
     name = (colour + " " if colour else "") + (kind if count == 1 else PLURALS[kind])
     if count > 1:
         return f"{NUMBERS[count]} {name}" if article else name
@@ -449,20 +440,20 @@ def noun(kind: str, colour=None, count: int = 1, article: bool = True) -> str:
 
 
 def groups(scene: Scene) -> list:
-    """[(kind, colour, count)] of the things, in the scene's order."""
+    """Return [(kind, colour, count)] of the things, in the scene's order."""
     counts = collections.Counter((t.kind, t.colour) for t in scene.things)
     return [(*what, count) for what, count in counts.items()]
 
 
 def background_words(background: tuple) -> str:
-    """`white`, `white and pink`, `white to pink gradient`, `dotted white`."""
+    """Return `white`, `white and pink`, `white to pink gradient` or `dotted white`."""
     form = {"plain": "{1}", "two-tone": "{1} and {2}", "gradient": "{1} to {2} gradient",
             "textured": "{2} {1}"}[background[0]]
     return form.format(*background)
 
 
 def describe(items: list, where=None, background=None) -> str:
-    """One sentence from (kind, colour, count) groups, a relation of the first two, a background."""
+    """Describe (kind, colour, count) groups, the relation of the first two, and a background."""
     names = [noun(*g) for g in items]
     text = f"{names[0]} {where} {names[1]}" if where else ", ".join(names[:-1]) + (
         " and " if len(names) > 1 else "") + names[-1]
@@ -470,14 +461,16 @@ def describe(items: list, where=None, background=None) -> str:
 
 
 def relation_of(scene: Scene):
-    """The relation of the two things of a scene that has two different ones, else None."""
+    """Return the relation of a scene's two things if they differ, else None."""
     return relation(*scene.things) if len(scene.things) == 2 == len(groups(scene)) else None
 
 
 def caption(scene: Scene, rand=None, web: bool = False) -> str:
-    """A true caption, complete without `rand`. With it, a relation is named six times in ten; with
-    `web` also, four times, and it takes the forms of alt text, a fifth of which leave something
-    out."""
+    """Return a true caption: without `rand` a complete one.
+
+    With rand, six captions in ten name the relation. With `web` too, four in ten do, in the forms
+    of alt text, and a fifth of them leave something out.
+    """
     if scene.words:
         w = scene.words[0]
         text = " ".join(w.text for w in scene.words)
@@ -489,7 +482,7 @@ def caption(scene: Scene, rand=None, web: bool = False) -> str:
     if not web:
         return describe(items, where, scene.background)
     text, on = describe(items, where), background_words(scene.background) + " background"
-    if rand() < 0.2:                                      # as alt text is
+    if rand() < 0.2:                                      # as alt text often does
         kind, _, count = pick(rand, items)
         category = _SPRITES[kind][1] if kind in _SPRITES else "object"
         return pick(rand, (text, noun(kind, None, 2 if count > 1 else 1, False), f"{kind} picture",
@@ -500,9 +493,11 @@ def caption(scene: Scene, rand=None, web: bool = False) -> str:
 
 
 def wrong_description(scene: Scene, rand, other=None):
-    """A caption that the scene does not match, differing in one attribute (without `other`, which
-    gives further scenes, always; else half of the time) or in everything; it states nothing held
-    out."""
+    """Return a caption that is false for the scene and names no held-out composition.
+
+    It differs in one attribute. other: returns further scenes; then half of the captions describe
+    such a scene that has nothing in common with this one.
+    """
     items, where, background = groups(scene), relation_of(scene), scene.background
     shapes = scene.things[0].colour is not None
     taken = {g[0] for g in items}
@@ -537,9 +532,11 @@ def wrong_description(scene: Scene, rand, other=None):
 
 
 def question(scene: Scene, rand, other, verify=False) -> tuple:
-    """(type of the question, question, answer) about a scene with things. verify: only the two
-    that best_of.py asks, with its words; of one prompt's candidates the bad ones are wrong in one
-    attribute, so all wrong prompts are here."""
+    """Return (kind, question, answer) about a scene with things.
+
+    other: returns further scenes. verify: only the two kinds that best_of.py asks, in its words;
+    then all wrong prompts differ in one attribute, because bad candidates do.
+    """
     items, where = groups(scene), relation_of(scene)
     kind, colour, count = pick(rand, items)
     total = sum(g[2] for g in items if g[0] == kind)
@@ -573,28 +570,12 @@ def question(scene: Scene, rand, other, verify=False) -> tuple:
     return form, f"Does this image align with the prompt: {text}?", "Yes." if yes else "No."
 
 
-def prompt(text: str, rand) -> str:
-    """The user's turn for a caption, of files too: as it is half of the time, else as a request."""
-    if rand() < 0.5:
-        return text
-    text = re.sub(r"^(an? )?(photo|picture|image) of ", "", text.rstrip("."), flags=re.I)
-    text = text[0].lower() + text[1:] if text.startswith(("A ", "An ", "Two ", "Three ", "Four ")) \
-        else text
-    return pick(rand, ("Can you generate a photo of {}?", "Generate an image of {}.",
-                       "Please create a picture of {}.", "Draw {}.")).format(text)
-
-
-def drawing(text: str, rand) -> list:
-    """The conversation of a text-to-image sample."""
-    return [{"from": "human", "value": prompt(text, rand)},
-            {"from": "gpt", "value": "Here you go:\n<image>"}]
-
-
 def builtin_record(source: str, seed: int, i: int, resolution: int) -> dict:
-    """Record i of a built-in source; data.Mixture says the keys. resolution 0: no picture."""
+    """Return record i of a built-in source, with the keys that data.Mixture describes.
+    resolution 0: without an image."""
     s = scene(source, seed, i)
     i = i % (BUILTIN[source] or i + 1)
-    rand = generator("text", source, seed, i)
+    rand = random_stream("text", source, seed, i)
     out = {"key": f"{source}/{i}", "task": "t2i", "scene": s,
            "image": render(s, resolution) if resolution else None}
     if source in ("builtin:qa", "builtin:align"):

@@ -1,0 +1,179 @@
+"""Pieces of a training loop that the trainers share: batch sizes, the start-up table, learning
+rates, averages of the weights, the meter of losses and speed, grids of images.
+"""
+import collections
+import contextlib
+import json
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import parallel
+from cli import UserError, table
+
+# ------------------------------------------------------------------------------------------------
+# Before the loop
+# ------------------------------------------------------------------------------------------------
+
+def check_batch(args, devices, each=None):
+    """Fill --micro-batch: the whole batch, or at most `each` images per device. Raises UserError
+    for sizes that do not divide."""
+    if args.compile and devices.target == "xla":
+        raise UserError("--compile: not on xla, whose compiler takes the whole step; leave it out")
+    n = devices.axes["fsdp"]
+    most = min(args.batch, each * n if each else args.batch)
+    args.micro_batch = args.micro_batch or next(
+        (b for b in range(most - most % n, 0, -n) if args.batch % b == 0), args.batch)
+    if args.batch % args.micro_batch or args.micro_batch % n:
+        raise UserError(f"--batch {args.batch} must be a multiple of --micro-batch "
+                        f"{args.micro_batch}, and that of the {n} devices on the fsdp axis (--mesh)")
+
+
+def state_gb(trained, frozen, ema):
+    """Return the memory of one device's state by part in GB, from the numbers of parameters that it
+    stores: fp32 weights, gradients, two moments, average."""
+    parts = {"weights": 4 * (trained + frozen), "gradients": 4 * trained, "moments": 8 * trained,
+             "ema": 4 * trained if ema else 0}
+    return {k: v / 1e9 for k, v in {**parts, "total": sum(parts.values())}.items()}
+
+
+def start_table(title, args, devices, parameters, flops, memory, **rows):
+    """Print what was derived: a table, or one object with --dry-run --json. parameters: by group;
+    flops: of a training image by part; memory: of `state_gb`; rows: the script's own."""
+    plain = devices.target == "cpu" and devices.dtype == torch.bfloat16
+    summary = dict(
+        parameters={**parameters, "total": sum(parameters.values())}, images_per_step=args.batch,
+        images_at_a_time=args.micro_batch,
+        train_tflop_per_image={k: v / 1e12 for k, v in flops.items()},
+        memory_gb_per_device=memory, device=str(devices),
+        dtype=str(devices.dtype).removeprefix("torch."),
+        attention="plain products" if plain else "torch scaled_dot_product_attention", **rows)
+    if args.dry_run and args.json:
+        print(json.dumps(summary, default=str))
+    elif devices.main:
+        table(title, list(summary.items()))
+
+
+def cosine(step, steps, warmup, final=0.0):
+    """Factor of the learning rate: linear warm-up over `warmup` steps, then cosine to `final`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    x = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * x))
+
+
+def set_lr(optimizers, factor, devices):
+    """Set every group's learning rate to `factor` times its first one, whatever the optimizer."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            first = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = parallel.scalar(first * factor, devices.device)
+
+
+# ------------------------------------------------------------------------------------------------
+# In the loop
+# ------------------------------------------------------------------------------------------------
+
+class Meter:
+    """Averages of the values since the last log line, and the speed. Values stay on the device
+    until they are read: a sum there would be part of the next step's program."""
+
+    def __init__(self):
+        self.values, self.count, self.images, self.flops, self.wait = [], 0, 0, 0.0, 0.0
+        self.start()
+
+    def start(self):
+        """Start the clock, again after something else than training."""
+        self.since = time.perf_counter()
+
+    def add(self, weight=1.0, **values):
+        """Take values of a step, or of a micro-batch that is this part of it."""
+        self.values.append((weight, {k: v.detach() for k, v in values.items()}))
+
+    def step(self, images, flops):
+        """Count a step: its images, and the training FLOPs of each."""
+        self.count, self.images, self.flops = (
+            self.count + 1, self.images + images, self.flops + images * flops)
+
+    def read(self, devices):
+        """Return the averages, each over the steps that have it, and start again. A table [n,2] of
+        sums and counts gives its n quotients."""
+        sums, shares = {}, collections.Counter()
+        for weight, values in self.values:
+            for k, v in values.items():
+                sums[k] = sums.get(k, 0) + weight * v.cpu()
+                shares[k] += weight
+        numbers = [n for k, v in sums.items() for n in (v / shares[k]).flatten().tolist()]
+        numbers, values = iter(parallel.mean(numbers, devices)), {}
+        for k, v in sums.items():
+            values[k] = next(numbers) if v.dim() == 0 else [
+                s / c if c else None for s, c in ((next(numbers), next(numbers)) for _ in v)]
+        seconds = time.perf_counter() - self.since
+        tflops = self.flops / seconds / 1e12
+        peak = parallel.peak_tflops(devices)
+        values.update(images_per_s=self.images / seconds, tflops=tflops,
+                      mfu=tflops / (peak * devices.count) if peak else None,
+                      memory_gb=parallel.memory_gb(devices), data_wait_s=self.wait / self.count,
+                      step_s=seconds / self.count)
+        self.__init__()
+        return values
+
+
+def averages(named, devices):
+    """Start the EMA: copies {name: tensor}, split as the parameters are."""
+    ema = {k: p.detach().clone() for k, p in named.items()}
+    for k, average in ema.items():
+        parallel.mark(k, average, devices)
+    return ema
+
+
+def ema_weight(decay, step):
+    """Return 1 - decay. The first steps average over what there is, so that the initial weights do
+    not dominate a short run."""
+    return 1 - min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_ema(ema, named, weight):
+    """ema += weight (p - ema)"""
+    for k, average in ema.items():
+        average.lerp_(named[k], weight)
+
+
+@contextlib.contextmanager
+def averaged(named, ema):
+    """Put the averages into the network for a while."""
+    swap(named, ema)
+    yield
+    swap(named, ema)
+
+
+@torch.no_grad()
+def swap(named, ema):
+    for k, average in ema.items():
+        keep = named[k].detach().clone()
+        named[k].copy_(average)
+        average.copy_(keep)
+
+
+# ------------------------------------------------------------------------------------------------
+# Images
+# ------------------------------------------------------------------------------------------------
+
+def image_sheet(images, columns, space=2):
+    """Images [n,3,H,W] -> one [3,H',W'], row by row, with white between them."""
+    lack = -len(images) % columns
+    x = torch.cat([images, torch.ones_like(images[:1]).expand(lack, -1, -1, -1)])
+    x = F.pad(x, (0, space, 0, space), value=1).unflatten(0, (-1, columns))
+    x = x.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)                # [3,rows*H,columns*W]
+    return x[:, :x.shape[1] - space, :x.shape[2] - space]
+
+
+def save_grid(images, path, columns=8):
+    """Write images [n,3,H,W] in [0,1] as one PNG with white around each."""
+    x = F.pad(image_sheet(images.detach().float().cpu(), columns), (2,) * 4, value=1)
+    x = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    Image.fromarray(x.numpy()).save(path)
