@@ -13,7 +13,6 @@ another FD-enc in the same features on as many images. --inception PATH adds the
 the features of InceptionV3, which is rFID for reconstructions and FID for generated images.
 Intervals are 95 %, by bootstrap. Images are drawn as with sample.py --direct.
 """
-import argparse
 import collections
 import itertools
 import json
