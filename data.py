@@ -33,7 +33,6 @@ from files import (CROPS, BrokenRecord, broken_records, expand, file_record, loa
 # Randomness
 # ------------------------------------------------------------------------------------------------
 
-
 def hash64(*parts) -> int:
     """Return a 64-bit hash of the parts; Python's own hash() differs from process to process."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
@@ -130,12 +129,10 @@ def world():
 
 def is_builtin(name: str) -> bool:
     """Tell whether the toy world makes this source. Raises DataError for an unknown name."""
-    if not name.startswith("builtin:"):
-        return False
-    if name not in world().BUILTIN:
-        expected = ", ".join(world().BUILTIN)
-        raise DataError(f"{printable(name)}: expected one of {expected}, or a path")
-    return True
+    if name.startswith("builtin:") and name not in world().BUILTIN:
+        known = ", ".join(world().BUILTIN)
+        raise DataError(f"{printable(name)}: expected one of {known}, or a path")
+    return name.startswith("builtin:")
 
 
 class Mixture:
@@ -166,7 +163,7 @@ class Mixture:
         # Every block of 1,000 samples has the same plan: each source gets its share (by largest
         # remainder), one sample in each of as many equal stretches, so short windows are fair too.
         shares = [w * BLOCK for w in self.weights]
-        self.counts = [int(s) for s in shares]
+        self.counts = list(map(int, shares))
         for s in sorted(range(len(shares)), key=lambda s: self.counts[s] - shares[s]):
             self.counts[s] += sum(self.counts) < BLOCK
         rand = random_stream("plan", seed)
@@ -242,11 +239,8 @@ class SkipCounter:
         self.broken, self.named = set(), set()
 
     def update(self, skipped: list, seen: int, rejected: list = ()):
-        """Count records. Raises DataError.
-
-        skipped: [(key, reason)] of the broken ones among the last `seen` samples. rejected: the
-        same of intact ones that are of no use, such as too long ones.
-        """
+        """Count the broken records [(key, reason)] among the last `seen` samples. rejected: the
+        same for intact records that are of no use, such as too long ones. Raises DataError."""
         self.count, self.seen = self.count + len(skipped) + len(rejected), self.seen + seen
         for key, why in (*skipped, *rejected):
             if key not in self.named:
@@ -316,10 +310,9 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
         num_workers=workers, worker_init_fn=start_worker,
         multiprocessing_context=FORK if workers else None, prefetch_factor=4 if workers else None))
     started = [p for p in multiprocessing.active_children() if p not in before]
-    if started:
-        # torch's handler would raise in the middle of a step when a worker dies.
-        signal.signal(signal.SIGCHLD, handler)
-        atexit.register(kill, started)
+    if signal.getsignal(signal.SIGCHLD) != handler:         # torch's would raise in the middle of
+        signal.signal(signal.SIGCHLD, handler)              # a step when a worker dies
+    atexit.register(kill, started)
     return copied(batches, started)
 
 
@@ -413,8 +406,7 @@ def image_name(text):
     """Argparse type: the name of an image file that Pillow can write."""
     form = Image.registered_extensions().get(os.path.splitext(text)[1].lower())
     if form not in Image.SAVE:
-        raise argparse.ArgumentTypeError(f"expected the name of an image, such as sheet.png, not "
-                                         f"{text!r}")
+        raise argparse.ArgumentTypeError(f"expected a name such as sheet.png, not {text!r}")
     return text
 
 

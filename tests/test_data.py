@@ -811,7 +811,7 @@ def test_check_reads_every_part(tmp_path, run):
     (("show", "builtin:wep"), "builtin:wep"), (("show", "--crop", "round"), "round"),
     (("show", "--out", "/nowhere/s.png"), "--out /nowhere/s.png"),
     (("show", "--count", "0"), "--count"), (("check", "/nowhere"), "/nowhere"),
-    (("show", "--out", "sheet"), "expected the name of an image"),
+    (("show", "--out", "sheet"), "expected a name such as sheet.png"),
     (("check", "builtin:wep"), "builtin:wep"), (("check",), "SOURCE"), ((), "command"),
     (("show", "--out", "s.psd"), "s.psd"), (("show", "--seed", "-1"), "--seed")], ids=str)
 def test_bad_commands(args, words, run):
