@@ -34,6 +34,7 @@ import train_dit
 import train_encoder
 import vae as vaes
 import weights
+import networks
 import world
 from test_stage1 import SMALL, call, first_batch, lines, options, state
 
@@ -259,8 +260,8 @@ def test_what_training_draws_and_exports_is_the_average(tmp_path, monkeypatch):
         llm, dit, tokenizer, _ = weights.load_model(out, CPU, ema=ema)
         assert torch.equal(llm.model.norm.weight, saved[prefix + key])
     assert not torch.equal(saved[key], saved[f"ema.{key}"])
-    encoder = weights.load_encoder(weights.TINY_CODEC[0], CPU)
-    decoder = weights.load_decoder(weights.TINY_CODEC[1], CPU, 96, encoder.mean, encoder.std)
+    encoder = networks.load_encoder(weights.TINY_CODEC[0], CPU)
+    decoder = networks.load_decoder(weights.TINY_CODEC[1], CPU, 96, encoder.mean, encoder.std)
     noise = torch.stack([torch.randn(64, 96, generator=torch.Generator().manual_seed(i))
                          for i in range(len(benchmark.FIXED))])
     with torch.no_grad():
@@ -392,8 +393,8 @@ def test_averages_of_the_decoder_and_what_is_exported(long_run):
         found = load_file(long_run / f"final/{name}.safetensors")
         assert torch.equal(found[key], last[prefix + key])
     assert not torch.equal(last[key], last[f"ema.{key}"])
-    encoder = weights.load_encoder(weights.TINY_CODEC[0], CPU)
-    model = weights.load_decoder(long_run / "final/ema.safetensors", CPU, 96, encoder.mean,
+    encoder = networks.load_encoder(weights.TINY_CODEC[0], CPU)
+    model = networks.load_decoder(long_run / "final/ema.safetensors", CPU, 96, encoder.mean,
                                  encoder.std)
     mixture = data.Mixture(train_decoder.DATA, 64, 1000, crop="center", text=False)
     x = torch.stack([torch.from_numpy(mixture[i]["image"]) for i in range(64)])

@@ -41,6 +41,8 @@ import train_dit
 import train_encoder
 import vae as vaes
 import weights
+import stage2
+import networks
 import world
 from data import Mixture
 from test_data import png, write_tar
@@ -283,8 +285,8 @@ def test_a_decoder_of_two_blocks_is_measured_on_their_sum(tmp_path):
     path = two_blocks(tmp_path / "two.safetensors")
     reconstruct, *_ = evaluate.load_codec(
         types.SimpleNamespace(run=path, encoder=None, features=None), CPU)
-    encoder = weights.load_encoder(weights.TINY_CODEC[0], CPU, layers=2)
-    decoder = weights.load_decoder(path, CPU, 96, encoder.mean, encoder.std)
+    encoder = networks.load_encoder(weights.TINY_CODEC[0], CPU, layers=2)
+    decoder = networks.load_decoder(path, CPU, 96, encoder.mean, encoder.std)
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(reconstruct(x), decoder(encoder(x)), atol=1e-5)
@@ -468,7 +470,7 @@ def test_a_decoder_s_normalisation_without_its_encoder(tmp_path):
                       diffusion_model_channels=24,
                       mm_vision_tower_aux_list=[tower])
         args = types.SimpleNamespace(encoder=None, decoder=tmp_path / "d")
-        _, decoder = weights.load_codec(config, args, CPU, encoder=False)
+        _, decoder = stage2.load_codec(config, args, CPU, encoder=False)
         assert decoder.image_mean.flatten().tolist() == pytest.approx(kind.mean)
         assert decoder.image_std.flatten().tolist() == pytest.approx(kind.std)
 
@@ -477,7 +479,7 @@ def test_heads_of_a_published_decoder(tmp_path):
     """Its config has none, and no shape tells them."""
     state = r.random_state(r.decoder_keys(24, 64, 2, 48, 16, 14), seed=1)
     r.write(tmp_path / "d", {}, state, "model.pt", tokenizer=False)
-    assert weights.load_decoder(tmp_path / "d", CPU, 24, (.5, ) * 3,
+    assert networks.load_decoder(tmp_path / "d", CPU, 24, (.5, ) * 3,
                                 (.5, ) * 3).decoder_layers[0].heads == 16
 
 
@@ -488,7 +490,7 @@ def test_a_config_in_the_file_is_before_one_beside_it(tmp_path):
 
 
 def test_new_heads_are_of_the_seed(nets):
-    a, b = (weights.load_discriminator(nets[3], CPU, seed=s).heads[0][0][0].weight_orig for s in (0, 1))
+    a, b = (networks.load_discriminator(nets[3], CPU, seed=s).heads[0][0][0].weight_orig for s in (0, 1))
     assert not torch.equal(a, b)
 
 
@@ -520,7 +522,7 @@ def test_a_vae_s_latent_is_shifted_and_scaled(config, tmp_path):
     vae, path = vaes.VAE(dict(vaes.TINY, **config)), tmp_path / "vae.safetensors"
     save_file(vae.state_dict(), path, metadata={"config": json.dumps(vae.config)})
     line, = t.train(tmp_path / "r", "--latent", "vae", "--vae", path, "--data", "builtin:synthetic")
-    encoder = weights.load_encoder(weights.TINY_CODEC[0], CPU)
+    encoder = networks.load_encoder(weights.TINY_CODEC[0], CPU)
     batch, _ = t.first_batch(encoder, ["builtin:synthetic"], vae)
     with torch.no_grad():
         mean, logvar = map(vaes.pack, vae.posterior(batch["images"].float() / 255))
@@ -530,7 +532,7 @@ def test_a_vae_s_latent_is_shifted_and_scaled(config, tmp_path):
 
 def test_repa_of_questions_is_zero():
     """Images in questions count zero in REPA too."""
-    encoder = weights.load_encoder(weights.TINY_CODEC[0], CPU)
+    encoder = networks.load_encoder(weights.TINY_CODEC[0], CPU)
     llm, dit = text.TextModel(dict(text.TINY, vocab_size=1024), 64, 96,
                               160), dits.DiT(96, 64, 160, 2, 5)
     text.init_weights(llm, 0)
@@ -604,7 +606,7 @@ def test_lambda_of_the_vae_is_of_its_last_layer(nets, tmp_path):
          "--steps", "1", "--disc-start", "0", "--gan-start", "0", "--out", tmp_path / "r")
     torch.manual_seed(0)
     vae, batch = vaes.VAE(vaes.TINY), first_batch()
-    disc, x = weights.load_discriminator(nets[3], CPU).eval(), batch["images"].float() / 255
+    disc, x = networks.load_discriminator(nets[3], CPU).eval(), batch["images"].float() / 255
     mean, logvar = vae.posterior(x)
     noise = train_decoder.gaussian(range(4), 0, mean.shape[1:])
     x_hat = (vae.decoder(mean + (logvar / 2).exp() * noise) + 1) / 2
@@ -620,7 +622,7 @@ def test_each_exported_vae_has_its_own_scale(tmp_path, monkeypatch):
          "--lr", "3e-3", "--warmup", "0", "--out", tmp_path / "r")
     mixture = data.Mixture(train_decoder.DATA, 64, 0, crop="random", text=False)
     for name in ("model", "ema"):
-        vae = weights.load_vae(tmp_path / f"r/final/{name}.safetensors", CPU)
+        vae = networks.load_vae(tmp_path / f"r/final/{name}.safetensors", CPU)
         found = vae.measure(evaluate.pictures(mixture, 16, CPU))
         assert {k: vae.config[k] for k in found} == pytest.approx(found, rel=1e-4)
 
@@ -770,7 +772,7 @@ def test_cached_pictures_take_the_filter_too(tmp_path):
 
 def test_cond_drop_is_in_the_config():
     dit, llm = dits.DiT(24, 16, 64, 1, 4), text.TextModel(dict(text.TINY, vocab_size=9), 16, 24, 64)
-    assert weights.model_config(llm, dit, "x", 1.0,
+    assert stage2.model_config(llm, dit, "x", 1.0,
                                 cond_drop=0.2)["diffusion_class_dropout_prob"] == 0.2
 
 
@@ -818,7 +820,7 @@ def test_recomputed_tables_must_fit():
     dit = dits.DiT(24, 16, 64, 1, 4)
     state = {**dit.state_dict(), "feat_rope.freqs_cos": torch.zeros(16, 8)}
     with pytest.raises(parallel.UserError, match=r"freqs_cos is \[16, 8\], expected \[16, 16\]"):
-        weights.load_strict(dit, state, "x", weights.RECOMPUTED)
+        weights.load_strict(dit, state, "x", stage2.RECOMPUTED)
 
 
 def test_the_generator_s_pass_of_the_discriminator_is_in_eval_mode(nets, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ import data
 import losses
 import parallel
 import weights
+import networks
 from test_stage1 import CPU, SMALL, call, lines, state
 from tiny import train_encoder
 
@@ -186,7 +187,7 @@ def test_the_exported_encoder_gives_the_trained_latent(run):
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         _, z = model.look(x)
-        assert torch.equal(weights.load_encoder(run.out, CPU)(x), z)
+        assert torch.equal(networks.load_encoder(run.out, CPU)(x), z)
     for source in (run.out, run.out / "checkpoints/step-0000002"):          # --init takes both
         train_encoder.init_weights(model, 5)
         train_encoder.load_init(model.encoder, source)
@@ -206,10 +207,10 @@ def test_the_exported_loss_networks(arch, tmp_path, capsys):
         if key.startswith("encoder."):
             assert torch.equal(value, exported[key.removeprefix("encoder.")]), key
     if arch == "vgg":
-        net = weights.load_perceptual(out, None, CPU)
+        net = networks.load_perceptual(out, None, CPU)
         assert net.width == losses.TINY_WIDTH and net.lin0["model"][1].weight.unique() == 1 / 8
     else:
-        net = weights.load_discriminator(out, CPU)
+        net = networks.load_discriminator(out, CPU)
         assert net.config == losses.TINY_DISC
         assert torch.equal(net.dino.patch_embed["proj"].weight, exported["patch_embed.proj.weight"])
 

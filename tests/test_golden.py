@@ -22,6 +22,7 @@ import parallel  # noqa: E402
 import perceptual  # noqa: E402
 import vae  # noqa: E402
 import weights  # noqa: E402
+import networks
 from decoder import Decoder  # noqa: E402
 from dit import DiT  # noqa: E402
 from parallel import UserError  # noqa: E402
@@ -211,7 +212,7 @@ def test_vae_reads_both_layouts(tmp_path):
     assert "decoder.mid.attn_1.proj_out.bias" in state and len(state) == len(model.state_dict())
     save_file(state, tmp_path / "ae.safetensors")
     (tmp_path / "config.json").write_text(golden.json.dumps(vae.TINY))
-    same = weights.load_vae(tmp_path / "ae.safetensors", CPU).state_dict()
+    same = networks.load_vae(tmp_path / "ae.safetensors", CPU).state_dict()
     assert all(torch.equal(same[k], v) for k, v in model.state_dict().items())
 
     state = model.state_dict()
@@ -219,7 +220,7 @@ def test_vae_reads_both_layouts(tmp_path):
     save_file({**state, "encoder.bias": extra}, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "ae.safetensors").unlink()
     with pytest.raises(UserError) as error:
-        weights.load_vae(tmp_path, CPU)
+        networks.load_vae(tmp_path, CPU)
     for text in ("decoder.conv_in.bias is [3], expected [64]", "1 missing (first: encoder.conv_in.",
                  "1 unexpected (first: encoder.bias)"):
         assert text in str(error.value)
@@ -261,14 +262,14 @@ def test_perceptual_files(tmp_path):
     save_file(lins, tmp_path / "lpips.safetensors")
     x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     a, _ = model(x, y)
-    b, _ = weights.load_perceptual(tmp_path / "vgg16.pth", None, CPU)(x, y)
-    c, _ = weights.load_perceptual(tmp_path / "vgg16.pth", tmp_path / "lpips.safetensors", CPU)(x, y)
+    b, _ = networks.load_perceptual(tmp_path / "vgg16.pth", None, CPU)(x, y)
+    c, _ = networks.load_perceptual(tmp_path / "vgg16.pth", tmp_path / "lpips.safetensors", CPU)(x, y)
     assert torch.equal(a, b) and torch.allclose(2 * a, c)
     full = perceptual.Perceptual().state_dict()         # of full width: LPIPS' weights must be there
     torch.save({k: v for k, v in full.items() if not k.startswith("lin")}, tmp_path / "full.pth")
     with pytest.raises(UserError, match="LPIPS: --lpips-weights vgg.pth"):      # where it looked
-        weights.load_perceptual(tmp_path / "full.pth", None, CPU)
-    weights.load_perceptual(tmp_path / "full.pth", None, CPU, needed=False)     # for Gram alone
+        networks.load_perceptual(tmp_path / "full.pth", None, CPU)
+    networks.load_perceptual(tmp_path / "full.pth", None, CPU, needed=False)     # for Gram alone
 
 
 def test_spectral_norm_is_pytorchs():
@@ -293,7 +294,7 @@ def test_discriminator_files_and_modes(tmp_path):
     trunk = {k[5:]: v for k, v in state.items() if k.startswith("dino.") and "x_s" not in k}
     trunk["blocks.0.attn.qkv.bias"] = torch.ones(192)
     save_file(trunk, tmp_path / "dino.safetensors")
-    loaded = weights.load_discriminator(tmp_path / "dino.safetensors", CPU, discriminator.TINY)
+    loaded = networks.load_discriminator(tmp_path / "dino.safetensors", CPU, discriminator.TINY)
     bias = loaded.dino.blocks[0].attn["qkv"].bias
     assert bias.view(3, 64).sum(1).tolist() == [64, 0, 64]      # k's third is zeroed
     images = torch.rand(2, 3, 64, 64)
@@ -308,7 +309,7 @@ def test_discriminator_files_and_modes(tmp_path):
     assert all(p.grad is not None for p in loaded.heads.parameters())
     save_file(trunk | {"pos_embed": torch.zeros(1, 5, 64)}, tmp_path / "wrong.safetensors")
     with pytest.raises(UserError, match=r"pos_embed is \[1, 5, 64\], expected \[1, 65, 64\]"):
-        weights.load_discriminator(tmp_path / "wrong.safetensors", CPU, discriminator.TINY)
+        networks.load_discriminator(tmp_path / "wrong.safetensors", CPU, discriminator.TINY)
 
 
 def test_augment():

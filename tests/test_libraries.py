@@ -22,6 +22,7 @@ import parallel  # noqa: E402
 import sample  # noqa: E402
 import text_model as text  # noqa: E402
 import weights  # noqa: E402
+import networks
 
 hf = pytest.importorskip("transformers", reason="an optional comparison")
 CPU = parallel.setup("cpu", "float32")
@@ -66,7 +67,7 @@ def test_siglip(form, tmp_path):
                                                               text_config=words)))
         tower = model.vision_model
     model.save_pretrained(tmp_path)
-    ours, x = weights.load_encoder(tmp_path, CPU), torch.rand(3, 3, 20, 20)
+    ours, x = networks.load_encoder(tmp_path, CPU), torch.rand(3, 3, 20, 20)
     theirs = tower(normalised(x, ours), output_hidden_states=True)
     hidden = theirs.hidden_states[-1]                                       # [B,25,40]
     close(ours(x), F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6))
@@ -77,7 +78,7 @@ def test_siglip(form, tmp_path):
 def test_dinov2(tmp_path):
     model = random_weights(hf.Dinov2Model(hf.Dinov2Config(**DINO)))
     model.save_pretrained(tmp_path)
-    ours, x = weights.load_encoder(tmp_path, CPU), torch.rand(2, 3, 28, 28)
+    ours, x = networks.load_encoder(tmp_path, CPU), torch.rand(2, 3, 28, 28)
     close(ours(x), model(normalised(x, ours)).last_hidden_state[:, 1:])
 
 
@@ -113,7 +114,7 @@ def test_flux_vae(tmp_path):
         norm_num_groups=8, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.5,
         shift_factor=-0.2))
     model.save_pretrained(tmp_path / "vae")
-    ours, x = weights.load_vae(tmp_path, CPU), torch.rand(2, 3, 48, 48)
+    ours, x = networks.load_vae(tmp_path, CPU), torch.rand(2, 3, 48, 48)
     theirs = model.encode(2 * x - 1).latent_dist
     close(ours.posterior(x)[0], theirs.mean)
     close(ours.posterior(x)[1], theirs.logvar)
@@ -132,7 +133,7 @@ def test_lpips(tmp_path):
     for mine, other in zip(slices, vgg.features):       # the same layers in five parts
         mine.load_state_dict(other.state_dict())
     lin = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
-    ours = weights.load_perceptual(tmp_path / "vgg16.pth", lin, CPU)
+    ours = networks.load_perceptual(tmp_path / "vgg16.pth", lin, CPU)
     a, b = torch.rand(2, 2, 3, 64, 64)
     b[0] = a[0].lerp(b[0], 0.1)                         # one pair alike
     close(ours.lpips(ours.maps(a), ours.maps(b)), theirs(2 * a - 1, 2 * b - 1).flatten())

@@ -24,6 +24,7 @@ import losses
 import parallel
 import vae as vaes
 import weights
+import networks
 from cli import UserError
 from decoder import Decoder, DecoderConfig, size_config
 from losses import (
@@ -174,15 +175,15 @@ def test_perceptual_files(tmp_path):
               tmp_path / "lpips.safetensors")
     x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     a, _ = model(x, y)
-    b, _ = weights.load_perceptual(tmp_path / "vgg16.pth", None, CPU)(x, y)
+    b, _ = networks.load_perceptual(tmp_path / "vgg16.pth", None, CPU)(x, y)
     lpips = tmp_path / "lpips.safetensors"
-    c, _ = weights.load_perceptual(tmp_path / "vgg16.pth", lpips, CPU)(x, y)
+    c, _ = networks.load_perceptual(tmp_path / "vgg16.pth", lpips, CPU)(x, y)
     assert torch.equal(a, b) and torch.allclose(2 * a, c)
     full = Perceptual().state_dict()            # a network of full width must have LPIPS' weights
     torch.save({k: v for k, v in full.items() if not k.startswith("lin")}, tmp_path / "full.pth")
     with pytest.raises(UserError, match="--lpips-weights"):
-        weights.load_perceptual(tmp_path / "full.pth", None, CPU)
-    weights.load_perceptual(tmp_path / "full.pth", None, CPU, needed=False)     # for Gram alone
+        networks.load_perceptual(tmp_path / "full.pth", None, CPU)
+    networks.load_perceptual(tmp_path / "full.pth", None, CPU, needed=False)     # for Gram alone
 
 
 # ------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def test_discriminator_files_and_modes(tmp_path, disc):
     trunk["blocks.0.attn.qkv.bias"] = torch.ones(192)
     config = {"config": json.dumps(dataclasses.asdict(TINY_DISC))}
     save_file(trunk, tmp_path / "dino.safetensors", config)
-    loaded = weights.load_discriminator(tmp_path / "dino.safetensors", CPU)
+    loaded = networks.load_discriminator(tmp_path / "dino.safetensors", CPU)
     bias = loaded.dino.blocks[0].attn["qkv"].bias
     assert bias.view(3, 64).sum(1).tolist() == [64, 0, 64]          # the key third is zero
     images = torch.rand(2, 3, 64, 64)
@@ -223,12 +224,12 @@ def test_discriminator_files_and_modes(tmp_path, disc):
     assert changed and all(k.endswith(("weight_u", "weight_v")) for k in changed)
     assert all(p.grad is None for p in loaded.dino.parameters())
     assert all(p.grad is not None for p in loaded.heads.parameters())
-    one, two = (weights.load_discriminator(tmp_path / "dino.safetensors", CPU, seed=s)
+    one, two = (networks.load_discriminator(tmp_path / "dino.safetensors", CPU, seed=s)
                 .heads[0][0][0].weight_orig for s in (0, 1))
     assert not torch.equal(one, two)                                # new heads depend on the seed
     save_file(trunk | {"pos_embed": torch.zeros(1, 5, 64)}, tmp_path / "wrong.safetensors", config)
     with pytest.raises(UserError, match=r"pos_embed is \[1, 5, 64\], expected \[1, 65, 64\]"):
-        weights.load_discriminator(tmp_path / "wrong.safetensors", CPU)
+        networks.load_discriminator(tmp_path / "wrong.safetensors", CPU)
 
 
 def test_discriminator_resizes_bilinearly(disc):
@@ -341,7 +342,7 @@ def test_vae_reads_both_layouts(tmp_path):
     assert "decoder.mid.attn_1.proj_out.bias" in state and len(state) == len(model.state_dict())
     save_file(state, tmp_path / "ae.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(vaes.TINY)))
-    same = weights.load_vae(tmp_path / "ae.safetensors", CPU).state_dict()
+    same = networks.load_vae(tmp_path / "ae.safetensors", CPU).state_dict()
     assert all(torch.equal(same[k], v) for k, v in model.state_dict().items())
 
     state = model.state_dict()
@@ -349,7 +350,7 @@ def test_vae_reads_both_layouts(tmp_path):
     save_file({**state, "encoder.bias": extra}, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "ae.safetensors").unlink()
     with pytest.raises(UserError) as error:
-        weights.load_vae(tmp_path, CPU)
+        networks.load_vae(tmp_path, CPU)
     for text in ("decoder.conv_in.bias is [3], expected [64]", "encoder.conv_in.", "encoder.bias"):
         assert text in str(error.value)
 

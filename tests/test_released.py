@@ -31,6 +31,8 @@ import perceptual  # noqa: E402
 import text_model as text  # noqa: E402
 import vae  # noqa: E402
 import weights  # noqa: E402
+import stage2
+import networks
 from parallel import UserError  # noqa: E402
 
 torch.set_num_threads(1)
@@ -409,10 +411,10 @@ def test_export_then_load_is_the_same(tmp_path, options):
     llm = text.TextModel(qwen, 16, 24, 64)
     text.init_weights(llm, 0)
     alpha = flow.shift_alpha(16, 24)
-    config = weights.model_config(llm, dit, weights.HUB["siglip2"][0], alpha)
+    config = stage2.model_config(llm, dit, weights.HUB["siglip2"][0], alpha)
     if not options:
         assert {k: config.get(k, "lacking") for k in FIELDS} == FIELDS
-        tiny = weights.model_config(llm, dit, "x", flow.shift_alpha(16, 24, 128))
+        tiny = stage2.model_config(llm, dit, "x", flow.shift_alpha(16, 24, 128))
         assert flow.shift_alpha(16, 24, tiny["diffusion_base_dim"]) == pytest.approx(
             flow.shift_alpha(16, 24, 128))
     final = tmp_path / "run" / "final"
@@ -458,7 +460,7 @@ def decoder_folder(folder, config=MAE, pos=True, patch=14, name="model.pt"):
 def test_decoder_folder(tmp_path, options, side):
     """hidden_size and patch_size of the config may be wrong; the table of positions may lack."""
     state = decoder_folder(tmp_path / "d", **options)
-    model = weights.load_decoder(tmp_path / "d", CPU, 24, (.1, .2, .3), (.4, .5, .6))
+    model = networks.load_decoder(tmp_path / "d", CPU, 24, (.1, .2, .3), (.4, .5, .6))
     loaded = model.state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in state.items())
     table = loaded["decoder_pos_embed"]
@@ -483,15 +485,15 @@ def encoder_folder(folder):
 
 def test_encoder_folders(tmp_path):
     state = encoder_folder(tmp_path / "siglip")
-    model = weights.load_encoder(tmp_path / "siglip", CPU)
+    model = networks.load_encoder(tmp_path / "siglip", CPU)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert (model.tokens, model.channels, model.image_size) == (16, 24, 224)
     assert model.vision_model.encoder.layers[0].self_attn.heads == 12 and model.resample == 3
     (tmp_path / "siglip/preprocessor_config.json").write_text('{"resample": 2}')
-    assert weights.load_encoder(tmp_path / "siglip", CPU).resample == 2
+    assert networks.load_encoder(tmp_path / "siglip", CPU).resample == 2
     config = json.loads((tmp_path / "siglip/config.json").read_text())      # as transformers 5
     alone = {k.removeprefix("vision_model."): v for k, v in state.items()}  # writes the tower alone
-    model = weights.load_encoder(write(tmp_path / "5", config, alone, tokenizer=False), CPU)
+    model = networks.load_encoder(write(tmp_path / "5", config, alone, tokenizer=False), CPU)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
     keys = dino_keys(24, 2, 16, 14)
@@ -499,18 +501,18 @@ def test_encoder_folders(tmp_path):
     mask = state.pop("embeddings.mask_token")
     config = dict(model_type="dinov2", hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
                   image_size=56, patch_size=14, mlp_ratio=4)
-    model = weights.load_encoder(write(tmp_path / "dino", config, state, tokenizer=False), CPU)
+    model = networks.load_encoder(write(tmp_path / "dino", config, state, tokenizer=False), CPU)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
     assert torch.equal(model.embeddings.mask_token, torch.zeros_like(mask))
     assert model(torch.rand(1, 3, 56, 56)).shape == (1, 16, 24)
     with pytest.raises(UserError, match="hidden_size 24 is not a multiple of num_attention_heads 7"):
-        weights.load_encoder(write(tmp_path / "7", {**config, "num_attention_heads": 7}, state,
+        networks.load_encoder(write(tmp_path / "7", {**config, "num_attention_heads": 7}, state,
                                    tokenizer=False), CPU)
     with pytest.raises(UserError, match="holds torch.int8, expected floating point"):
-        weights.load_encoder(write(tmp_path / "int8", config, {
+        networks.load_encoder(write(tmp_path / "int8", config, {
             **state, "layernorm.weight": torch.ones(24, dtype=torch.int8)}, tokenizer=False), CPU)
     with pytest.raises(UserError, match="model_type is 'clip_vision_model'"):
-        weights.load_encoder(write(tmp_path / "clip", {"model_type": "clip_vision_model"}, state,
+        networks.load_encoder(write(tmp_path / "clip", {"model_type": "clip_vision_model"}, state,
                                    tokenizer=False), CPU)
 
 
@@ -521,22 +523,22 @@ def test_vae_perceptual_and_discriminator(tmp_path):
     (tmp_path / "flux" / "vae").mkdir(parents=True)
     save_file(state, tmp_path / "flux" / "vae" / "diffusion_pytorch_model.safetensors")
     (tmp_path / "flux" / "vae" / "config.json").write_text(json.dumps(small))
-    loaded = weights.load_vae(tmp_path / "flux", CPU).state_dict()
+    loaded = networks.load_vae(tmp_path / "flux", CPU).state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in state.items())
 
     model = perceptual.Perceptual(perceptual.TINY_WIDTH)
     save_file(model.state_dict(), tmp_path / "vgg.safetensors")
-    weights.load_perceptual(tmp_path / "vgg.safetensors", None, CPU)
+    networks.load_perceptual(tmp_path / "vgg.safetensors", None, CPU)
     state = discriminator.Discriminator(discriminator.TINY).state_dict()
     trunk = {k[5:]: v for k, v in state.items() if k.startswith("dino.") and "x_s" not in k}
     save_file(trunk, tmp_path / "dino.safetensors")
-    weights.load_discriminator(tmp_path / "dino.safetensors", CPU, discriminator.TINY)
+    networks.load_discriminator(tmp_path / "dino.safetensors", CPU, discriminator.TINY)
 
-    for load, flag in ((lambda p: weights.load_vae(p, CPU), "--vae"),
-                       (lambda p: weights.load_perceptual(p, None, CPU), "--vgg"),
-                       (lambda p: weights.load_perceptual(tmp_path / "vgg.safetensors", p, CPU),
+    for load, flag in ((lambda p: networks.load_vae(p, CPU), "--vae"),
+                       (lambda p: networks.load_perceptual(p, None, CPU), "--vgg"),
+                       (lambda p: networks.load_perceptual(tmp_path / "vgg.safetensors", p, CPU),
                         "--lpips-weights"),
-                       (lambda p: weights.load_discriminator(p, CPU), "--dino")):
+                       (lambda p: networks.load_discriminator(p, CPU), "--dino")):
         (tmp_path / "damaged.safetensors").write_bytes(b"12345678" * 9)
         save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
         for name in ("absent.safetensors", "damaged.safetensors", "other.safetensors"):
@@ -579,7 +581,7 @@ def test_compat_sampler_from_a_released_folder(tmp_path):
     saved = weights.read_latent(tmp_path / "z.safetensors", 16, 24)
     assert torch.allclose(saved, z, atol=1e-5)
     args = SimpleNamespace(encoder=str(tmp_path / "encoder"), decoder=str(tmp_path / "decoder"))
-    _, decoder = weights.load_codec(config, args, CPU)
+    _, decoder = stage2.load_codec(config, args, CPU)
     picture = np.asarray(Image.open(tmp_path / "out.png"))
     assert (picture == (decoder(saved)[0].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()).all()
     torch.save(z[0].detach(), tmp_path / "theirs.pt")   # the authors' --save-latent: [N,C], bare
@@ -714,7 +716,7 @@ def test_damaged_files(tmp_path, name):
     ("google/siglip2", "facebook/webssl", 1), ("/there/enc", "/there/enc", 0),
     ("/there/enc", "/here/enc", 1), (weights.TINY_TOWER, "/here/encoder.safetensors", 1)])
 def test_a_decoder_of_another_encoder_is_noted(theirs, used, noted, capsys):
-    weights.note_pair(SimpleNamespace(config={"encoder": theirs}), used)
+    networks.note_pair(SimpleNamespace(config={"encoder": theirs}), used)
     assert capsys.readouterr().err.count("note: --decoder was trained for") == noted
 
 
@@ -728,5 +730,5 @@ def test_decoders_that_do_not_fit(tmp_path):
             (dict(MAE, decoder_num_attention_heads=16), 24, "multiple of 4 x heads"))):
         decoder_folder(tmp_path / str(k), config)
         with pytest.raises(UserError, match="--decoder") as error:
-            weights.load_decoder(tmp_path / str(k), CPU, channels, HALF, HALF)
+            networks.load_decoder(tmp_path / str(k), CPU, channels, HALF, HALF)
         assert says in str(error.value)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"                      # a missing file is not waited for
 import best_of                                                          # noqa: E402
 import checkpoint                                                       # noqa: E402
+import training
 import cli                                                              # noqa: E402
 import data                                                             # noqa: E402
 import flow                                                             # noqa: E402
@@ -394,7 +395,7 @@ def test_pngs_are_rounded_and_those_of_the_authors_schedule_cut(tmp_path):
     for schedule, value in (("euler", 101), ("authors", 100)):
         sample.save_png(x, tmp_path / "a.png", schedule=schedule)
         assert (pixels(tmp_path / "a.png") == value).all()
-    checkpoint.save_grid(torch.arange(6)[:, None, None, None].expand(6, 3, 4, 4) / 10,
+    training.save_grid(torch.arange(6)[:, None, None, None].expand(6, 3, 4, 4) / 10,
                          tmp_path / "grid.png", columns=4)
     grid = pixels(tmp_path / "grid.png")[..., 0] / 25.5
     assert grid.shape == (14, 26)                           # row by row: 0 1 2 3, then 4 5

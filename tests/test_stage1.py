@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import checkpoint
+import training
 import cli
 import data
 import decoder as decoders
@@ -30,6 +31,7 @@ import parallel
 import train_decoder
 import vae as vaes
 import weights
+import networks
 from losses import Discriminator, adaptive_weight, augment, g_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,7 +169,7 @@ def test_a_tiny_term_without_its_network_is_off(monkeypatch, tmp_path):
 
 def test_schedules_of_decoder_and_discriminator(gan_run, long_run):
     """Linear warm-up, then a cosine to the final rate; the discriminator's begins at its start."""
-    cosine = checkpoint.cosine
+    cosine = training.cosine
     assert cosine(0, 200_000, 5000, 0.1) == pytest.approx(1 / 5000)
     assert cosine(4999, 200_000, 5000, 0.1) == 1 and cosine(5000, 200_000, 5000, 0.1) == 1
     assert cosine(102_500, 200_000, 5000, 0.1) == pytest.approx(0.55)
@@ -290,7 +292,7 @@ def test_discriminator_sees_8_bit_images_of_the_updated_decoder(gan_run, nets):
     saved, batch, found = state(gan_run, 1), first_batch(), []
     hinge = lambda real, fake: 0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean())
     for updated in (False, True):
-        model, disc = new_decoder(encoder), weights.load_discriminator(nets[3], CPU)
+        model, disc = new_decoder(encoder), networks.load_discriminator(nets[3], CPU)
         if updated:
             own = model.state_dict()
             model.load_state_dict({k: v for k, v in saved.items() if k in own}, strict=False)
@@ -325,7 +327,7 @@ def test_decoder_and_discriminator_leave_each_other_alone(nets, tmp_path):
     call(train_decoder, *base, "--gan", "0", "--out", tmp_path / "b")
     a, b = state(tmp_path / "a", 2), state(tmp_path / "b", 2)
     assert all(torch.equal(a[k], v) for k, v in b.items()) and len(a) > len(b)
-    before, fresh = state(tmp_path / "a", 1), weights.load_discriminator(nets[3], CPU)
+    before, fresh = state(tmp_path / "a", 1), networks.load_discriminator(nets[3], CPU)
     for k, v in fresh.state_dict().items():
         if k.startswith("heads."):
             assert torch.equal(before[f"disc.{k}"], v), k
@@ -358,8 +360,8 @@ def test_micro_batches(nets, tmp_path, monkeypatch):
 def test_averages_and_exports(long_run):
     """ema += w (p - ema), w = 1 - min(decay, (1 + step) / (10 + step)), 0.9 at first. final/ has
     both under their names. The logged PSNR is the average's, on images of another seed."""
-    assert checkpoint.ema_weight(0.998, 0) == pytest.approx(0.9)
-    assert checkpoint.ema_weight(0.998, 10 ** 6) == pytest.approx(0.002)
+    assert training.ema_weight(0.998, 0) == pytest.approx(0.9)
+    assert training.ema_weight(0.998, 10 ** 6) == pytest.approx(0.002)
     one, two, last = (state(long_run, k) for k in (1, 2, 4))
     key = "decoder_pred.weight"
     assert torch.allclose(two[f"ema.{key}"], one[f"ema.{key}"].lerp(two[key], 9 / 11), atol=1e-7)
@@ -367,8 +369,8 @@ def test_averages_and_exports(long_run):
         found = load_file(long_run / f"final/{name}.safetensors")
         assert torch.equal(found[key], last[prefix + key])
     assert not torch.equal(last[key], last[f"ema.{key}"])
-    encoder = weights.load_encoder(ENCODER, CPU)
-    model = weights.load_decoder(long_run / "final/ema.safetensors", CPU, encoder)
+    encoder = networks.load_encoder(ENCODER, CPU)
+    model = networks.load_decoder(long_run / "final/ema.safetensors", CPU, encoder)
     unseen = mixture(1000, "center")
     x = torch.stack([torch.from_numpy(unseen[i]["image"]) for i in range(64)])
     x = x.permute(0, 3, 1, 2) / 255                         # [B,3,S,S]
@@ -417,7 +419,7 @@ def test_first_step_of_the_vae(vae_run, nets):
 
 def test_each_exported_vae_has_its_own_scale(vae_run):
     for name in ("model", "ema"):
-        vae = weights.load_vae(vae_run / f"final/{name}.safetensors", CPU)
+        vae = networks.load_vae(vae_run / f"final/{name}.safetensors", CPU)
         found = vae.measure(evaluate.images(mixture(), 16, CPU))
         assert (vae.scale, vae.shift) != (1, 0)
         assert (vae.scale, vae.shift) == pytest.approx(
@@ -492,7 +494,7 @@ def test_every_latent(latent, request):
 def test_init_takes_runs_checkpoints_and_files(latent, gan_run, vae_run):
     run = gan_run if latent == "siglip2" else vae_run
     final, last = run / "final/ema.safetensors", run / "checkpoints/step-0000002"
-    want, encoder = load_file(final), weights.load_encoder(ENCODER, CPU)
+    want, encoder = load_file(final), networks.load_encoder(ENCODER, CPU)
     for source in (run, last, final):
         model = train_decoder.build(options("--latent", latent, "--init", source), encoder, CPU)
         assert all(torch.equal(v, want[k]) for k, v in model.state_dict().items())
@@ -501,7 +503,7 @@ def test_init_takes_runs_checkpoints_and_files(latent, gan_run, vae_run):
 
 
 def test_init_with_flags_that_contradict_it(gan_run):
-    encoder = weights.load_encoder(ENCODER, CPU)
+    encoder = networks.load_encoder(ENCODER, CPU)
     for extra, word in ((["--patch", "16"], "patch_size"), (["--size", "b"], "--size")):
         with pytest.raises(cli.UserError, match=word):
             train_decoder.build(options("--init", gan_run, *extra), encoder, CPU)

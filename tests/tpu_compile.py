@@ -100,7 +100,7 @@ def build(args, dtype, llm):
     size, tiny = dits.SIZES[args.size], args.size == "tiny"
     if tiny:
         host = parallel.Devices("cpu", torch.device("cpu"), 0, 1, dtype, {"fsdp": 1})
-        encoder = weights.load_encoder(weights.TINY_CODEC[0], host)
+        encoder = networks.load_encoder(weights.TINY_CODEC[0], host)
     with torch.device("meta"):
         if not tiny:
             encoder = encoders.build_encoder(encoders.SO400M, args.layers, dtype)
