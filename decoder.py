@@ -10,6 +10,7 @@ B batch, N tokens (256), C latent channels (1152), W decoder width, H heads.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -176,12 +177,21 @@ class Decoder(nn.Module):
                     + self.tokens * self.channels * W)
 
 
+def initial(name, shape, seed):
+    """Return the initial value of one parameter: N(0, 0.02) for matrices, zero for biases and the
+    class token; norms are one. Nothing about them is published, so they are our choice."""
+    from data import rng
+    if name == "trainable_cls_token":
+        value = np.zeros(shape)
+    elif len(shape) > 1:
+        value = rng(seed, f"init decoder {name}").standard_normal(shape, np.float32) * 0.02
+    else:
+        value = np.full(shape, float(name.endswith("weight")))
+    return torch.from_numpy(value).float()
+
+
 def init_weights(model, seed):
-    """Draw the initial weights on the CPU: truncated normal 0.02 for matrices, zero for biases and
-    the class token. Nothing about them is published, so they are our choice."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            weight = torch.empty(module.weight.shape)
-            module.weight.data = nn.init.trunc_normal_(weight, std=0.02, generator=generator)
-            module.bias.data.zero_()
+    """Give a network on the CPU its initial weights."""
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data.copy_(initial(name, p.shape, seed))

@@ -341,23 +341,29 @@ class DiT(nn.Module):
         return 6 * (macs * k.tokens + time)
 
 
-def init_weights(model, seed):
-    """All initialisation of the DiT, on the CPU generator: every device starts the same.
+def initial(name, shape, seed):
+    """Return the initial value of one parameter: any rank or framework can make one alone.
 
-    Linear: Xavier-uniform, zero bias (the embedders count as Linear). Time MLP: N(0, 0.02). AdaLN
-    and the last layer: zero, so that every block starts as the identity and v as 0 (DiT's
-    adaLN-zero).
+    Linear (the embedders count): Xavier-uniform, zero bias. Time MLP: N(0, 0.02). AdaLN and the
+    last layer: zero, so that every block starts as the identity and v as 0 (DiT's adaLN-zero).
+    Norms: one. Null condition: zero.
     """
-    generator = torch.Generator().manual_seed(seed)
-    for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.Conv2d)):
-            continue
-        weight = torch.empty(module.weight.flatten(1).shape)
-        if "adaLN_modulation" in name or name == "final_layer.linear":
-            nn.init.zeros_(weight)
-        elif name.startswith("t_embedder"):
-            nn.init.normal_(weight, std=0.02, generator=generator)
-        else:
-            nn.init.xavier_uniform_(weight, generator=generator)
-        module.weight.data.copy_(weight.view_as(module.weight))
-        nn.init.zeros_(module.bias.data)
+    from data import rng
+    draw = rng(seed, f"init dit {name}")
+    if len(shape) == 1:
+        value = np.full(shape, float(name.endswith("weight")))
+    elif "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+        value = np.zeros(shape)
+    elif name.startswith("t_embedder"):
+        value = draw.standard_normal(shape, np.float32) * 0.02
+    else:
+        bound = (6 / (shape[0] + shape[1])) ** 0.5
+        value = (2 * draw.random(shape, np.float32) - 1) * bound
+    return torch.from_numpy(value).float()
+
+
+def init_weights(model, seed):
+    """Give a network on the CPU its initial weights."""
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data.copy_(initial(name, p.shape, seed))

@@ -17,6 +17,7 @@ B batch, N tokens, C channels, H heads.
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -176,18 +177,22 @@ class ViT(nn.Module):
         return 2 * L * (k.num_hidden_layers * block + 3 * k.patch_size ** 2 * C)
 
 
+def initial(name, shape, seed):
+    """Return the initial value of one parameter: N(0, 0.02) for matrices and positions, zero
+    biases; norms and layer scales are one."""
+    from data import rng
+    if len(shape) > 1:
+        value = rng(seed, f"init encoder {name}").standard_normal(shape, np.float32) * 0.02
+    else:
+        value = np.full(shape, float(not name.endswith("bias")))
+    return torch.from_numpy(value).float()
+
+
 def init_weights(model, seed):
-    """Trunc-normal 0.02 for matrices, zero biases, unit norms, on the CPU generator: for training
-    an encoder from scratch (tiny/train_encoder.py) and for timing with random weights."""
-    generator = torch.Generator().manual_seed(seed)
-    first = ("patch_embed.weight", "pos_embed")
-    named = dict(model.named_parameters())
-    for name in [*first, *(k for k in named if k not in first)]:
-        p = named[name]
-        if p.dim() > 1:
-            p.data = nn.init.trunc_normal_(torch.empty(p.shape), std=0.02, generator=generator)
-        elif name.endswith("bias"):
-            p.data.zero_()                                  # norm weights and layer scales stay 1
+    """Give a network on the CPU its initial weights."""
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data.copy_(initial(name, p.shape, seed))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@
 
 B batch, N latent tokens, C latent channels, Z channels of the condition.
 """
-import hashlib
 import math
 
+import numpy as np
 import torch
 
 SHIFT_BASE = 4096      # the paper's; the tiny preset takes 128 (train_dit.py says why)
@@ -113,5 +113,6 @@ def noise_for(prompt, seed, tokens, channels, schedule="euler", device="cpu"):
     if schedule == "authors":
         generator = torch.Generator(device).manual_seed(seed)
         return torch.randn(channels, tokens, generator=generator, device=device).T
-    key = int.from_bytes(hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()[:7], "big")
-    return torch.randn(tokens, channels, generator=torch.Generator().manual_seed(key))
+    from data import rng
+    draw = rng(seed, f"noise {prompt}").standard_normal((tokens, channels), np.float32)
+    return torch.from_numpy(draw)

@@ -17,6 +17,7 @@ B batch, N patches (196), d trunk width (384), L number of heads of the discrimi
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -343,39 +344,39 @@ def adaptive_weight(rec_loss, gan_loss, last_weight, average=lambda gradient: gr
 def init_perceptual(model, seed):
     """Draw He-normal convolutions with zero biases (VGG has no norms) to train a network of one's
     own. LPIPS weights stay 1/C."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.features:
-        if isinstance(module, nn.Conv2d):
-            std = (2 / module.weight[0].numel()) ** 0.5
-            module.weight.data = torch.randn(module.weight.shape, generator=generator) * std
-            module.bias.data.zero_()
+    from data import rng
+    for name, p in model.features.named_parameters():
+        std = (2 / p[0].numel()) ** 0.5 if p.dim() > 1 else 0.0
+        draw = rng(seed, f"init vgg {name}").standard_normal(p.shape, np.float32)
+        p.data.copy_(torch.from_numpy(draw) * std)
 
 
 def init_discriminator(model, seed):
     """Draw the heads, and the trunk for the case that no file replaces it.
 
-    Heads: PyTorch's default for convolutions, U(+-1/sqrt(fan in)), as in the RAE code; u and v are
-    random unit vectors after 15 power iterations, so that the first steps have a correct norm.
-    Trunk: truncated normal 0.02 for matrices and zero biases, as DINO begins.
+    Heads: uniform +-1/sqrt(fan in), PyTorch's default for convolutions, as in the RAE code, with
+    zero biases; u and v are random unit vectors after 15 power iterations, so that the first steps
+    have a correct norm. Trunk: N(0, 0.02) for matrices and zero biases, as DINO begins.
     """
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.heads.modules():
+    from data import rng
+    for name, p in model.named_parameters():
+        draw, heads = rng(seed, f"init discriminator {name}"), name.startswith("heads.")
+        if p.dim() > 1 and heads:
+            value = (2 * draw.random(p.shape, np.float32) - 1) * p[0].numel() ** -0.5
+        elif p.dim() > 1:
+            value = draw.standard_normal(p.shape, np.float32) * 0.02
+        else:
+            value = np.full(p.shape, float(name.endswith("weight")), np.float32)
+        p.data.copy_(torch.from_numpy(value))
+    for name, module in model.heads.named_modules():
         if isinstance(module, SpectralConv1d):
-            shape = module.weight_orig.shape
-            bound = 1 / math.sqrt(shape[1] * shape[2])
-            W = (torch.rand(shape, generator=generator) * 2 - 1) * bound
-            module.weight_orig.data = W
-            module.bias.data = (torch.rand(shape[0], generator=generator) * 2 - 1) * bound
-            u = F.normalize(torch.randn(shape[0], generator=generator), dim=0)
+            W = module.weight_orig.data.flatten(1)
+            u = rng(seed, f"init discriminator heads.{name}.u").standard_normal(len(W), np.float32)
+            u = F.normalize(torch.from_numpy(u), dim=0)
             for _ in range(15):
-                v = F.normalize(W.flatten(1).mT @ u, dim=0)
-                u = F.normalize(W.flatten(1) @ v, dim=0)
+                v = F.normalize(W.mT @ u, dim=0)
+                u = F.normalize(W @ v, dim=0)
             module.weight_u, module.weight_v = u, v
-    for name, p in model.dino.named_parameters():
-        if p.dim() > 1:
-            p.data = nn.init.trunc_normal_(torch.empty(p.shape), std=0.02, generator=generator)
-        elif name.endswith("bias"):
-            p.data.zero_()
 
 
 def zero_k_bias(model):

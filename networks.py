@@ -190,5 +190,6 @@ def load_discriminator(path, devices, seed=0):
                                  if k.startswith(("heads.", "dino.x_"))}
     with torch.device("meta"):
         model = Discriminator(config)
-    parallel.build(model, rows_for(model, source, fallback), devices)
+    rows = rows_for(model, source, fallback.get, fallback.__contains__)
+    parallel.build(model, rows, devices)
     return zero_k_bias(model)

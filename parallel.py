@@ -205,7 +205,22 @@ def build(model, rows, devices, blocks=()):
 
 def rows_of(state):
     """Return `rows` for `build` from a dict of whole tensors."""
-    return lambda name, first, last: state[name][first:last] if state[name].dim() else state[name]
+    return lambda name, first, last: cut(state[name], first, last)
+
+
+def initial_rows(model, initial, seed):
+    """Return `rows` for `build` from a component's initial(name, shape, seed): one tensor at a time
+    is made. The model is on the meta device; its tables of positions are not, and stay."""
+    own = model.state_dict()
+
+    def rows(name, first, last):
+        table = own[name]
+        return cut(initial(name, table.shape, seed) if table.is_meta else table, first, last)
+    return rows
+
+
+def cut(tensor, first, last):
+    return tensor[first:last] if tensor.dim() else tensor
 
 
 @torch.no_grad()

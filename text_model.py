@@ -11,6 +11,7 @@ B batch, L text length, N image tokens, V vocabulary, H the model's width (heads
 """
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -260,36 +261,29 @@ class TextModel(nn.Module):
         return (4 if frozen else 6) * (layers + head) + 6 * (products + projectors)
 
 
+def initial(name, shape, seed):
+    """Return the initial value of one parameter: any rank or framework can make one alone.
+
+    Qwen2 from scratch, and the projector to the DiT: N(0, 0.02). Queries: N(0, 1/H). mm_projector:
+    uniform +-1/sqrt(fan in), PyTorch's default for a Linear. Biases: zero. Norms: one.
+    """
+    from data import rng
+    draw = rng(seed, f"init llm {name}")
+    if len(shape) == 1:
+        value = np.full(shape, float(name.endswith("weight")))
+    elif "mm_projector" in name:
+        value = (2 * draw.random(shape, np.float32) - 1) * shape[1] ** -0.5
+    else:
+        std = shape[1] ** -0.5 if "latent_queries" in name else 0.02
+        value = draw.standard_normal(shape, np.float32) * std
+    return torch.from_numpy(value).float()
+
+
 def init_weights(model, seed):
-    """Training from scratch: N(0, 0.02) for matrices and embeddings, zero biases (Qwen2's); the
-    queries N(0, 1/H). On the CPU generator."""
-    init_extras(model, seed)
-    generator = torch.Generator().manual_seed(seed)
-    extras = ("latent_queries", "mm_projector", "diff_head_projector")
+    """Give a network on the CPU its initial weights."""
     for name, p in model.named_parameters():
-        if any(e in name for e in extras):
-            continue
-        if p.dim() > 1:
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-        elif name.endswith("bias"):
-            p.data.zero_()
-
-
-def init_extras(model, seed):
-    """What Scale-RAE adds to a pretrained Qwen2: queries N(0, 1/H), projector to the DiT N(0, 0.02)
-    with zero bias, mm_projector uniform +-1/sqrt(fan in) (PyTorch's default for a Linear)."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    if not model.tokens:
-        return
-    queries = model.model.latent_queries
-    queries.data.copy_(torch.randn(queries.shape, generator=generator) * model.width ** -0.5)
-    for module in (model.model.mm_projector[0], model.model.mm_projector[2]):
-        bound = module.in_features ** -0.5
-        for p in (module.weight, module.bias):
-            p.data.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * bound)
-    p = model.diff_head_projector
-    p.weight.data.copy_(torch.randn(p.weight.shape, generator=generator) * 0.02)
-    p.bias.data.zero_()
+        if p.requires_grad:
+            p.data.copy_(initial(name, p.shape, seed))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import functools
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import cli
@@ -26,7 +27,8 @@ import parallel
 import weights
 from checkpoint import Run
 from cli import UserError, positive, share
-from decoder import SIZES, Decoder, init_weights, size_config
+from decoder import SIZES, Decoder, size_config
+from decoder import initial as init_decoder
 from encoder import SO400M, WEBSSL_300M, ViT
 from evaluate import SMALL, images, psnr, round8
 from losses import (
@@ -35,6 +37,7 @@ from training import (
     averaged, averages, check_batch, cosine, ema_weight, save_grid, set_lr, start_table, state_gb,
     update_ema)
 from vae import TINY, VAE, VAEConfig
+from vae import initial as init_vae
 
 # ------------------------------------------------------------------------------------------------
 # Arguments
@@ -196,11 +199,8 @@ def build(args, encoder, devices):
     if args.dry_run:
         return model
     if not args.init:
-        torch.manual_seed(args.seed)        # the VAE has PyTorch's default initial weights
-        twin = make()
-        if not vae:
-            init_weights(twin, args.seed)
-        return parallel.build(model, parallel.rows_of(twin.state_dict()), devices)
+        rows = parallel.initial_rows(model, init_vae if vae else init_decoder, args.seed)
+        return parallel.build(model, rows, devices)
     path, = weights.locate([("weights", args.init, "--init")])
     model = (networks.load_vae(path, devices, "--init") if vae else
              networks.load_decoder(path, devices, encoder, "--init"))
@@ -232,37 +232,29 @@ def train_flops(model, encoder, vgg, disc, resolution):
 
 
 # ------------------------------------------------------------------------------------------------
-# Random numbers: functions of (seed, image number, stream), so that neither the mesh nor the
+# Random numbers: functions of (seed, purpose, image number), so that neither the mesh nor the
 # micro-batch nor a resumption changes them
 # ------------------------------------------------------------------------------------------------
 
-LATENT, FAKE_G, FAKE_D, REAL_D = range(4)           # streams: noise on z; the three augmentations
-
-
-def generators(n, seed, stream=LATENT):
-    """Return one CPU generator per image (their seeds have 32 bits)."""
-    keys = ((seed * 1_000_003 + i + stream * 0x9E3779B1) % 2 ** 32 for i in n)
-    return [torch.Generator().manual_seed(key) for key in keys]
-
-
-def uniform(n, seed, stream):
+def uniform(n, seed, purpose):
     """Draw [B,5], the numbers that losses.augment needs."""
-    return torch.stack([torch.rand(5, generator=g) for g in generators(n, seed, stream)])
+    return torch.from_numpy(np.stack([data.rng(seed, purpose, i).random(5, np.float32)
+                                      for i in n]))
 
 
 def gaussian(n, seed, shape):
     """Draw [B,*shape]: the noise of the VAE's posterior."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators(n, seed)])
+    return torch.from_numpy(np.stack([
+        data.rng(seed, "posterior", i).standard_normal(shape, np.float32) for i in n]))
 
 
 def latent_noise(n, seed, shape, tau, dist):
     """Draw [B,*shape]: noise with one strength per image, for noise-augmented decoding (paper
     section 3.3)."""
     def one(g):
-        s = (torch.randn((), generator=g).abs() if dist == "half-normal"
-             else torch.rand((), generator=g)) * tau
-        return s * torch.randn(shape, generator=g)
-    return torch.stack([one(g) for g in generators(n, seed)])
+        strength = abs(g.standard_normal()) if dist == "half-normal" else g.random()
+        return np.float32(tau * strength) * g.standard_normal(shape, np.float32)
+    return torch.from_numpy(np.stack([one(data.rng(seed, "latent noise", i)) for i in n]))
 
 
 def latent_draws(args, latent):
@@ -286,8 +278,9 @@ class Collate:
         n = [r["n"] for r in records]
         batch = {"images": torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1)
                                         for r in records]),
-                 "fake_g": uniform(n, self.seed, FAKE_G), "fake_d": uniform(n, self.seed, FAKE_D),
-                 "real_d": uniform(n, self.seed, REAL_D), "keys": [r["key"] for r in records],
+                 "fake_g": uniform(n, self.seed, "augment the decoder's fake"),
+                 "fake_d": uniform(n, self.seed, "augment the discriminator's fake"),
+                 "real_d": uniform(n, self.seed, "augment the real image"), "keys": [r["key"] for r in records],
                  "skipped": [s for r in records for s in r["skipped"]]}
         return {**batch, "noise": self.noise(n)} if self.noise else batch
 

@@ -18,6 +18,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -217,11 +218,6 @@ def fill_defaults(args, config):
 # A batch: tokens, images, and every random number of the step
 # ------------------------------------------------------------------------------------------------
 
-def generators(seed, numbers):
-    """Return one CPU generator per sample number: neither mesh nor micro-batch changes a draw."""
-    return [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in numbers]
-
-
 class Collate:
     """Records -> one batch; runs in the loader's worker.
 
@@ -252,22 +248,24 @@ class Collate:
         pad = self.tokenizer.token_to_id("<|endoftext|>")
         ids, labels, start, answer = chat.pad_batch(rows, pad, self.multiple)
         where, targets = chat.labelled(labels, self.labelled)
-        draws = generators(self.seed, [r["n"] for r in records])
-        shape = (self.tokens, self.channels)
+        draws = [data.rng(self.seed, "flow", r["n"]) for r in records]  # one per sample: neither
+        shape = (self.tokens, self.channels)            # mesh nor micro-batch changes a draw
+        normal = lambda *shape: torch.from_numpy(
+            np.stack([g.standard_normal(shape, np.float32) for g in draws]))
         batch = {
             "images": torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records]),
             **{k: torch.from_numpy(v) for k, v in dict(ids=ids, where=where, targets=targets,
                                                        start=start, answer=answer).items()},
-            "normal": torch.stack([torch.randn((), generator=g) for g in draws]),
-            "drop": torch.stack([torch.rand((), generator=g) < self.cond_drop for g in draws]),
-            "eps": torch.stack([torch.randn(shape, generator=g) for g in draws]),
+            "normal": normal(),                         # for the time
+            "drop": torch.tensor([g.random() < self.cond_drop for g in draws]),
+            "eps": normal(*shape),
             "counts": {"tokens": int((targets != chat.IGNORE).sum()),
                        "images_to_draw": int(answer.sum())},
             "keys": [r["key"] for r in records],
             "rejected": [(r["key"], why) for r, why in zip(records, whys) if why],
             "skipped": [s for r in records for s in r["skipped"]]}
         if self.posterior:                              # last, so that the other draws are the same
-            batch["posterior"] = torch.stack([torch.randn(shape, generator=g) for g in draws])
+            batch["posterior"] = normal(*shape)
         return batch
 
 
@@ -357,26 +355,26 @@ def build(config, args, dtype):
     return ScaleRAE(llm, dit, config.alpha, args.repa, config.image_channels)
 
 
-def initial_rows(config, args, init, llm):
+def initial(name, shape, seed):
+    """Return the initial value of a parameter of ScaleRAE (REPA's projector as the DiT's)."""
+    part, key = name.split(".", 1)
+    return (text_model if part == "llm" else dit_file).initial(key, shape, seed)
+
+
+def initial_rows(model, args, init, llm):
     """Return rows(name, first, last) of the initial weights: those of --init, else a pretrained
     LLM's, and draws for the rest. init, llm: opened weights, or None."""
-    twin = build(config, args, torch.float32)
-    (text_model.init_extras if llm else text_model.init_weights)(twin.llm, args.seed)
-    dit_file.init_weights(twin.dit, args.seed)
-    if args.repa:
-        dit_file.init_weights(twin.repa, args.seed + 2)
-    drawn = twin.state_dict()
     if not (init or llm):
-        return parallel.rows_of(drawn)
+        return parallel.initial_rows(model, initial, args.seed)
     source = init.renamed(stage2.our_stage2_key) if init else llm.renamed(lambda k: "llm." + k)
-    own = ("llm.",) if llm else ("llm.", "dit.")        # the parts that the files must have
-    added = ("latent_queries", "projector") if llm else ()
-    fallback = {k: v for k, v in drawn.items()
-                if not k.startswith(own) or any(a in k for a in added)}
-    tied = ("lm_head.weight",) if config.llm.tie_word_embeddings else ()
-    with torch.device("meta"):
-        model = build(config, args, torch.float32)
-    return weights.rows_for(model, source, fallback, stage2.RECOMPUTED + tied)
+    own = ("llm.", "dit.") if init else ("llm.",)       # the parts that the files must have
+    added = () if init else ("latent_queries", "projector")
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    tied = ("lm_head.weight",) if model.llm.config.tie_word_embeddings else ()
+    return weights.rows_for(
+        model, source, lambda key: initial(key, shapes[key], args.seed),
+        lambda key: not key.startswith(own) or any(a in key for a in added),
+        stage2.RECOMPUTED + tied)
 
 
 def open_data(args, resolution, codec, crop):
@@ -492,11 +490,11 @@ def main():
     # --------------------------------------------------------------------------------------------
     # The trained networks get their weights
     # --------------------------------------------------------------------------------------------
-    blocks = [*llm.model.layers, *dit.dit_blocks]
+    rows, blocks = initial_rows(model, args, init, llm_file), [*llm.model.layers, *dit.dit_blocks]
     parallel.compile_blocks(blocks, args.compile, devices)
     if devices.kind == "xla" and args.scan is not False:
         parallel.use_scan(devices, llm, encoder, *[dit] * (not args.repa))  # REPA taps one block
-    parallel.build(model, initial_rows(config, args, init, llm_file), devices, blocks)
+    parallel.build(model, rows, devices, blocks)
 
     @torch.no_grad()
     def encode(batch):
@@ -535,8 +533,7 @@ def main():
     def draw(prompts, seed):
         """Return images [P,3,S,S] of prompts by the averaged weights. The seed fixes the noise."""
         with training.averaged(named, ema), parallel.unsharded(model):
-            noise = torch.stack([torch.randn(N, C, generator=g)
-                                 for g in generators(seed, range(len(prompts)))])
+            noise = torch.stack([flow.noise_for(prompt, seed, N, C) for prompt in prompts])
             cond = text_model.direct_condition(llm, tokenizer, prompts, devices.device)
             parallel.step_done(devices)
             z = flow.sample(dit, cond, noise.to(devices.device), config.alpha, args.sample_steps,

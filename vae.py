@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -232,6 +233,18 @@ class VAE(nn.Module):
             if decode:
                 twin.decode(z)
         return counter.get_total_flops()
+
+
+def initial(name, shape, seed):
+    """Return the initial value of one parameter: uniform +-1/sqrt(fan in) for convolutions and
+    Linears, as PyTorch draws them; zero biases; norms are one."""
+    from data import rng
+    if len(shape) > 1:
+        bound = math.prod(shape[1:]) ** -0.5
+        value = (2 * rng(seed, f"init vae {name}").random(shape, np.float32) - 1) * bound
+    else:
+        value = np.full(shape, float("norm" in name and name.endswith("weight")))
+    return torch.from_numpy(value).float()
 
 
 # Names in ae.safetensors (latent diffusion's) -> diffusers' names

@@ -295,29 +295,37 @@ def check_keys(want, have, what):
         raise UserError(f"{what} does not fit the model: {'; '.join(problems)}")
 
 
-def rows_for(model, source, fallback=(), ignore=()):
+def rows_for(model, source, initial=None, optional=lambda key: False, ignore=()):
     """Check that a file fits a model -> its rows, for `parallel.build`.
 
-    fallback: {key: tensor} for keys that the file may lack; parameters that are not on the meta
-    device (tables of positions) are always among them. ignore: parts of keys that are not read,
+    The file may lack keys for which optional(key) is true, whose values initial(key) gives, and
+    tables of positions, which are not on the meta device. ignore: parts of keys that are not read,
     because they are recomputed; their shapes must fit all the same.
     """
     own, skip = model.state_dict(), lambda k: any(i in k for i in ignore)
-    fallback = {**{k: v for k, v in own.items() if not v.is_meta}, **dict(fallback)}
+    table = lambda k: not own[k].is_meta
     have = {k: s for k, s in source.shapes.items() if k in own or not skip(k)}
-    want = {k: tuple(v.shape) for k, v in own.items() if k in have or k not in fallback}
+    want = {k: tuple(v.shape) for k, v in own.items()
+            if k in have or not (table(k) or optional(k))}
     check_keys(want, have, source.what)
     for key in have:
         if own[key].is_floating_point() and not source.pieces[key][0][2]:
             raise UserError(f"{source.what}: {key} is not floating point (quantised weights are "
                             "not read)")
-    return lambda key, first, last: (source.rows(key, first, last) if key in have and not skip(key)
-                                     else parallel.rows_of(fallback)(key, first, last))
+
+    def rows(key, first, last):
+        if key in have and not skip(key):
+            return source.rows(key, first, last)
+        return parallel.cut(own[key] if table(key) else initial(key), first, last)
+    return rows
 
 
 def load(model, source, devices, fallback=(), ignore=()):
-    """Fill a model that is on the meta device -> the frozen model, in eval mode, on its device."""
-    parallel.build(model, rows_for(model, source, fallback, ignore), devices)
+    """Fill a model that is on the meta device -> the frozen model, in eval mode, on its device.
+    fallback: {key: tensor} for keys that the file may lack."""
+    fallback = dict(fallback)
+    rows = rows_for(model, source, fallback.get, fallback.__contains__, ignore)
+    parallel.build(model, rows, devices)
     return model.requires_grad_(False).eval()
 
 
