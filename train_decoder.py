@@ -30,9 +30,10 @@ from cli import UserError, positive, share
 from decoder import SIZES, Decoder, size_config
 from decoder import initial as init_decoder
 from encoder import SO400M, WEBSSL_300M, ViT
-from evaluate import SMALL, images, psnr, round8
+from evaluate import SMALL, images
 from losses import (
     Discriminator, Perceptual, adaptive_weight, augment, d_loss_hinge, d_loss_vanilla, g_loss)
+from metrics import psnr, round8
 from training import (
     averaged, averages, check_batch, cosine, ema_weight, save_grid, set_lr, start_table, state_gb,
     update_ema)
@@ -280,7 +281,8 @@ class Collate:
                                         for r in records]),
                  "fake_g": uniform(n, self.seed, "augment the decoder's fake"),
                  "fake_d": uniform(n, self.seed, "augment the discriminator's fake"),
-                 "real_d": uniform(n, self.seed, "augment the real image"), "keys": [r["key"] for r in records],
+                 "real_d": uniform(n, self.seed, "augment the real image"),
+                 "keys": [r["key"] for r in records],
                  "skipped": [s for r in records for s in r["skipped"]]}
         return {**batch, "noise": self.noise(n)} if self.noise else batch
 

@@ -21,9 +21,9 @@ import chat
 import cli
 import data
 import losses
+import networks
 import parallel
 import weights
-import networks
 from test_stage1 import CPU, SMALL, call, lines, state
 from tiny import train_encoder
 
@@ -35,17 +35,28 @@ NARROW = ["--width", "48", "--depth", "2", "--tokenizer", weights.TINY]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Two steps of a narrow encoder with micro-batches -> the folder, the mixtures that the script
-    made, and the seeds by which it hid patches."""
+    made, and the keys of the draws that hid patches."""
     out = tmp_path_factory.mktemp("encoder") / "run"
-    mixtures, seeds, mixture, hide = [], [], data.Mixture, train_encoder.hide
+    mixtures, hidden, mixture = [], [], data.Mixture
     with pytest.MonkeyPatch.context() as m:
         m.setattr(data, "Mixture", lambda sources, resolution, seed:
                   (mixtures.append(seed), mixture(sources, resolution, seed))[1])
-        m.setattr(train_encoder, "hide", lambda x, p, share, g:
-                  (seeds.append(g.initial_seed()), hide(x, p, share, g))[1])
+        record_hidden(m, hidden)
         call(train_encoder, *SMALL, *NARROW, "--dense", "7", "--steps", "2", "--seed", "3",
              "--micro-batch", "2", "--out", out)
-    return types.SimpleNamespace(out=out, mixtures=mixtures, seeds=seeds)
+    return types.SimpleNamespace(out=out, mixtures=mixtures, hidden=hidden)
+
+
+def record_hidden(monkeypatch, keys):
+    """Add the key of every draw that hides patches to `keys`."""
+    rng = data.rng
+
+    def record(seed, purpose, n=0):
+        if purpose == "hidden patches":
+            keys.append((seed, n))
+        return rng(seed, purpose, n)
+
+    monkeypatch.setattr(data, "rng", record)
 
 
 def trainee(arch="vit", **changed):
@@ -65,7 +76,7 @@ def test_sigmoid_loss_and_hidden_patches():
     want = -sum(math.log(1 / (1 + math.exp(-s))) for s in (1, 2, -0.5, 3)) / 2
     assert train_encoder.sigmoid_loss(logits).item() == pytest.approx(want)
     x = torch.zeros(40, 3, 64, 64)
-    seen = train_encoder.hide(x, 8, 0.1, torch.Generator().manual_seed(0))
+    seen = train_encoder.hide(x, 8, 0.1, data.rng(0, "test"))
     grey = (seen == 0.5).all(1).float()                     # [B,H,W]
     assert 0.07 < grey.mean() < 0.13
     patches = F.avg_pool2d(grey[:, None], 8)
@@ -137,12 +148,11 @@ def test_measured_images_are_of_another_seed(run):
 
 
 def test_every_micro_batch_and_process_hides_other_patches(run, tmp_path, monkeypatch):
-    assert len(run.seeds) == len(set(run.seeds)) == 4       # two steps of two micro-batches
+    assert len(run.hidden) == len(set(run.hidden)) == 4     # two steps of two micro-batches
     monkeypatch.setattr(parallel, "total",
                         lambda values, devices: [devices.world * v for v in values])
-    seeds, hide = [], train_encoder.hide
-    monkeypatch.setattr(train_encoder, "hide", lambda x, p, share, g:
-                        (seeds.append(g.initial_seed()), hide(x, p, share, g))[1])
+    hidden = []
+    record_hidden(monkeypatch, hidden)
     for rank in (0, 1):
         devices = parallel.Devices("cpu", torch.device("cpu"), rank, 2, torch.float32,
                                    {"fsdp": 2, "tensor": 1})
@@ -150,7 +160,7 @@ def test_every_micro_batch_and_process_hides_other_patches(run, tmp_path, monkey
         (tmp_path / f"{rank}/r").mkdir(parents=True)
         monkeypatch.setattr(parallel, "setup", lambda *a: devices)
         call(train_encoder, *SMALL, *NARROW, "--steps", "1", "--out", tmp_path / f"{rank}/r")
-    assert len(seeds) == len(set(seeds)) == 2
+    assert len(hidden) == len(set(hidden)) == 2
 
 
 def test_accumulated_gradients_are_a_mean(tmp_path, monkeypatch):

@@ -21,10 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import decoder as decoders
 import losses
+import networks
 import parallel
 import vae as vaes
-import weights
-import networks
 from cli import UserError
 from decoder import Decoder, DecoderConfig, size_config
 from losses import (

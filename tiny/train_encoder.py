@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as a script from anywhere
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -178,10 +179,10 @@ def patchify(images, p):
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2) * 2 - 1
 
 
-def hide(images, p, share, generator):
-    """Make a share of the patches grey; grey is 0 for the network."""
+def hide(images, p, share, draw):
+    """Make a share of the patches grey; grey is 0 for the network. draw: a numpy Generator."""
     B, _, H, W = images.shape
-    keep = torch.rand(B, 1, H // p, W // p, generator=generator) >= share
+    keep = torch.from_numpy(draw.random((B, 1, H // p, W // p), np.float32)) >= share
     keep = keep.repeat_interleave(p, 2).repeat_interleave(p, 3).to(images.device, non_blocking=True)
     return torch.where(keep, images, 0.5)
 
@@ -239,10 +240,12 @@ def init_weights(model, seed):
         whole.dino = e
         losses.init_discriminator(whole, seed)
     text_model.init_weights(model.text, seed)
-    generator = torch.Generator().manual_seed(seed)
-    for module in (m for m in model.children() if isinstance(m, nn.Linear)):
-        module.weight.data.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
-        module.bias.data.zero_()
+    for name, module in model.named_children():
+        if isinstance(module, nn.Linear):
+            draw = data.rng(seed, f"init encoder's trainer {name}")
+            draw = draw.standard_normal(module.weight.shape, np.float32)
+            module.weight.data.copy_(torch.from_numpy(draw) * 0.02)
+            module.bias.data.zero_()
 
 
 def released_key(name):
@@ -402,8 +405,8 @@ def main():
         set_lr([optimizer], factor, devices)
         for micro, batch in enumerate(run.micro_batches(batches)):
             images = batch["images"].float() / 255                          # [B,3,S,S]
-            draw = torch.Generator().manual_seed(   # every process hides other patches
-                (args.seed * 10 ** 9 + step * accumulate + micro) * devices.world + devices.rank)
+            n = (step * accumulate + micro) * devices.world + devices.rank
+            draw = data.rng(args.seed, "hidden patches", n)     # every process hides other patches
             seen = images if args.arch == "vgg" else hide(images, args.patch, args.mask, draw)
             image, caption, mse, _ = model(images, seen, batch["ids"], batch["last"])
             contrast = sigmoid_loss(model.similarity(image, caption))
