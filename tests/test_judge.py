@@ -17,7 +17,6 @@ import networks                                                         # noqa: 
 import parallel                                                         # noqa: E402
 from cli import DataError                                               # noqa: E402
 from data import random_stream                                          # noqa: E402
-from evaluate import interval                                           # noqa: E402
 from tiny import judge, world                                           # noqa: E402
 from tiny.world import Scene, Thing, Word                               # noqa: E402
 
@@ -179,17 +178,6 @@ def test_the_judge_is_right_on_many(codec, capsys):
 # ------------------------------------------------------------------------------------------------
 # Scores
 # ------------------------------------------------------------------------------------------------
-
-def test_intervals_by_hand():
-    assert interval([[1, 1, 1]]) == (1, 1, 1)
-    assert interval([[0, 1]]) == (0.5, 0, 1)            # 0, 1/2, 1 with odds 1/4, 1/2, 1/4
-    assert interval([[1] * 4, [0] * 4]) == (0.5, 0.5, 0.5)              # within categories only
-    mean, low, high = interval([[1, 0, 0, 0] * 25])                     # binomial(100, 1/4)
-    assert mean == 0.25 and abs(low - 0.17) <= 0.01 and abs(high - 0.34) <= 0.01
-    mean, low, high = interval([[0, 1] * 50] * 4)       # standard error 1/20, of all four 1/40
-    assert mean == 0.5 and abs(low - 0.451) <= 0.008 and abs(high - 0.549) <= 0.008
-    assert interval([[0, 1] * 50] * 4) == (mean, low, high)             # the same draws each time
-
 
 def test_scores_are_means_of_categories():
     prompts = [p for p in judge.prompts(4) if p.category in ("colours", "position")]

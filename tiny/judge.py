@@ -24,6 +24,7 @@ from PIL import Image
 
 from cli import DataError
 from data import contact_sheet, hash64, random_stream
+from metrics import interval
 from tiny import world
 from tiny.world import Scene, Thing, pick
 
@@ -415,8 +416,6 @@ def score(prompts, scores, ceiling, categories):
 
     scores, ceiling: a share for each prompt, of its images and of its scene after the decoder.
     """
-    from evaluate import interval
-
     def by_category(values, keep=lambda p: True):
         groups = [[v for v, p in zip(values, prompts) if p.category == c and keep(p)]
                   for c in categories]
@@ -491,7 +490,6 @@ def judge_the_judge(prompts, images):
 def judge_table(encoder, decode, count, seed):
     """Print how often the judge is right about `count` scenes of each source, clean and
     reconstructed -> {"source kind": row}."""
-    from evaluate import interval
     print(f"{'scenes':<12}{'image':<16}{'true pass':>10}{'95 %':>16}{'changed pass':>14}")
     rows = {}
     for source in ("web", "synthetic", "text"):
