@@ -12,7 +12,6 @@
 Three files follow a step: this one, flow.py and dit.py (and text_model.py for the LLM).
 """
 import argparse
-import itertools
 import math
 import sys
 from dataclasses import replace
@@ -269,6 +268,17 @@ class Collate:
         return batch
 
 
+class FirstBatch:
+    """--overfit: every batch holds the images of the first, with the same or fresh noise."""
+
+    def __init__(self, mixture, batch, noise):
+        self.mixture, self.batch, self.noise = mixture, batch, noise
+
+    def __getitem__(self, n):
+        record = self.mixture[n % self.batch]
+        return {**record, "n": n} if self.noise == "fresh" else record
+
+
 # ------------------------------------------------------------------------------------------------
 # The model and its losses
 # ------------------------------------------------------------------------------------------------
@@ -453,6 +463,8 @@ def main():
     resolution = encoder.grid * vae.stride if vae else encoder.image_size
     mixture, sources = open_data(args, resolution, vae or encoder, encoder.crop)
     if args.epochs:
+        if endless := [s["source"] for s in sources if s["size"] == "endless"]:
+            raise UserError(f"--epochs {args.epochs:g}: {endless[0]} is endless; give --steps")
         args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
     if devices.target == "xla" and args.length is None: # another length is another program there
         args.length = 128 if tiny else 512
@@ -523,11 +535,10 @@ def main():
              optimizers)
     if run.main and not args.bench:
         chat.save_tokenizer(tokenizer, run.dir)         # so that a checkpoint is a model
-    loader = data.loader(mixture, collate, args.micro_batch,
-                         0 if args.overfit else run.start * args.batch, args.workers,
-                         devices.rank, devices.world)
     if args.overfit:
-        loader = itertools.cycle(itertools.islice(loader, args.batch // args.micro_batch))
+        mixture = FirstBatch(mixture, args.batch, args.overfit)
+    loader = data.loader(mixture, collate, args.micro_batch, run.start * args.batch, args.workers,
+                         devices.rank, devices.world)
 
     @torch.no_grad()
     def draw(prompts, seed):
