@@ -170,10 +170,14 @@ def released_config(source):
 
 
 def build_stage2(config, dtype):
-    """Build the LLM and the DiT of a ModelConfig (under torch.device("meta"): their shapes)."""
-    llm = TextModel(config.llm, config.dit.tokens, config.image_channels,
-                    config.dit.cond_width or config.dit.width, dtype)
-    return llm, DiT(config.dit, dtype)
+    """Build the LLM and the DiT of a ModelConfig (under torch.device("meta"): their shapes).
+    Raises UserError for sizes, from flags or a file, that do not divide."""
+    try:
+        llm = TextModel(config.llm, config.dit.tokens, config.image_channels,
+                        config.dit.cond_width or config.dit.width, dtype)
+        return llm, DiT(config.dit, dtype)
+    except ValueError as error:
+        raise UserError(f"the model's config does not work: {error}") from None
 
 
 def llm_source(path, tokenizer):
