@@ -376,6 +376,7 @@ def main():
     if args.bench:                              # time the whole step, with the GAN
         args.disc_start, args.gan_start = 0, 0
     run.config = dataclasses.asdict(model.config)
+    run.skips.records = mixture.records
     run.load({**named, **{f"ema.{k}": v for k, v in ema.items()}, **disc_params, **spectral},
              [optimizer, d_optimizer] if disc else [optimizer])
     collate = Collate(args.seed, latent_draws(args, latent))

@@ -41,8 +41,10 @@ from vae import pack
 # Arguments
 # ------------------------------------------------------------------------------------------------
 
-MIXTURE = ["builtin:synthetic=6", "builtin:web=2", "builtin:text=0.5", "builtin:hq=0.5",
-           "builtin:qa=1"]
+# The paper's pretraining mixture, in millions: web, FLUX-generated, questions (Cambrian-7M). `hq` is
+# for finetuning, as BLIP3o-60k is, and `text` for the decoder. tiny learns shapes before emoji.
+MIXTURES = {"tiny": ["builtin:synthetic=6", "builtin:web=2", "builtin:qa=1"],
+            "paper": ["builtin:web=39.3", "builtin:synthetic=24.7", "builtin:qa=7"]}
 PLOT = ["loss", "flow", "text", "repa", "cond_spread", "background_right", "colour_right"]
 
 # The paper's values (Table 8; the weight 2 of the flow loss is the authors' code's, the EMA ours).
@@ -192,7 +194,11 @@ def fill_defaults(args, config):
     args.size, args.latent = args.size or "tiny", args.latent or "siglip2"
     args.shift = args.shift or "auto"
     tiny = args.size == "tiny"
-    for key, value in {**DEFAULTS["tiny" if tiny else "paper"], "data": MIXTURE}.items():
+    recipe = "tiny" if tiny else "paper"
+    if not (tiny or args.data or args.dry_run or args.bench):
+        print(f"WARNING: no --data: --size {args.size} trains on the toy world of shapes and emoji, "
+              "which is for tests; give --data your own images", file=sys.stderr)
+    for key, value in {**DEFAULTS[recipe], "data": MIXTURES[recipe]}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if tiny and args.latent == "webssl" and not (args.encoder and args.decoder):
@@ -398,7 +404,7 @@ def open_data(args, resolution, codec, crop):
         print(f"planned without the data: {error}", file=sys.stderr)
         names, shares = data.parse_specs(args.data)
         sources = [dict(source=n, weight=w, size=None) for n, w in zip(names, shares)]
-        return data.Mixture(MIXTURE, resolution, args.seed), sources    # texts of usual length
+        return data.Mixture(MIXTURES["tiny"], resolution, args.seed), sources    # texts of usual length
 
 
 def optimizers_for(named, args, devices):
@@ -531,6 +537,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Resume
     # --------------------------------------------------------------------------------------------
+    run.skips.records = mixture.records
     run.load({**dict(model.named_parameters()), **{f"ema.{k}": v for k, v in ema.items()}},
              optimizers)
     if run.main and not args.bench:

@@ -387,6 +387,7 @@ def main():
     # Resume
     # --------------------------------------------------------------------------------------------
     run.config = config
+    run.skips.records = mixture.records
     run.load(named, [optimizer])
     if run.main and not args.bench:
         write_text(run.dir / "tokenizer.json", tokenizer.to_str(pretty=True))
