@@ -495,7 +495,9 @@ def main():
     stored = {train: sum(parallel.local_numel(k, p.shape, devices)
                          for k, p in model.named_parameters() if p.requires_grad == train)
               for train in (True, False)}
-    frozen = stored[False] + count["encoder (frozen)"] + count.get("vae (frozen)", 0)
+    frozen = stored[False] + count.get("vae (frozen)", 0) + (
+        sum(parallel.local_numel(k, p.shape, devices) for k, p in encoder.named_parameters())
+        if devices.target == "xla" else count["encoder (frozen)"])      # FSDP2 leaves it whole
     training.start_table(
         f"train_dit --size {args.size}", args, devices, count, flops,
         training.state_gb(stored[True], frozen, args.ema), latent=[N, C], alpha=config.alpha,

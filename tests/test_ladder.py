@@ -1,4 +1,4 @@
-"""The ladder of sizes: parameters, FLOPs and memory as planned, and what a user reads without them.
+"""The ladder of sizes: parameters, FLOPs and memory as planned; errors without weights.
 
     pytest tests/test_ladder.py
 
@@ -13,13 +13,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import dit as dits
-import encoder as encoders
 import parallel
-import run as runs
-import text_model as text
 import train_dit
+import training
 import weights
+from cli import UserError
+from dit import SIZES, DiT, DiTConfig
+from encoder import ViT, ViTConfig
+from text_model import LLMConfig, TextModel
 
 B, L = 2, 128
 
@@ -40,23 +41,20 @@ def typed(monkeypatch, capsys):
 def test_flops_of_the_language_model(frozen):
     """Forward, text loss of 16 tokens and backward of L within 1 %; frozen: to the embeddings
     alone."""
-    config = dict(text.TINY, vocab_size=512, hidden_size=64, intermediate_size=192)
-    llm = text.TextModel(config, dtype=torch.bfloat16)
+    llm = TextModel(LLMConfig(64, 3, 4, 2, 192, 512, True), dtype=torch.bfloat16)
     llm.requires_grad_(not frozen)
     ids = torch.randint(0, 512, (B, L))
-    where, targets = text.labelled(ids, L)
+    where = torch.arange(16).expand(B, -1)
     with FlopCounterMode(display=False) as counter:
         h = llm(llm.embed(ids).requires_grad_())
-        llm.text_loss(h, where[:, :16], targets[:, :16]).backward()
+        llm.text_loss(h, where, ids[:, 1:17]).backward()
     assert counter.get_total_flops() / B == pytest.approx(llm.train_flops(L, 16, frozen), rel=0.01)
 
 
-@pytest.mark.parametrize("build", [
-    lambda c: encoders.SigLIP2(dict(encoders.SO400M, intermediate_size=192, **c)),
-    lambda c: encoders.DINOv2(dict(encoders.WEBSSL_300M, **c))])
-def test_flops_of_the_encoders(build):
+@pytest.mark.parametrize("kind, hidden", [("siglip_vision_model", 192), ("dinov2", 256)])
+def test_flops_of_the_encoders(kind, hidden):
     """One forward within 1 %."""
-    model = build(dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4))
+    model = ViT(ViTConfig(kind, 64, hidden, 3, 4))
     model.dtype = torch.bfloat16
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.rand(B, 3, model.image_size, model.image_size))
@@ -86,18 +84,9 @@ def test_dry_run_of_every_size(size, llm, typed):
         assert sum(v for k, v in memory.items() if k != "total") == pytest.approx(memory["total"])
     one, many = (plans[n]["memory_gb_per_device"] for n in (1, 64))
     assert one["ema"] == one["gradients"] == one["moments"] / 2
-    for kind in ("weights", "moments", "activations"):      # norms, biases, positions stay whole
+    for kind in ("weights", "moments"):
         whole = encoder * 63 / 64 if kind == "weights" else 0
         assert 0 <= many[kind] - one[kind] / 64 - whole < 0.05
-    assert one["gathered"] == 0 < many["gathered"]
-
-
-def test_what_fsdp2_holds_whole():
-    """By hand: the root is 30 trained and 5 frozen elements, the larger block 12 and 4."""
-    linear = lambda *shape, train=True: torch.nn.Linear(*shape, bias=False).requires_grad_(train)
-    block = torch.nn.Sequential(linear(3, 4), linear(4, 1, train=False))
-    model = torch.nn.Sequential(linear(5, 6), linear(5, 1, train=False), linear(2, 2), block)
-    assert parallel.gathered(model, [model[2], block]) == (30 * 2 + 5) + (12 * 2 + 4) + (12 + 4)
 
 
 # ---- what is typed without weights, network or memory ----
@@ -112,31 +101,16 @@ def test_defaults_of_the_paper_s_sizes_fit(typed):
         "memory_gb_per_device"]
     eight = plan("--mesh", "fsdp=8", "--data", "nowhere/{000..099}.tar")
     assert eight == plan("--mesh", "fsdp=8", "--micro-batch", 64, "--remat", "block")
-    assert plan("--batch", 12) == plan("--batch", 12, "--micro-batch", 6)
-    assert eight["activations"] < 0.1 * plan("--mesh", "fsdp=8", "--remat", "none")["activations"]
 
 
 def test_without_weights_the_files_and_flags_are_listed(typed, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(parallel.UserError) as error:
+    with pytest.raises(UserError) as error:
         typed("--size", "2b")
     for word in ("encoder", "llm", "decoder", *weights.HUB["siglip2"], "Qwen2.5-1.5B-Instruct",
                  "--encoder", "--llm", "--decoder", "weights/"):
-        assert word in str(error.value)
-
-
-@pytest.mark.parametrize("free, batch, says", [
-    (10, 8, ["needs", "10.0 GB are free", "weights 17.7", "Without images it needs", "--freeze"]),
-    (100, 512, ["512 images at a time needs", "100.0 GB are free", "--micro-batch"])])
-def test_too_little_memory_is_said_before_long_work(free, batch, says, typed, monkeypatch):
-    """What is needed by part, what is there, the flag that mends it; no network is built."""
-    monkeypatch.setattr(parallel, "free_gb", lambda devices: float(free))
-    with pytest.raises(parallel.UserError) as error:
-        typed("--size", "2b", "--random-init", "--bench", 3, "--batch", batch, "--micro-batch", batch,
-              "--remat", "none", "--device", "cpu")
-    for word in says:
         assert word in str(error.value)
 
 
@@ -144,14 +118,14 @@ def test_planned_arguments_are_the_compiler_s():
     """Weights, moments, average and batch of one chip within 1 % of the arguments that libtpu
     0.0.21 counts: python tests/tpu_compile.py --size 2b --topology v5e:4x4 --batch 128 --llm none."""
     compiled = 2.313559 * 2 ** 30
-    size, N, C, images = dits.SIZES["2b"], 256, 1152, 128 // 16
+    size, N, C, images = SIZES["2b"], 256, 1152, 128 // 16
     with torch.device("meta"):
-        dit = dits.DiT(C, N, size.width, size.depth, size.heads)
-    devices = parallel.setup("cpu", "bfloat16", "fsdp=16", plan=True)
-    trained, fixed = (parallel.on_one_device(((k, p) for k, p in dit.named_parameters()
-                                              if p.requires_grad == train), devices)
+        dit = DiT(DiTConfig(C, N, size.width, size.depth, size.heads))
+    devices = parallel.setup("xla", "bfloat16", "fsdp=16", plan=True)
+    trained, fixed = (sum(parallel.local_numel(k, p.shape, devices)
+                          for k, p in dit.named_parameters() if p.requires_grad == train)
                       for train in (True, False))
-    memory = runs.memory_gb(trained, fixed, 0, ema=True)
+    memory = training.state_gb(trained, fixed, ema=True)
     state = (memory["total"] - memory["gradients"]) * 1e9       # gradients live inside the step
     batch = images * (2 * N * C * 4 + N * size.width * 2)       # latents, noise; conditions in bf16
     assert state + batch == pytest.approx(compiled, rel=0.01)
