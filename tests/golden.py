@@ -1,17 +1,17 @@
 """Parity with the reference modules: recompute every output of a golden file.
 
-    python tests/golden.py                      # all of tests/golden/, or the FILEs that follow
+    python tests/golden.py                      # all files of tests/golden/, or the given FILEs
     python tests/golden.py --device cuda --dtype bfloat16
-    python tests/golden.py --write DIR          # such files from our own modules, random weights
+    python tests/golden.py --write DIR          # write such files from our own modules
 
-A file holds one component's `weights.*` (keys of the released checkpoint), its `in.*`, the
-reference's `out.*`, and as metadata `component`, `config`, `tolerance`: the largest absolute error,
-relative to the largest output where that is above 1. Prints the error of each output; the exit
-status is 1 when one is above the tolerance or cannot be recomputed. The model is built from the
-file's config alone, so files of other sizes and seeds work too.
+A file holds one component's `weights.*` (under the released keys), its inputs `in.*`, and the
+reference's outputs `out.*`. Its metadata hold `component`, `config` and `tolerance`: the largest
+allowed absolute error, relative to the largest output where that is above 1. This script prints the
+error of each output. Its exit status is 1 if an error is above the tolerance or an output cannot be
+recomputed. It builds the model from the file's config alone, so it reads other sizes and seeds too.
 
-In bfloat16 the outputs are rounded at each product, so there the error is the rms of the difference
-over that of the output, and may be ROUNDED. (VAE and discriminator stay in fp32, as in training.)
+In bfloat16 every product is rounded, so the error is the rms of the difference over the rms of the
+output, and ROUNDED is allowed. (The VAE and the discriminator stay in fp32, as in training.)
 """
 import argparse
 import json
@@ -27,25 +27,32 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flow  # noqa: E402
-from decoder import Decoder  # noqa: E402
-from discriminator import Discriminator, zero_k_bias  # noqa: E402
-from dit import DiT  # noqa: E402
-from encoder import DINOv2, SigLIP2  # noqa: E402
-from perceptual import Perceptual  # noqa: E402
-from text_model import TextModel, chat, encode_text, load_tokenizer  # noqa: E402
-from vae import VAE  # noqa: E402
+from chat import chat, encode_text, load_tokenizer  # noqa: E402
+from decoder import Decoder, DecoderConfig  # noqa: E402
+from dit import DiT, DiTConfig  # noqa: E402
+from encoder import LayerNorm, ViT, our_key, vit_config  # noqa: E402
+from losses import DiscConfig, Discriminator, Perceptual, zero_k_bias  # noqa: E402
+from stage2 import llm_config  # noqa: E402
+from text_model import TextModel  # noqa: E402
+from tiny.train_encoder import SiglipHead, released_key  # noqa: E402
+from vae import VAE, VAEConfig  # noqa: E402
 
-DEVICE, DTYPE = "cpu", torch.float32        # of the models; main sets them
+DEVICE, DTYPE = "cpu", torch.float32        # main sets them
 ROUNDED = 0.05
 
 
-def load(model, weights, prefix="", optional=()):
-    """Load `weights` strictly into `model` (keys without `prefix`); keys that begin with one of
-    `optional` may be missing. An empty dict is filled with random weights (for --write)."""
+def load(model, weights, ours=str, theirs=str, optional=()):
+    """Load `weights` strictly into `model`.
+
+    ours: returns our name of a file's key, or None for a key that the model does not use. theirs:
+    returns the file's key of our name. optional: beginnings of our names that the file may lack. An
+    empty dict is filled with random weights (for --write).
+    """
     if not weights:
         randomise(model)
-        weights.update({prefix + k: v.clone() for k, v in model.state_dict().items()})
-    state = {k.removeprefix(prefix): v for k, v in weights.items()}
+        weights.update({theirs(k): v.clone() for k, v in model.state_dict().items()})
+    state = {ours(k): v for k, v in weights.items()}
+    state.pop(None, None)
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [k for k in missing if not k.startswith(tuple(optional))]
     if missing or unexpected:
@@ -53,46 +60,76 @@ def load(model, weights, prefix="", optional=()):
     return model.eval().to(DEVICE)
 
 
+def known_fields(cls, config):
+    """Make a config of its fields in a reference's config."""
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
+                  if k in cls.__dataclass_fields__})
+
+
 def randomise(model, seed=0):
-    """Matrices N(0, 1/fan in), biases N(0, 0.1^2), other vectors N(1, 0.1^2)."""
+    """Draw matrices from N(0, 1/fan in), biases from N(0, 0.1^2), other vectors from
+    N(1, 0.1^2)."""
     g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=g)
         vector = 0.1 * noise + (0 if name.endswith("bias") else 1)
         p.data.copy_(noise / p[0].numel() ** 0.5 if p.dim() > 1 else vector)
-    for module in model.modules():                      # spectral norm: the true singular vectors
+    for module in model.modules():                      # spectral norm: singular vectors
         if hasattr(module, "weight_u"):
             U, _, Vh = torch.linalg.svd(module.weight_orig.data.flatten(1), full_matrices=False)
             module.weight_u, module.weight_v = U[:, 0].clone(), Vh[0].clone()
 
 
 # ------------------------------------------------------------------------------------------------
-# One function a component: (config, weights, inputs) -> {name: output}
+# One function per component: (config, weights, inputs) -> {name: output}
 # ------------------------------------------------------------------------------------------------
 
 def siglip2(config, weights, inputs):
-    model = load(SigLIP2(config, dtype=DTYPE), weights, optional=["vision_model.head."])
-    hidden = model.blocks(inputs["pixels"])[-1]                             # [B,N,C]
-    last = model.vision_model.post_layernorm(hidden)
+    """The ViT, and the pooling head with its norm that tiny/train_encoder.py trains beside it."""
+    model, k = ViT(vit_config(config), DTYPE), vit_config(config)
+    model.post_layernorm = LayerNorm(k.hidden_size, eps=k.layer_norm_eps)
+    model.head = SiglipHead(k.hidden_size, k.intermediate_size, k.num_attention_heads,
+                            k.layer_norm_eps)
+    ours = lambda key: our_key(key, False) or key.removeprefix("vision_model.")
+    load(model, weights, ours, released_key, ["head."])
+    hidden = model.last_block(inputs["pixels"])                             # [B,N,C]
+    last = model.post_layernorm(hidden)
     return {"features_hidden_last_then_layernorm": model(inputs["pixels"]),
             "features_postln_then_layernorm": F.layer_norm(last, last.shape[-1:], eps=1e-6),
             "hidden_states_last": hidden, "last_hidden_state": last,
-            "pooler_output": model.pool(hidden)}
+            "pooler_output": model.head(last)}
 
 
 def dinov2(config, weights, inputs):
-    model = load(DINOv2(config, dtype=DTYPE), weights, optional=["embeddings.mask_token"])
-    hidden = model.blocks(inputs["pixels"])[-1]                             # [B,1+N,C]
-    last = model.layernorm(hidden)
-    # the latent leaves out the class token; forward must agree with its rows
+    model = load(ViT(vit_config({"model_type": "dinov2", **config}), DTYPE), weights,
+                 lambda key: our_key(key, True), dino_key)
+    hidden = model.last_block(inputs["pixels"])                             # [B,1+N,C]
+    last = model.norm(hidden)
+    # the latent leaves out the class token; forward must agree with the other rows
     last = torch.cat([last[:, :1], model(inputs["pixels"])], 1)
     return {"hidden_states_last": hidden, "last_hidden_state": last}
+
+
+def dino_key(name):
+    """Return DINOv2's published key of a parameter of the ViT."""
+    for ours, theirs in ((r"^(cls_token)$", r"embeddings.\1"),
+                         (r"^pos_embed$", "embeddings.position_embeddings"),
+                         (r"^patch_embed\.", "embeddings.patch_embeddings.projection."),
+                         (r"^norm\.", "layernorm."), (r"^blocks\.", "encoder.layer."),
+                         (r"\.scale([12])$", r".layer_scale\1.lambda1"),
+                         (r"\.attn\.q_proj\.", ".attention.attention.query."),
+                         (r"\.attn\.k_proj\.", ".attention.attention.key."),
+                         (r"\.attn\.v_proj\.", ".attention.attention.value."),
+                         (r"\.attn\.out_proj\.", ".attention.output.dense.")):
+        name = re.sub(ours, theirs, name)
+    return name
 
 
 def qwen2(config, weights, inputs):
     if config.get("tie_word_embeddings"):
         weights.pop("lm_head.weight", None)
-    model, ids = load(TextModel(config, dtype=DTYPE), weights), inputs["input_ids"]
+    model = load(TextModel(llm_config(config, "golden file"), dtype=DTYPE), weights)
+    ids = inputs["input_ids"]
     hidden = model(model.embed(ids))                                        # [B,L,H]
     mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     greedy, cache = ids[:1, mask[0]], []                                    # [1,L]
@@ -105,46 +142,49 @@ def qwen2(config, weights, inputs):
 
 
 def dit(config, weights, inputs):
-    """The authors' diffusion head; a list of two widths is the wide head (dit_dh)."""
+    """The authors' diffusion head; with a list of two widths the wide head (dit_dh)."""
     c, pair = config, lambda v: v if isinstance(v, list) else [v, 0]
     (D, D2), (depth, depth2), (heads, heads2) = (
         pair(c[f"model_{k}"]) for k in ("hidden_size", "depth", "heads"))
     N, C = c["diffusion_tokens"], c["diffusion_channels"]
-    model = load(DiT(C, N, D, depth, heads, c["z_channels"] or D, D2, depth2, heads2 or None,
-                     null=c["class_dropout_prob"] > 0, dtype=DTYPE), weights, "model.")
+    model = DiT(DiTConfig(
+        channels=C, tokens=N, width=D, depth=depth, heads=heads, cond_width=c["z_channels"] or 0,
+        head_width=D2, head_depth=depth2, head_heads=heads2, null=c["class_dropout_prob"] > 0),
+        DTYPE)
+    load(model, weights, lambda key: key.removeprefix("model."), "model.{}".format)
     x, t, cond, noise = (inputs[k] for k in ("x", "t", "cond", "noise"))
     xt, alpha = flow.interpolate(x, noise, t), flow.shift_alpha(N, C)
-    pairs = flow.compat_schedule(50, alpha)
+    pairs = flow.sampling_times("authors", 50, alpha)
+    sample = lambda scale: flow.sample(model, cond, noise, alpha, 50, scale, "authors")
     out = {"velocity": model(inputs.get("xt", xt), t, cond),
            "loss": flow.flow_loss(model(xt, t, cond), x, noise),
            # the grid in ascending order, from the steps that walk it downwards (stray step last)
            "time_grid": torch.tensor([pairs[-2][1], *[a for a, _ in pairs[-2::-1]], pairs[-1][1]],
                                      dtype=torch.float64),
-           "sample_cfg1": flow.euler(lambda x, t: model(x, t, cond), noise, pairs)}
+           "sample_cfg1": sample(1.0)}
     if c["class_dropout_prob"] > 0:
-        null = model.null_condition(len(cond))                              # [B,1,Z]
-        out["sample_cfg"] = flow.euler(
-            lambda x, t: flow.guide(model(x, t, cond), model(x, t, null), c["cfg_scale"]),
-            noise, pairs)
+        out["sample_cfg"] = sample(c["cfg_scale"])
     if "shift_in" in inputs:
         out["shift_out"] = flow.time_shift(inputs["shift_in"], alpha)
     return out
 
 
 def rae_decoder(config, weights, inputs):
-    model = load(Decoder(config, DTYPE), weights, optional=["decoder_pos_embed"])
+    model = load(Decoder(known_fields(DecoderConfig, config), DTYPE), weights,
+                 optional=["decoder_pos_embed"])
     patches = model.patches(inputs["latents"])                              # [B,N,p*p*3]
     return {"patches": patches, "pixels_before_denorm": model.unpatchify(patches)}
 
 
 def dino_disc(config, weights, inputs):
-    model, images = zero_k_bias(load(Discriminator(config), weights)), inputs["images_pm1"] / 2 + .5
+    model = zero_k_bias(load(Discriminator(known_fields(DiscConfig, config)), weights))
+    images = (inputs["images_pm1"] + 1) / 2
     activations = {f"activation.{i}": a for i, a in enumerate(model.dino(images))}
     return {**activations, "logits": model(images)}
 
 
 def lpips(config, weights, inputs):
-    """Weights by the recipe in the metadata unless the file has them: full VGG16 is 59 MB."""
+    """Without weights in the file, draw them by the recipe in its metadata: VGG16 is 59 MB."""
     model = Perceptual(config.get("width", 1.0), DTYPE)
     if "recipe" not in config:
         load(model, weights)
@@ -167,7 +207,7 @@ def lpips(config, weights, inputs):
 
 
 def flux_vae(config, weights, inputs):
-    model = load(VAE(config), weights)
+    model = load(VAE(known_fields(VAEConfig, config)), weights)
     images = (inputs["pixels_pm1"] + 1) / 2
     (mean, logvar), tokens = model.posterior(images), model.encode(images)
     return {"mean": mean, "logvar": logvar, "scaled_latent": (mean - model.shift) * model.scale,
@@ -183,7 +223,7 @@ COMPONENTS = dict(siglip2=siglip2, dinov2=dinov2, qwen2=qwen2, dit=dit, dit_dh=d
 # ------------------------------------------------------------------------------------------------
 
 def read(path):
-    """-> component, config, tolerance, weights, inputs, outputs."""
+    """Read a golden file -> component, config, tolerance, weights, inputs, outputs."""
     with safe_open(path, "pt") as f:
         meta, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
     parts = [{k[len(p):]: v for k, v in tensors.items() if k.startswith(p)}
@@ -198,7 +238,8 @@ def read(path):
 
 @torch.no_grad()
 def check(path):
-    """Recompute the file's outputs -> [(output, error, tolerance, note)]; a failure has a note."""
+    """Recompute the outputs of a file -> [(output, error, tolerance, note)]. A failure has a
+    note."""
     component, config, tolerance, weights, inputs, want = read(path)
     if component not in COMPONENTS:
         return [(component, None, tolerance, f"unknown component; known: {', '.join(COMPONENTS)}")]
@@ -227,7 +268,8 @@ def check(path):
 
 
 def check_sequence(path, tokenizer=None):
-    """Token ids and labels of sequence.json; the same rows as `check`, error = wrong places."""
+    """Compare token ids and labels with sequence.json -> rows as of `check`, where the error is
+    the number of wrong places."""
     data, rows = json.loads(Path(path).read_text()), []
     tokenizer = load_tokenizer(tokenizer or Path(path).with_name("qwen_tokenizer"))
 
@@ -245,7 +287,8 @@ def check_sequence(path, tokenizer=None):
     return rows
 
 
-# Small examples for --write: config, and each input as its shape, or an int below the number
+# Small examples for --write: a config and the shape of each input (of input_ids the last number is
+# the vocabulary's size)
 EXAMPLES = dict(
     siglip2=(dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                   num_attention_heads=2, image_size=32, patch_size=8), dict(pixels=(2, 3, 32, 32))),
@@ -274,7 +317,7 @@ EXAMPLES = dict(
 
 @torch.no_grad()
 def write(folder, seed=0):
-    """One file a component, of our own outputs: what another implementation can check against."""
+    """Write one file per component with our own outputs, for another implementation to check."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (config, shapes) in EXAMPLES.items():
         g, weights = torch.Generator().manual_seed(seed), {}
@@ -294,8 +337,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", metavar="FILE",
                         help=".safetensors or sequence.json (default: all in tests/golden/)")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer of a .json file "
-                        "(default: qwen_tokenizer/ beside it)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder for a .json file (default: "
+                        "qwen_tokenizer/ beside it)")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write our own files to DIR")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -309,7 +352,7 @@ def main():
     if args.write:
         write(args.write)
     failed = 0
-    # golden/* has a tokenizer's folder and a README too
+    # golden/* also has a tokenizer's folder and a README
     files = [f for f in args.files if not (Path(f).is_dir() or f.endswith(".md"))]
     if args.files and not files:
         parser.error(f"no golden file in {' '.join(args.files)}; give .safetensors or sequence.json")
