@@ -156,9 +156,11 @@ def released_config(source):
                      "mm_hidden_size"))
     check_config(given, dict(channels=C, tokens=N, z_channels=Z, mm_hidden_size=source.size(
         "model.mm_projector.0.weight", 1)), what)
+    prob = c.get("diffusion_class_dropout_prob")
     values = dict(channels=C, tokens=N, width=D, depth=depth, heads=heads, cond_width=Z, **head,
-                  null=DIT + "y_embedder.dropout_embedding" in source.shapes,
-                  qk_norm=bool(c.get("diffusion_qk_norm")))
+                  null=(DIT + "y_embedder.dropout_embedding" in source.shapes if prob is None
+                        else prob > 0),
+                  qk_norm=DIT + "dit_blocks.0.attn.q_norm.weight" in source.shapes)
     base = c.get("diffusion_base_dim") or 4096
     return ModelConfig(
         dit=read_fields(DiTConfig, values, what),
