@@ -378,7 +378,6 @@ class Run:
             self.meter.start()
         if stop and done < args.steps:
             self._say_how_to_resume()
-            parallel.finish()
             raise Stopped(self.signal or signal.SIGTERM)
 
     def _bench(self, done, flops):

@@ -182,12 +182,12 @@ def main(function):
     that a signal stopped ends by that signal, so that a shell loop around it stops too."""
     for stream in (sys.stdout, sys.stderr):     # a terminal that is not UTF-8 must not end a run
         stream.reconfigure(errors="backslashreplace")
-    number = None
+    status, number = 0, None
     try:
         function()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except Stopped as stopped:
         number = stopped.signal
     except KeyboardInterrupt:
@@ -197,8 +197,11 @@ def main(function):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"error: {error}; free some space and run the same command again", file=sys.stderr)
-        sys.exit(1)
+        status = 1
+    if not status and "parallel" in sys.modules:
+        sys.modules["parallel"].finish()    # here, where nothing of the script is alive any more
     if number is not None:
         sys.stdout.flush()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+    sys.exit(status)

@@ -473,7 +473,6 @@ def main():
         if run.main:
             what = "unseen images" if mixture.endless() else "images of the data, which it has seen"
             print(f"{final}: PSNR {score:.2f} dB on 64 {what} (averaged weights)")
-    parallel.finish()
 
 
 if __name__ == "__main__":

@@ -612,7 +612,7 @@ def main():
                      lr_llm=args.lr_llm * factor, grad_norm=grad_norm)
     run.finish()
     if args.bench:
-        return parallel.finish()
+        return
     for name in ("model", "ema") if ema else ("model",):
         with training.averaged(named, ema if name == "ema" else {}):
             state = {weights.stage2_key(k): v for k, v in model.state_dict().items()}
@@ -627,7 +627,6 @@ def main():
             print(f"128 unseen single shapes, guidance {args.guidance}: background right "
                   f"{score['background_right']:.1%}, object colour right "
                   f"{score['colour_right']:.1%}")
-    parallel.finish()
 
 
 if __name__ == "__main__":

@@ -130,9 +130,11 @@ def test_one_process_under_torchrun(curve, tmp_path):
     close(out, whole)
     (tmp_path / "split.py").write_text(
         "import parallel, torch\n"
-        "from dit import DiT\n"
-        "devices, model = parallel.setup('cpu', 'float32'), DiT(8, 4, 16, 1, 2)\n"
-        "parallel.shard(model, devices, model.dit_blocks)\n"
+        "from dit import DiT, DiTConfig, initial\n"
+        "devices = parallel.setup('cpu', 'float32')\n"
+        "with torch.device('meta'): model = DiT(DiTConfig(8, 4, 16, 1, 2))\n"
+        "rows = parallel.initial_rows(model, initial, 0)\n"
+        "parallel.build(model, rows, devices, model.dit_blocks)\n"
         "print({type(p).__name__ for p in model.parameters()}, devices.world)\n"
         "parallel.finish()\n")
     assert "{'DTensor'} 1" in launch(1, tmp_path / "split.py")
@@ -147,8 +149,8 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(curve, tmp_path):
 
 
 def test_guided_samples_of_two_processes_are_those_of_one(curve):
-    """Guidance asks the blocks for their modulations alone, outside of a step; their weights must be
-    there. The pictures of the sample grid, drawn between steps, and what is learned after them."""
+    """The images of the sample grid, which are drawn between steps, outside of the root's forward,
+    and what is learned after them."""
     more = "--guidance", "3", "--sample-steps", "2", "--sample-every", "3"
     (out, found), (whole, expected) = (curve("train_dit", n, None, more) for n in (2, 1))
     same(found, expected, ("loss", "flow", "text", "grad_norm", "background_right"))
@@ -170,7 +172,9 @@ def test_stage_one_on_two_processes(curve):
     """Reconstruction, VGG terms, the discriminator, and its adaptive weight."""
     (out, found), (whole, expected) = curve("train_decoder", 2), curve("train_decoder", 1)
     same(found, expected, ("l1", "lpips", "gram", "loss", "disc"))
-    same(found, expected, ("gan_lambda",), 1e-3)        # a ratio of two norms of rounded gradients
+    # the heads have stepped by then, and Adam's first steps follow the sign of rounded gradients:
+    # 1.3e-3 apart here, 5e-6 with heads that have not stepped (LOG.md, 2026-11-28)
+    same(found, expected, ("gan_lambda",), 5e-3)
     assert "gan_lambda" in expected[-1]
     close(out, whole)
 
@@ -203,20 +207,52 @@ def test_four_processes(curve, tmp_path):
     check_resume(curve, tmp_path, 4, 2)
 
 
-def test_a_barrier_waits_longer_than_a_collective(tmp_path):
-    """One process may encode a data set alone (--cache-latents), for hours; gloo gives up after half
-    an hour, here after three seconds. At the end no thread of gloo's outlives Python."""
-    (tmp_path / "waits.py").write_text(
-        "import datetime, glob, time, torch.distributed as dist, parallel, run\n"
-        "start = dist.init_process_group\n"
-        "dist.init_process_group = lambda b: start(b, timeout=datetime.timedelta(seconds=3))\n"
+def test_no_thread_of_gloo_outlives_the_run(tmp_path):
+    """Such a thread would abort the process as Python ends."""
+    (tmp_path / "ends.py").write_text(
+        "import atexit, glob, cli, parallel\n"
+        "def look():\n"
+        "    names = [open(f).read() for f in glob.glob('/proc/self/task/*/comm')]\n"
+        "    print('gloo' if any('gloo' in n for n in names) else 'none', flush=True)\n"
         "def main():\n"
         "    devices = parallel.setup('cpu', 'float32')\n"
-        "    time.sleep(8 * devices.main)\n"
         "    parallel.barrier(devices)\n"
         "    print('here', parallel.total([1.0], devices))\n"
-        "run.main(main)\n"
-        "for name in glob.glob('/proc/self/task/*/comm'):\n"
-        "    assert 'gloo' not in open(name).read()\n")
-    said = launch(2, tmp_path / "waits.py")
+        "    look()\n"
+        "    atexit.register(look)\n"
+        "cli.main(main)\n")
+    said = launch(2, tmp_path / "ends.py")
     assert said.count("here") == said.count("[2.0]") == 2       # they may write at once
+    assert said.count("gloo") == said.count("none") == 2        # while it runs, and at its end
+
+
+def test_a_process_starts_with_its_share(tmp_path):
+    """Build on meta, shard, fill: the peak memory of each of two processes that start a DiT and an
+    LLM with average and moments is its share of the state and the largest tensor, beside what an
+    empty process takes; the whole model would be twice as much."""
+    (tmp_path / "start.py").write_text(
+        "import resource, sys, torch\n"
+        "import parallel, training, dit, text_model, train_dit\n"
+        "from types import SimpleNamespace\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "devices = parallel.setup('cpu', 'float32')\n"
+        "llm = text_model.LLMConfig(768, 12, 12, 2, 3072, 20000, True)\n"
+        "with torch.device('meta'):\n"
+        "    model = train_dit.ScaleRAE(text_model.TextModel(llm, 64, 96, 512), dit.DiT(\n"
+        "        dit.DiTConfig(96, 64, 512, 12, 8)), 1.0)\n"
+        "rows = parallel.initial_rows(model, train_dit.initial, 0)\n"
+        "sizes = [4 * p.numel() / 2**20 for p in model.parameters()]\n"
+        "blocks = [*model.llm.model.layers, *model.dit.dit_blocks]\n"
+        "parallel.total([0.0], devices)\n"
+        "before = peak()\n"
+        "parallel.build(model, rows, devices, blocks)\n"
+        "ema = training.averages(dict(model.named_parameters()), devices)\n"
+        "print('MiB', peak() - before, sum(sizes), max(sizes))\n"
+        "parallel.finish()\n")
+    said = [line.split()[1:] for line in launch(2, tmp_path / "start.py").splitlines()
+            if line.startswith("MiB")]
+    assert len(said) == 2
+    for taken, whole, largest in (map(float, words) for words in said):
+        assert whole > 400
+        share = 2 * whole / 2                                   # weights and their average
+        assert share * 0.9 < taken < share + 4 * largest, (taken, whole, largest)

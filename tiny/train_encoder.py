@@ -421,7 +421,7 @@ def main():
                      lr=args.lr * factor)
     run.finish()
     if args.bench:
-        return parallel.finish()
+        return
     state = e.state_dict()
     run.export("model", {released_key(k): v for k, v in state.items()} if args.arch == "vit" else
                state, config)
@@ -433,7 +433,6 @@ def main():
             words += (f", linear probe {final['probe_psnr']:.1f} dB, effective rank "
                       f"{final['effective_rank']:.0f}")
         print(f"{folder}: {words}")
-    parallel.finish()
 
 
 if __name__ == "__main__":
