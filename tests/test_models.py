@@ -12,16 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import chat
 import dit
+import encoder
 import flow
 import stage2
 import text_model
-from dit import SIZES, DiT, DiTConfig
+from cli import UserError
+from dit import PAPER_NAMES, SIZES, DiT, DiTConfig
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -223,6 +226,113 @@ def test_paper_flops():
         assert flops / 1e12 == pytest.approx(tflop, abs=6e-4), key
 
 
+def test_sizes_are_the_paper_s():
+    """Width, depth and heads of Table 10. (The heads change neither counts nor FLOPs.)"""
+    assert {k: (s.width, s.depth, s.heads) for k, s in SIZES.items() if k != "tiny"} == {
+        "0.5b": (1280, 16, 32), "2b": (2048, 32, 32), "3b": (2304, 32, 32), "5b": (3072, 32, 32),
+        "9b": (4096, 32, 32)}
+    assert PAPER_NAMES == {"0.5B": "0.5b", "2.4B": "2b", "3.3B": "3b", "3.1B": "3b",
+                           "5.5B": "5b", "9.8B": "9b"}
+
+
+@pytest.mark.parametrize("options, says", [
+    (dict(tokens=15), "not a square grid"), (dict(heads=3), "multiple of 4 x heads"),
+    (dict(head_depth=1, head_width=66), "multiple of 4 x heads"), (dict(predict="eps"), "'eps'")],
+    ids=str)
+def test_sizes_that_do_not_divide(options, says):
+    with pytest.raises(ValueError, match=says):
+        DiT(replace(DiTConfig(channels=24, tokens=16, width=64, depth=1, heads=4), **options))
+
+
+def test_the_modulation_input_is_fp32_up_to_its_cast():
+    model = small_dit()
+    model.dtype, seen = torch.bfloat16, []
+    model.dit_blocks[0].register_forward_hook(lambda block, inputs, out: seen.append(inputs[1]))
+    t, cond = torch.tensor([0.3, 0.8]), torch.randn(2, 16, 64)
+    model(torch.randn(2, 16, 24), t, cond)
+    assert torch.equal(seen[0], F.silu(F.silu(model.t_embedder(t)[:, None] + cond)).bfloat16())
+
+
+@pytest.mark.parametrize("norm", [dit.RMSNorm(64, 1e-6), text_model.RMSNorm(64, 1e-6)],
+                         ids=["dit", "llm"])
+def test_a_norm_casts_back_before_its_weight(norm):
+    g = torch.Generator().manual_seed(0)
+    norm.weight.data = torch.randn(64, generator=g)
+    x = torch.randn(9, 64, generator=g).bfloat16()
+    y = x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.equal(norm(x), y.bfloat16() * norm.weight.bfloat16())
+
+
+def test_qk_norm_comes_before_the_rotation():
+    """With weights that are not all one the order shows."""
+    torch.manual_seed(0)
+    attention, rope = dit.Attention(32, 4, True, 1e-6), dit.RoPE(8, 3)
+    x = torch.randn(2, 9, 32)
+    for norm in (attention.q_norm, attention.k_norm):
+        norm.weight.data = torch.rand(8) + 0.5
+    q, k, v = attention.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+    q, k = (rope(y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * n.weight)
+            for y, n in ((q, attention.q_norm), (k, attention.k_norm)))
+    y = (q @ k.mT / 8 ** 0.5).softmax(-1) @ v
+    want = attention.proj(y.transpose(1, 2).flatten(2))
+    assert torch.allclose(attention(x, rope), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("module", [dit, text_model, encoder], ids=lambda m: m.__name__)
+def test_attention_in_bf16_equals_fp32(module):
+    """The form that a CPU takes in bf16 against torch's; the language model's is causal."""
+    q, k, v = torch.randn(3, 2, 4, 24, 16, generator=torch.Generator().manual_seed(0))
+    want = F.scaled_dot_product_attention(2 * q, k, v, is_causal=module is text_model)
+    q, k, v = (x.bfloat16() for x in (2 * q, k, v))
+    if module is encoder:                               # takes [B,L,C]
+        q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+        got = module.attention(q, k, v, 4).unflatten(-1, (4, -1)).transpose(1, 2)
+    else:
+        got = module.attention(q, k, v)
+    assert (got.float() - want).abs().max() < 0.03 and want.std() > 0.3
+
+
+# ---- encoder ----
+
+@pytest.mark.parametrize("config", [
+    encoder.TINY, encoder.ViTConfig("dinov2", 32, 64, 2, 2, image_size=28, patch_size=14)],
+    ids=["siglip", "dinov2"])
+def test_the_latent_by_hand(config):
+    """The last block's output, read by a hook, then the norm; other sizes are resized bicubically;
+    no class token is in the latent."""
+    net, seen = encoder.ViT(config), []
+    encoder.init_weights(net, 0)
+    net.blocks[-1].register_forward_hook(lambda block, inputs, out: seen.append(out))
+    S = net.image_size
+    with torch.no_grad():
+        z = net(torch.rand(2, 3, S, S))
+        if config.model_type == "dinov2":
+            net.norm.weight.copy_(torch.rand(32) + 0.5)
+            z = net(torch.rand(2, 3, S, S))
+            want = F.layer_norm(seen[-1], (32,), net.norm.weight, net.norm.bias, 1e-6)[:, 1:]
+        else:
+            want = F.layer_norm(seen[-1], (96,), eps=1e-6)
+        assert z.shape == (2, net.tokens, net.channels) and torch.allclose(z, want, atol=1e-5)
+        large = torch.rand(2, 3, 96, 96)
+        small = F.interpolate(large, [S, S], mode="bicubic", align_corners=False)
+        assert torch.allclose(net(large), net(small), atol=1e-4)
+
+
+def test_what_published_encoders_do_not_say_in_shapes():
+    """Heads; the class's defaults that transformers leaves out of a config; the processors."""
+    assert encoder.SO400M.num_attention_heads == encoder.WEBSSL_300M.num_attention_heads == 16
+    for kind, mean, crop in (("siglip_vision_model", 0.5, "squash"), ("dinov2", 0.485, "center")):
+        with torch.device("meta"):
+            net = encoder.ENCODERS[kind]({"model_type": kind})
+        c = net.config
+        assert (c.num_attention_heads, c.hidden_size, c.num_hidden_layers) == (12, 768, 12)
+        assert (net.mean[0], net.crop, net.resample) == (mean, crop, 3)
+    with pytest.raises(ValueError, match="use_swiglu_ffn"):
+        encoder.vit_config({"model_type": "dinov2", "use_swiglu_ffn": True})
+    with pytest.raises(ValueError, match="multiple of num_attention_heads 5"):
+        encoder.ViT(replace(encoder.TINY, num_attention_heads=5))
+
+
 # ---- language model ----
 
 def test_cached_decoding_equals_uncached():
@@ -344,3 +454,35 @@ def test_an_llm_keeps_the_rows_of_its_own_tokens(own, padding, tied, tmp_path):
         found, stored = source.rows(key).float(), state[key].float()
         assert found.shape == (V, 128) and torch.equal(found[:known], stored[:known])
         assert torch.allclose(found[known:], stored[:known].mean(0).expand(V - known, -1), atol=1e-6)
+
+
+def test_positions_above_256_in_bf16():
+    """bf16 has no 257, so positions and angles are fp32."""
+    llm, seen = text_model.TextModel(replace(text_model.TINY, vocab_size=9)), []
+    llm.run = lambda layers, x, cos, sin: (seen.append((cos, sin)), x)[1]
+    llm(torch.zeros(1, 600, 128, dtype=torch.bfloat16))
+    angle = torch.arange(600)[:, None] * 1e6 ** (-torch.arange(0, 32, 2) / 32)
+    for got, want in zip(seen[0], (angle.cos(), angle.sin())):
+        assert got.dtype == torch.bfloat16
+        assert (got.float() - want.repeat(1, 2)).abs().max() < 0.01
+
+
+def test_a_tokenizer_that_truncates_and_pads(tmp_path):
+    """A tokenizer.json may ask for both; we do neither."""
+    tokenizer = chat.load_tokenizer(ROOT / "tiny")
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=40)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    words = "a red circle left of a blue star"
+    assert (chat.encode_text(chat.load_tokenizer(tmp_path), words)
+            == chat.encode_text(TOKENIZER, words))
+
+
+def test_ids_of_added_tokens_must_fit(tmp_path):
+    chat.save_tokenizer(TOKENIZER, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    added = json.loads((tmp_path / "added_tokens.json").read_text())
+    added["<|im_end|>"] += 7
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(UserError, match="'<|im_end|>' should have the id"):
+        chat.load_tokenizer(tmp_path)

@@ -18,6 +18,7 @@ from encoder import SO400M, WEBSSL_300M, ViT
 from losses import Discriminator, Perceptual
 from text_model import QWEN_1_5B, QWEN_7B, TextModel
 from train_dit import ScaleRAE
+from training import Meter
 from vae import VAE
 
 
@@ -127,3 +128,20 @@ def test_mesh():
     for bad in ("fsdp=3", "rows=8", "fsdp", "fsdp=0"):
         with pytest.raises(UserError, match="--mesh"):
             parallel.parse_mesh(bad, 8)
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H200", 989.4),
+                                        ("NVIDIA H100 PCIe", 756.5), ("NVIDIA A100-SXM4", 312),
+                                        ("Some GPU", None)])
+def test_mfu_counts_all_devices(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    monkeypatch.setattr(parallel, "memory_gb", lambda devices: 0.0)
+    gpus = parallel.Devices("cuda", torch.device("cpu"), 0, 1, torch.bfloat16,
+                            {"fsdp": 4, "tensor": 2})
+    assert parallel.peak_tflops(gpus) == peak
+    meter = Meter()
+    meter.add(loss=torch.tensor(1.0))
+    meter.step(10, 2e12)
+    values = meter.read(gpus)
+    assert values["mfu"] == (pytest.approx(values["tflops"] / 8 / peak) if peak else None)
+    assert values["tflops"] == pytest.approx(2 * values["images_per_s"])

@@ -839,3 +839,86 @@ def test_a_decoder_in_diffusers_layout(tmp_path):
     write(tmp_path / "rae", MAE, both, tokenizer=False)
     model = networks.load_decoder(tmp_path / "rae", CPU, an_encoder(24))
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+
+
+# ------------------------------------------------------------------------------------------------
+# What neither a published config nor a shape says
+# ------------------------------------------------------------------------------------------------
+
+def test_heads_of_a_published_decoder(tmp_path):
+    state = random_state(decoder_keys(24, 64, 2, 48, 16, 14), seed=1)
+    write(tmp_path / "d", {}, state, "model.pt", tokenizer=False)
+    model = networks.load_decoder(tmp_path / "d", CPU, an_encoder(24))
+    assert model.decoder_layers[0].heads == 16
+
+
+def released_config(tmp_path, **fields):
+    config, state = released()
+    return stage2.model_config(weights.open_weights(write(tmp_path / "m", config | fields, state)))
+
+
+@pytest.mark.parametrize("end", ["", "-interp256", "-res384"])
+def test_names_of_encoders_without_the_authors_suffix(tmp_path, end):
+    assert released_config(tmp_path, mm_vision_tower_aux_list=[f"my/encoder{end}"]).encoder == \
+        "my/encoder"
+    config = released_config(tmp_path, mm_vision_tower_aux_list=[weights.HUB["webssl"][0]])
+    assert config.encoder == weights.HUB["webssl"][0]
+
+
+@pytest.mark.parametrize("base", [128, None])
+def test_the_time_shift_of_a_released_config(tmp_path, base):
+    alpha = released_config(tmp_path, diffusion_base_dim=base).alpha
+    assert alpha == pytest.approx((16 * 24 / (base or 4096)) ** 0.5)
+
+
+def test_a_decoder_s_normalisation_without_its_encoder(tmp_path):
+    """Drawing loads no encoder; the decoder's normalisation follows from the encoder's name."""
+    decoder_folder(tmp_path / "d")
+    args = SimpleNamespace(encoder=None, decoder=str(tmp_path / "d"), run="run")
+    for name, config in ((weights.HUB["webssl"][0], encoders.WEBSSL_300M),
+                         (weights.HUB["siglip2"][0], encoders.SO400M)):
+        run = released_config(tmp_path, mm_vision_tower_aux_list=[name])
+        none, decoder = stage2.load_codec(run, args, CPU, encoder=False)
+        with torch.device("meta"):
+            kind = encoders.ViT(config)
+        assert none is None
+        assert decoder.image_mean.flatten().tolist() == pytest.approx(kind.mean)
+        assert decoder.image_std.flatten().tolist() == pytest.approx(kind.std)
+
+
+def test_a_config_in_the_file_comes_before_the_one_beside_it(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", {"config": '{"of": "file"}'})
+    (tmp_path / "config.json").write_text('{"of": "folder"}')
+    assert weights.open_weights(tmp_path).config == {"of": "file"}
+
+
+def test_new_heads_depend_on_the_seed(nets):
+    a, b = (networks.load_discriminator(nets[3], CPU, seed).heads[0][0][0].weight_orig
+            for seed in (0, 1))
+    assert not torch.equal(a, b)
+
+
+def test_recomputed_tables_must_fit(tmp_path):
+    config, state = released()
+    state["diff_head.model.feat_rope.freqs_sin"] = torch.zeros(16, 8)
+    with pytest.raises(UserError, match=r"freqs_sin is \[16, 8\], expected \[16, 16\]"):
+        stage2.load_run(write(tmp_path / "m", config, state), CPU)
+
+
+@pytest.mark.parametrize("folder", ["run", "run/checkpoints/step-0000002"])
+def test_a_checkpoint_stands_for_its_run_and_the_average_comes_first(tmp_path, folder):
+    """A run without final/ gives its newest checkpoint, with the released keys."""
+    llm = {"llm.model.norm.weight": torch.zeros(2), "llm.model.latent_queries": torch.ones(1, 2)}
+    for step, value in ((1, 7.0), (2, 3.0)):
+        place = tmp_path / f"run/checkpoints/step-000000{step}"
+        place.mkdir(parents=True)
+        save_file({**llm, "ema.llm.model.norm.weight": torch.full((2,), value),
+                   "dit.pos_embed": torch.ones(1), "repa.0.weight": torch.ones(1),
+                   "optimizer.llm.model.norm.weight.exp_avg": torch.ones(2)},
+                  place / "state.safetensors")
+        (place / "meta.json").write_text("{}")
+    (tmp_path / "run/config.json").write_text('{"of": "run"}')
+    source = weights.open_weights(tmp_path / folder)
+    assert source.config == {"of": "run"} and source.shapes.keys() == {
+        "model.norm.weight", "model.latent_queries", "diff_head.model.pos_embed"}
+    assert source.rows("model.norm.weight").tolist() == [3, 3]
