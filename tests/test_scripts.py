@@ -11,13 +11,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import run as runs
+import cli
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 SMALL = ["--batch", "4", "--log-every", "1", "--sample-every", "3", "--save-every", "2"]
 DIT = ["train_dit.py", *SMALL, "--sample-steps", "2", "--steps", "6"]
@@ -73,7 +74,7 @@ def test_run_folder(dit_run):
 def test_every_script_from_nothing(tmp_path):
     """encoder -> decoder -> DiT -> picture, answer and reconstruction, on files made just now."""
     small = ["--batch", "8", "--log-every", "2", "--sample-every", "4", "--save-every", "4"]
-    done = run("train_encoder.py", *small, "--steps", "4", "--width", "48", "--depth", "2", "--out",
+    done = run("tiny/train_encoder.py", *small, "--steps", "4", "--width", "48", "--depth", "2", "--out",
                tmp_path / "e")
     assert "retrieval" in done.stdout
     encoder = tmp_path / "e/final/model.safetensors"
@@ -96,35 +97,35 @@ def test_every_script_from_nothing(tmp_path):
     assert Image.open(tmp_path / "r.png").size == (66 + 64, 64)
 
 
-def test_shipped_weights_draw_the_same_picture_twice(tmp_path):
-    """In any batch: the noise belongs to (prompt, seed)."""
+def test_shipped_weights_draw_the_same_image_twice(tmp_path):
+    """In any batch, up to rounding: the noise belongs to (prompt, seed)."""
     command = ["sample.py", "a red circle left of a blue star", "--steps", "10"]
     run(*command, "--out", tmp_path / "a.png")
     run(*command, "--n", "3", "--out", tmp_path / "b.png")
     a, b = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b-0.png")
-    assert a.tobytes() == b.tobytes()
+    pixels = lambda image: np.asarray(image, np.int16)
+    assert abs(pixels(a) - pixels(b)).max() <= 1
     assert Image.open(tmp_path / "b-1.png").tobytes() != a.tobytes()
 
 
 @pytest.mark.parametrize("where, error, status, says", [
-    ("train_dit.train_step", "RuntimeError", 1, "RuntimeError: out of memory"),
-    ("train_dit.train_step", "KeyboardInterrupt", -2, "interrupted; of a training the same command "
-     "goes on from its last checkpoint"),
-    ("data.Mixture.__getitem__", "data.DataError", 2, "error: out of memory")])
+    ("train_dit.ScaleRAE.forward", "RuntimeError", 1, "RuntimeError: out of memory"),
+    ("train_dit.ScaleRAE.forward", "KeyboardInterrupt", -2, "interrupted"),
+    ("data.Mixture.__getitem__", "cli.DataError", 2, "error: out of memory")])
 def test_an_error_ends_the_process(where, error, status, says, tmp_path):
-    """The traceback holds the loader, whose workers ignore SIGTERM: Python would wait for them. The
-    third is an error in a worker."""
+    """The traceback holds the loader, whose workers ignore SIGTERM, and yet the process ends. The
+    third error is raised in a worker."""
     code = f"""import sys
 sys.argv = ["train_dit.py", "--batch", "4", "--workers", "1", "--out", {str(tmp_path / "run")!r}]
 sys.argv += ["--bench", "2"] if {error!r} == "KeyboardInterrupt" else []
-import data, run, train_dit
+import cli, data, train_dit
 before = {where}
 def fails(self, i, *rest):
     if isinstance(i, int) and i < 16:           # what the plan looks at
         return before(self, i)
     raise {error}("out of memory")
 {where} = fails
-run.main(train_dit.main)
+cli.main(train_dit.main)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True,
                           text=True, timeout=200)
@@ -149,7 +150,7 @@ BAD = [
     (["sample.py", ""], ["empty|prompt"]),
     (["sample.py", "a cat", "--steps", "0"], ["--steps"]),
     (["sample.py", "a cat", "--run", "no/such/run"], ["no/such/run", "--run"]),
-    (["sample.py", "--image", "assets/sprites.tar", "what?"], ["assets/sprites.tar"]),
+    (["sample.py", "--image", "tiny/sprites.tar", "what?"], ["tiny/sprites.tar"]),
     (["sample.py", "--reconstruct", "missing.png"], ["missing.png"]),
     (["sample.py", "--latent", "missing.safetensors"], ["missing.safetensors"]),
     (["sample.py", "--prompts", "missing.txt"], ["missing.txt"]),
@@ -163,7 +164,7 @@ def test_bad_input_is_one_clear_line(command, words, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(ROOT / a) if (ROOT / a).is_file() else a for a in command])
     with pytest.raises(SystemExit) as stopped:
-        runs.main(script.main)
+        cli.main(script.main)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("error:") == 1
     for word in words:
