@@ -355,7 +355,8 @@ def main():
     # golden/* also has a tokenizer's folder and a README
     files = [f for f in args.files if not (Path(f).is_dir() or f.endswith(".md"))]
     if args.files and not files:
-        parser.error(f"no golden file in {' '.join(args.files)}; give .safetensors or sequence.json")
+        parser.error(f"no golden file in {' '.join(args.files)}; "
+                     "expected .safetensors or sequence.json")
     for path in files:
         print(path)
         try:

@@ -155,6 +155,7 @@ def test_wide_head():
 
 
 def test_single_width_ddt():
-    model = fill(DiT(DiTConfig(8, 256, 64, 2, 4, cond_width=24, head_depth=1)), 50)  # no s_projector
+    """Without s_projector."""
+    model = fill(DiT(DiTConfig(8, 256, 64, 2, 4, cond_width=24, head_depth=1)), 50)
     agree(channels_first(model(X, T, Y)), -375.447140,
           [1.36268, 1.3527, 1.33569, 1.31409, 1.29392, 1.28334], mean_abs=0.856533)

@@ -35,12 +35,12 @@ def typed(monkeypatch, capsys):
     return call
 
 
-# bf16 on the CPU takes plain products, which the counter sees; the fused kernel it does not.
+# bf16 on the CPU takes plain products, which torch's counter sees; it misses the fused kernel.
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_flops_of_the_language_model(frozen):
-    """Forward, text loss of 16 tokens and backward of L within 1 %; frozen: to the embeddings
-    alone."""
+    """Forward, text loss of 16 tokens and backward of L within 1 %. A frozen model passes the
+    gradient to the embeddings alone."""
     llm = TextModel(LLMConfig(64, 3, 4, 2, 192, 512, True), dtype=torch.bfloat16)
     llm.requires_grad_(not frozen)
     ids = torch.randint(0, 512, (B, L))
@@ -92,7 +92,7 @@ def test_dry_run_of_every_size(size, llm, typed):
 # ---- what is typed without weights, network or memory ----
 
 def test_defaults_of_the_paper_s_sizes_fit(typed):
-    """Eight images a device, blocks recomputed, a batch that does not divide; no data to plan with."""
+    """Eight images per device and recomputed blocks; a plan needs no data."""
     kinds = {d: json.loads(typed("--size", "2b", "--dry-run", "--json", "--dtype", "bfloat16",
                                  "--device", d))["attention"] for d in ("cpu", "cuda", "xla")}
     assert kinds == {"cpu": "plain products", **dict.fromkeys(
@@ -116,7 +116,8 @@ def test_without_weights_the_files_and_flags_are_listed(typed, monkeypatch, tmp_
 
 def test_planned_arguments_are_the_compiler_s():
     """Weights, moments, average and batch of one chip within 1 % of the arguments that libtpu
-    0.0.21 counts: python tests/tpu_compile.py --size 2b --topology v5e:4x4 --batch 128 --llm none."""
+    0.0.21 counts: python tests/tpu_compile.py --size 2b --topology v5e:4x4 --batch 128 --llm none.
+    """
     compiled = 2.313559 * 2 ** 30
     size, N, C, images = SIZES["2b"], 256, 1152, 128 // 16
     with torch.device("meta"):
@@ -139,5 +140,5 @@ def test_the_dry_run_s_arguments_are_the_compiler_s(typed):
     plan = json.loads(typed("--size", "9b", "--dry-run", "--json", "--mesh", "fsdp=64",
                             "--device", "xla", "--batch", 512))
     state = sum(plan["memory_gb_per_device"][k] for k in ("weights", "moments", "ema")) * 1e9
-    batch = 512 // 64 * (3 * 224 ** 2 + 256 * 1152 * 4 + 512 * 16)      # images, noise, ids, targets
+    batch = 512 // 64 * (3 * 224 ** 2 + 256 * 1152 * 4 + 512 * 16)      # images, noise, ids
     assert state + batch == pytest.approx(compiled, rel=0.01)

@@ -47,7 +47,8 @@ def networks():
         yield "discriminator", Discriminator()
 
 
-@pytest.mark.parametrize("name, model", list(networks()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("name, model", list(networks()),
+                         ids=lambda v: v if isinstance(v, str) else "")
 def test_every_large_parameter_matches_one_row_and_divides(name, model):
     """Each parameter above 1 MB matches exactly one row and divides over 64 devices on the fsdp
     axis; positions, queries and convolutional networks are whole on purpose. (The tensor axis need
@@ -65,21 +66,22 @@ def test_every_large_parameter_matches_one_row_and_divides(name, model):
 
 
 def test_a_stack_is_split_as_its_blocks_and_files_have_it_block_by_block():
-    """scan.py's stacks and their moments have one more dimension, which is whole; there and back."""
+    """Stacks of scan.py and their moments have one more dimension, which is whole."""
     shape = (6144, 2048)
-    for name in ("dit.dit_blocks.{}.attn.qkv.weight", "optimizer.dit.dit_blocks.{}.attn.qkv.weight.exp_avg"):
+    qkv = "dit.dit_blocks.{}.attn.qkv.weight"
+    for name in (qkv, f"optimizer.{qkv}.exp_avg"):
         one = parallel.spec(name.format(3), shape)
         assert one == ("tensor", "fsdp")
         assert parallel.spec(name.format("0-31"), (32, *shape)) == (None, *one)
-    assert parallel.spec("dit_blocks.0-31.norm1.weight", (32, 2048)) == (None, None)    # one is small
+    norms = parallel.spec("dit_blocks.0-31.norm1.weight", (32, 2048))
+    assert norms == (None, None)                        # each of them is small
     assert parallel.spec("optimizer.dit_blocks.0-31.norm1.weight.step", ()) == ()
     for stack in (torch.randn(3, 4, 5), torch.randn(3, 4), torch.tensor(7.0)):
         saved = parallel.pieces("m.blocks.2-4.w.x", stack)
-        assert [(key, first) for key, _, first in saved] == [(f"m.blocks.{i}.w.x", 0) for i in (2, 3, 4)]
-        found = torch.zeros_like(stack)
-        parallel.fill("m.blocks.2-4.w.x", found,
-                      lambda key, a, b: dict(s[:2] for s in saved)[key][a:b] if stack.dim() else stack,
-                      CPU)
+        assert [(key, first) for key, _, first in saved] == [
+            (f"m.blocks.{i}.w.x", 0) for i in (2, 3, 4)]
+        found, rows = torch.zeros_like(stack), {key: part for key, part, _ in saved}
+        parallel.fill("m.blocks.2-4.w.x", found, parallel.rows_of(rows), CPU)
         assert torch.equal(found, stack)
     assert list(parallel.unstack("m.blocks.2.w", torch.ones(2))) == ["m.blocks.2.w"]
 
