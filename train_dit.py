@@ -204,6 +204,13 @@ def fill_defaults(args, config):
     if tiny and args.latent == "webssl" and not (args.encoder and args.decoder):
         raise UserError("--latent webssl: there is no tiny one; give --encoder and --decoder, or a "
                         "larger --size")
+    for flag, given, vae in (("--vae", args.vae, False), ("--decoder", args.decoder, True)):
+        if given and (args.latent == "vae") == vae:
+            raise UserError(f"{flag} {given} does not go with --latent {args.latent}: "
+                            "the VAE is both encoder and decoder, and only of --latent vae")
+    depth = config.dit.depth if config else args.depth or SIZES[args.size].depth
+    if args.repa > depth:
+        raise UserError(f"--repa {args.repa}: the DiT has {depth} blocks")
     encoder, decoder = weights.TINY_PAIR if tiny else weights.HUB[args.latent]
     vae = weights.TINY_VAE if tiny else weights.FLUX_VAE
     if config:
@@ -215,6 +222,9 @@ def fill_defaults(args, config):
         (weights.portable_path(args.decoder or decoder), None))
     if args.guidance is None:
         args.guidance = 3.0 if args.cond_drop else 1.0
+    if args.guidance != 1 and not args.cond_drop:
+        raise UserError(f"--guidance {args.guidance:g} with --cond-drop 0: no null condition is "
+                        "trained to guide away from; use --guidance 1")
     args.steps = 0 if args.init_only else args.steps
     args.out = args.out or Path(f"runs/dit-{args.size}")
 
@@ -441,6 +451,8 @@ def main():
     # Devices
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
+    if args.scan and devices.target != "xla":
+        raise UserError(f"--scan is for --device xla, not {devices.target}; leave it out")
     init, config = open_init(args)
     fill_defaults(args, config)
     training.check_batch(args, devices, None if args.size == "tiny" else 8)   # 8 images a device
