@@ -52,7 +52,7 @@ def load_decoder(path, devices, encoder, flag="--decoder"):
     channels and the normalisation (a published config does not hold them)."""
     source = open_weights(path, flag)
     if any(k.startswith("decoder.decoder_") for k in source.shapes):
-        source = source.renamed(diffusers_decoder_key)
+        source = diffusers_decoder(source)
     ends = ("decoder_embed.weight", "decoder_layers.0.intermediate.dense.weight",
             "decoder_pred.weight")
     if lacks := [k for k in ends if k not in source.shapes]:
@@ -83,10 +83,33 @@ def load_decoder(path, devices, encoder, flag="--decoder"):
     return load(model, source, devices)
 
 
+def diffusers_decoder(source):
+    """Give a file of diffusers' AutoencoderRAE the released keys, without its encoder. The
+    normalisation of its images is in the file. Raises UserError if it also normalises the latent.
+    """
+    config = dict(source.config)
+    for key, neutral in (("_latents_mean", 0), ("_latents_std", 1)):
+        if key in source.shapes and (source.rows(key) != neutral).any():
+            raise UserError(f"{source.what}: it normalises the latent ({key}), which this code "
+                            "does not; give a decoder of the plain latent")
+    for ours, theirs in (("image_mean", "encoder_mean"), ("image_std", "encoder_std")):
+        if theirs in source.shapes:
+            config[ours] = source.rows(theirs).flatten().tolist()
+    if "encoder_input_size" in config:
+        with parsing(f"{source.what}: encoder_input_size and encoder_patch_size"):
+            config["num_patches"] = (config["encoder_input_size"]
+                                     // config["encoder_patch_size"]) ** 2
+    return Weights(source.what, config, source.renamed(diffusers_decoder_key).pieces)
+
+
 def diffusers_decoder_key(key):
-    """Rename a key of diffusers' AutoencoderRAE, or drop it if it is the encoder's."""
-    return key.removeprefix("decoder.") if key.startswith("decoder.decoder_") or key == \
-        "decoder.trainable_cls_token" else None
+    """Return the released key of a parameter of diffusers' decoder, None for all others."""
+    if not key.startswith(("decoder.decoder_", "decoder.trainable_cls_token")):
+        return None
+    key = key.removeprefix("decoder.").replace(".attention.to_out.0.", ".attention.output.dense.")
+    for theirs, ours in (("to_q", "query"), ("to_k", "key"), ("to_v", "value")):
+        key = key.replace(f".attention.{theirs}.", f".attention.attention.{ours}.")
+    return key
 
 
 def note_pair(decoder, encoder, flag="--decoder"):

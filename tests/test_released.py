@@ -841,12 +841,29 @@ def test_absurd_sizes_are_refused_before_anything_is_built(tmp_path, name, field
 
 
 def test_a_decoder_in_diffusers_layout(tmp_path):
-    """AutoencoderRAE: encoder.* and decoder.* in one file; the decoder alone is read."""
-    state = decoder_folder(tmp_path / "d")
-    both = {"encoder.x": torch.ones(2), **{f"decoder.{k}": v for k, v in state.items()}}
-    write(tmp_path / "rae", MAE, both, tokenizer=False)
+    """AutoencoderRAE: encoder and decoder in one file, of which the decoder alone is read, and the
+    normalisation of images."""
+    state, names = decoder_folder(tmp_path / "d", pos=False), {
+        "attention.attention.query": "attention.to_q", "attention.attention.key": "attention.to_k",
+        "attention.attention.value": "attention.to_v",
+        "attention.output.dense": "attention.to_out.0"}
+    both = {"encoder.x": torch.ones(2), "encoder_mean": torch.full((1, 3, 1, 1), 0.25),
+            "encoder_std": torch.full((1, 3, 1, 1), 0.5), "_latents_mean": torch.zeros(1),
+            "_latents_std": torch.ones(1)}
+    for key, value in state.items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        both[f"decoder.{key}"] = value
+    assert "decoder.decoder_layers.1.attention.to_out.0.bias" in both
+    config = dict(_class_name="AutoencoderRAE", decoder_num_attention_heads=4, image_size=None,
+                  patch_size=14, encoder_input_size=64, encoder_patch_size=16, latents_mean=None)
+    write(tmp_path / "rae", config, both, tokenizer=False)
     model = networks.load_decoder(tmp_path / "rae", CPU, an_encoder(24))
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+    assert model.image_mean.flatten().tolist() == [0.25] * 3
+    write(tmp_path / "rae", config, {**both, "_latents_mean": torch.ones(24)}, tokenizer=False)
+    with pytest.raises(UserError, match="it normalises the latent"):
+        networks.load_decoder(tmp_path / "rae", CPU, an_encoder(24))
 
 
 # ------------------------------------------------------------------------------------------------
