@@ -1,6 +1,6 @@
 """The run folder of the trainers: arguments, log, plot, samples, checkpoints, resume.
 
-    runs/dit-tiny/  args.json config.json log.jsonl loss.png samples/ checkpoints/step-0001000/ final/
+    runs/dit-tiny/  args.json  config.json  log.jsonl  loss.png  samples/  checkpoints/  final/
 
 A checkpoint is a folder with `state.safetensors` (weights, averages, optimizer state; with several
 processes one file each, with its rows) and `meta.json` (step, arguments). It is written under
@@ -64,8 +64,8 @@ class Run:
             args.steps = args.bench
             return
         if args.wandb and importlib.util.find_spec("wandb") is None:
-            raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; pip install "
-                            "wandb, or leave the flag out (log.jsonl holds the same values)")
+            raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; pip "
+                            "install wandb, or leave the flag out (log.jsonl holds the same values)")
         saved, here = weights.checkpoints(self.dir), self.dir.resolve()
         if not saved and not args.fresh and (self.dir / "final").exists():
             raise UserError(f"--out {self.dir} holds final/ and no checkpoint to go on from; "
@@ -257,7 +257,7 @@ class Run:
         if failed and self.main:
             shutil.rmtree(temporary, ignore_errors=True)
             self.print(f"could not save step {self.done}: "
-                       f"{failure or 'another process could not write'}; older checkpoints are kept")
+                       f"{failure or 'another process could not write'}; older ones are kept")
         self.latest = self.latest if failed else final
 
     def _sweep(self):
@@ -288,8 +288,8 @@ class Run:
             save_tensors(whole, folder / f"{name}.safetensors", {"config": json.dumps(config)})
             write_text(folder / "config.json", json.dumps(config, indent=1))
         except DISK as error:
-            raise UserError(f"cannot write {self.dir}/final: {error}; the last checkpoint is whole: "
-                            "free some space and run the same command again") from None
+            raise UserError(f"cannot write {self.dir}/final: {error}; the last checkpoint is "
+                            "whole: free some space and run the same command again") from None
 
     def publish(self):
         """Put what `export` wrote into final/ -> the folder."""
@@ -323,8 +323,8 @@ class Run:
 
     def micro_batches(self, loader):
         """Yield the micro-batches of one step, on the device. The `counts` {name: number} of a
-        batch are summed over the step and all processes, and divided by the processes whose
-        gradients are averaged: losses divided by them are means over the whole batch."""
+        batch are summed over the step and all processes (`totals`), and divided by the processes
+        whose gradients are averaged: losses divided by them are means over the whole batch."""
         batches, begin = [], time.perf_counter()
         try:
             for _ in range(self.args.batch // self.args.micro_batch):
@@ -339,12 +339,12 @@ class Run:
                               batch.get("rejected", ()))
         names = sorted(batches[0].get("counts", {}))
         sums = parallel.total([sum(b["counts"][k] for b in batches) for k in names], self.devices)
-        self.counts = dict(zip(names, sums))
-        shares = {k: max(n, 1) / self.devices.replicas for k, n in self.counts.items()}
+        self.totals = dict(zip(names, sums))
+        shares = {k: max(n, 1) / self.devices.replicas for k, n in self.totals.items()}
         for batch in batches:
             batch = parallel.to_device(batch, self.devices)
-            yield {**batch, **{k: parallel.scalar(v, self.devices.device)
-                               for k, v in shares.items()}}
+            yield {**batch, "totals": self.totals, **{
+                k: parallel.scalar(v, self.devices.device) for k, v in shares.items()}}
 
     def end_step(self, done, norm, flops, plot, sample=None, **values):
         """After `done` steps, do what is due: a line of the log, samples, a checkpoint.

@@ -41,8 +41,8 @@ from vae import pack
 # Arguments
 # ------------------------------------------------------------------------------------------------
 
-# The paper's pretraining mixture, in millions: web, FLUX-generated, questions (Cambrian-7M). `hq` is
-# for finetuning, as BLIP3o-60k is, and `text` for the decoder. tiny learns shapes before emoji.
+# The paper's pretraining mixture, in millions: web, FLUX-generated, questions (Cambrian-7M). `hq`
+# is for finetuning, as BLIP3o-60k is, and `text` for the decoder. tiny learns shapes before emoji.
 MIXTURES = {"tiny": ["builtin:synthetic=6", "builtin:web=2", "builtin:qa=1"],
             "paper": ["builtin:web=39.3", "builtin:synthetic=24.7", "builtin:qa=7"]}
 PLOT = ["loss", "flow", "text", "repa", "cond_spread", "background_right", "colour_right"]
@@ -165,7 +165,8 @@ def open_init(args):
             ("--width", args.width, k.width), ("--depth", args.depth, k.depth),
             ("--heads", args.heads, k.heads), ("--head-width", args.head_width, k.head_width),
             ("--head-depth", args.head_depth, k.head_depth), ("--qk-norm", args.qk_norm, k.qk_norm),
-            ("--predict", args.predict, k.predict), ("--llm-width", args.llm_width, llm.hidden_size),
+            ("--predict", args.predict, k.predict),
+            ("--llm-width", args.llm_width, llm.hidden_size),
             ("--llm-depth", args.llm_depth, llm.num_hidden_layers)):
         if given is not None and given != found:
             raise UserError(f"{flag} asks for {given}, the network of --init {args.init} has "
@@ -196,8 +197,8 @@ def fill_defaults(args, config):
     tiny = args.size == "tiny"
     recipe = "tiny" if tiny else "paper"
     if not (tiny or args.data or args.dry_run or args.bench):
-        print(f"WARNING: no --data: --size {args.size} trains on the toy world of shapes and emoji, "
-              "which is for tests; give --data your own images", file=sys.stderr)
+        print(f"WARNING: no --data: --size {args.size} trains on the toy world of shapes and "
+              "emoji, which is for tests; give --data your own images", file=sys.stderr)
     for key, value in {**DEFAULTS[recipe], "data": MIXTURES[recipe]}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -403,6 +404,44 @@ def initial_rows(model, args, init, llm):
         stage2.RECOMPUTED + tied)
 
 
+def train_step(model, encode, batches, trained, ema_weight, args, devices):
+    """Make one update from micro-batches on the devices; the host waits for no device in it.
+
+    encode(batch) -> z, u; trained: (parameters by name, optimizers, averages by name). Returns the
+    values to log {name: tensor}, the flow losses by time [10,2] and the gradient's norm.
+    """
+    named, optimizers, ema = trained
+    values, by_time, cond_sums = {}, 0, 0
+    for batch in batches:
+        has_targets = batch["totals"]["images_to_draw"] > 0
+        z, u = encode(batch)                                            # [B,N,C], [B,N,C']
+        text, flow_losses, repa, t, cond = model(z, u, batch, has_targets)
+        # sums over this micro-batch, divided by numbers of the whole batch: together its means
+        losses = dict(text=text / batch["tokens"])
+        loss = losses["text"]
+        if has_targets:
+            losses["flow"] = flow_losses.sum() / batch["images_to_draw"]
+            loss = loss + args.diffusion_weight * losses["flow"]
+            cond_sums = cond_sums + condition_sums(cond, batch["answer"])
+        if has_targets and args.repa:
+            losses["repa"] = repa.sum() / batch["images_to_draw"]
+            loss = loss + args.diffusion_weight * args.repa_weight * losses["repa"]
+        loss.backward()
+        losses["loss"] = loss
+        values = {k: values.get(k, 0) + v.detach() for k, v in losses.items()}
+        by_time = by_time + flow_by_time(t, flow_losses, batch["answer"])
+    if has_targets:
+        values["cond_spread"] = condition_spread(parallel.average(cond_sums, devices))
+    else:                               # zeros, with which AdamW would still follow its momentum
+        named["llm.model.latent_queries"].grad = None
+    grad_norm = parallel.clip_grad(named.values(), args.clip, devices)
+    for optimizer in optimizers:
+        parallel.guarded_step(optimizer, grad_norm, devices)
+        optimizer.zero_grad(set_to_none=True)
+    training.update_ema(ema, named, ema_weight)
+    return values, by_time, grad_norm
+
+
 def open_data(args, resolution, codec, crop):
     """Open --data -> the mixture, and its description. --dry-run does without the data."""
     try:
@@ -414,7 +453,8 @@ def open_data(args, resolution, codec, crop):
         print(f"planned without the data: {error}", file=sys.stderr)
         names, shares = data.parse_specs(args.data)
         sources = [dict(source=n, weight=w, size=None) for n, w in zip(names, shares)]
-        return data.Mixture(MIXTURES["tiny"], resolution, args.seed), sources    # texts of usual length
+        toy = data.Mixture(MIXTURES["tiny"], resolution, args.seed)     # texts of usual length
+        return toy, sources
 
 
 def optimizers_for(named, args, devices):
@@ -442,6 +482,46 @@ def check_colours(draw, seed, count):
     images = draw([world.caption(scene) for scene in scenes], 1)
     background, colour = judge.colours_right(images, scenes)
     return dict(background_right=background, colour_right=colour)
+
+
+def describe(args, model, encoder, vae, batch, resolution, config, sources, files, devices):
+    """Print what follows from the arguments, the networks and a typical batch -> training FLOPs per
+    image, by part."""
+    parts = {"dit": model.dit, "llm": model.llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
+             "repa": getattr(model, "repa", None)}
+    count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
+    length, labelled = batch["ids"].shape[1], batch["where"].shape[1]
+    flops = {"dit": model.dit.train_flops(), "encoder": encoder.forward_flops(),
+             "llm": model.llm.train_flops(length, labelled, args.freeze)}
+    if vae:
+        flops["vae"] = vae.forward_flops(resolution, decode=False)
+    if args.repa:
+        flops["repa"] = 6 * config.dit.tokens * count["repa"]
+    stored = {train: sum(parallel.local_numel(k, p.shape, devices)
+                         for k, p in model.named_parameters() if p.requires_grad == train)
+              for train in (True, False)}
+    frozen = stored[False] + count.get("vae (frozen)", 0) + (
+        sum(parallel.local_numel(k, p.shape, devices) for k, p in encoder.named_parameters())
+        if devices.target == "xla" else count["encoder (frozen)"])      # FSDP2 leaves it whole
+    training.start_table(
+        f"train_dit --size {args.size}", args, devices, count, flops,
+        training.state_gb(stored[True], frozen, args.ema),
+        latent=[config.dit.tokens, config.dit.channels], alpha=config.alpha, steps=args.steps,
+        learning_rates=dict(dit=args.lr, llm=args.lr_llm), run=args.out,
+        llm_is_frozen=str(bool(args.freeze)), data=sources, frozen=files)
+    return flops
+
+
+def export(run, model, named, ema, tokenizer):
+    """Write final/: the weights and their averages in the released layout, and the tokenizer."""
+    for name in ("model", "ema") if ema else ("model",):
+        with training.averaged(named, ema if name == "ema" else {}):
+            state = {weights.stage2_key(k): v for k, v in model.state_dict().items()}
+            state.pop(None, None)                               # REPA's projector
+            run.export(name, state, run.config)
+    if run.main:
+        chat.save_tokenizer(tokenizer, run.dir / ".writing-final")
+        print(f"{run.publish()} written; samples: {run.dir}/samples")
 
 
 def main():
@@ -492,29 +572,8 @@ def main():
         raise UserError(f"--length {args.length}: none of the first 16 samples fits, such as "
                         f"{': '.join(first['rejected'][-1])}")
 
-    # --------------------------------------------------------------------------------------------
-    # What follows from all of that
-    # --------------------------------------------------------------------------------------------
-    parts = {"dit": dit, "llm": llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
-             "repa": getattr(model, "repa", None)}
-    count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
-    flops = {"dit": dit.train_flops(), "encoder": encoder.forward_flops(),
-             "llm": llm.train_flops(first["ids"].shape[1], first["where"].shape[1], args.freeze)}
-    if vae:
-        flops["vae"] = vae.forward_flops(resolution, decode=False)
-    if args.repa:
-        flops["repa"] = 6 * N * count["repa"]
-    stored = {train: sum(parallel.local_numel(k, p.shape, devices)
-                         for k, p in model.named_parameters() if p.requires_grad == train)
-              for train in (True, False)}
-    frozen = stored[False] + count.get("vae (frozen)", 0) + (
-        sum(parallel.local_numel(k, p.shape, devices) for k, p in encoder.named_parameters())
-        if devices.target == "xla" else count["encoder (frozen)"])      # FSDP2 leaves it whole
-    training.start_table(
-        f"train_dit --size {args.size}", args, devices, count, flops,
-        training.state_gb(stored[True], frozen, args.ema), latent=[N, C], alpha=config.alpha,
-        steps=args.steps, learning_rates=dict(dit=args.lr, llm=args.lr_llm), run=args.out,
-        frozen_llm=bool(args.freeze), data=sources, frozen=files)
+    flops = describe(args, model, encoder, vae, first, resolution, config, sources, files, devices)
+    can_draw = bool(decoder or vae) and not args.random_init
     if args.dry_run:
         return
     run = Run(args, devices, stage2.save_config(config), free={"micro_batch"})
@@ -587,52 +646,20 @@ def main():
     for step in run.steps():
         factor = training.cosine(step, args.steps, warmup)
         training.set_lr(optimizers, factor, devices)
-        values, by_time, cond_sums = {}, 0, 0
-        for batch in run.micro_batches(loader):
-            has_targets = run.counts["images_to_draw"] > 0
-            z, u = encode(batch)                                            # [B,N,C], [B,N,C']
-            text, flow_losses, repa, t, cond = model(z, u, batch, has_targets)
-            # sums over this micro-batch, divided: means over the whole batch
-            losses = dict(text=text / batch["tokens"])
-            loss = losses["text"]
-            if has_targets:
-                losses["flow"] = flow_losses.sum() / batch["images_to_draw"]
-                loss = loss + args.diffusion_weight * losses["flow"]
-                cond_sums = cond_sums + condition_sums(cond, batch["answer"])
-            if has_targets and args.repa:
-                losses["repa"] = repa.sum() / batch["images_to_draw"]
-                loss = loss + args.diffusion_weight * args.repa_weight * losses["repa"]
-            loss.backward()
-            losses["loss"] = loss
-            values = {k: values.get(k, 0) + v.detach() for k, v in losses.items()}
-            by_time = by_time + flow_by_time(t, flow_losses, batch["answer"])
-        if not has_targets:                 # zeros, with which AdamW would still follow its momentum
-            named["llm.model.latent_queries"].grad = None
-        grad_norm = parallel.clip_grad(named.values(), args.clip, devices)
-        for optimizer in optimizers:
-            parallel.guarded_step(optimizer, grad_norm, devices)
-            optimizer.zero_grad(set_to_none=True)
-        training.update_ema(ema, named, parallel.scalar(
-            training.ema_weight(args.ema, step), devices.device))
-        if has_targets:
-            spread = condition_spread(parallel.average(cond_sums, devices))
-            if run.counts["images_to_draw"] > 1:            # one image has no spread
-                values["cond_spread"] = spread
+        weight = parallel.scalar(training.ema_weight(args.ema, step), devices.device)
+        values, by_time, grad_norm = train_step(model, encode, run.micro_batches(loader),
+                                                (named, optimizers, ema), weight, args, devices)
+        images = run.totals["images_to_draw"]
+        if images == 1:
+            del values["cond_spread"]           # one image has no spread
         run.meter.add(flow_by_t=by_time, **values)
-        work = {k: v for k, v in flops.items() if has_targets or k not in ("dit", "repa")}
-        run.end_step(step + 1, grad_norm, work, PLOT, (decoder or vae) and not args.random_init and sample, lr=args.lr * factor,
+        work = {k: v for k, v in flops.items() if images or k not in ("dit", "repa")}
+        run.end_step(step + 1, grad_norm, work, PLOT, can_draw and sample, lr=args.lr * factor,
                      lr_llm=args.lr_llm * factor, grad_norm=grad_norm)
     run.finish()
     if args.bench:
         return
-    for name in ("model", "ema") if ema else ("model",):
-        with training.averaged(named, ema if name == "ema" else {}):
-            state = {weights.stage2_key(k): v for k, v in model.state_dict().items()}
-            state.pop(None, None)                               # REPA's projector
-            run.export(name, state, run.config)
-    if run.main:
-        chat.save_tokenizer(tokenizer, run.dir / ".writing-final")
-        print(f"{run.publish()} written; samples: {run.dir}/samples")
+    export(run, model, named, ema, tokenizer)
     if tiny and not args.init_only:
         score = check_colours(draw, args.seed, 128)             # by all processes
         if run.main:
