@@ -136,18 +136,19 @@ def test_flux_vae(tmp_path):
 
 @torch.no_grad()
 def test_rae_decoder(tmp_path):
-    """The decoder of AutoencoderRAE, in one file with its encoder."""
+    """The decoder of AutoencoderRAE, in one file with its encoder. (On other grids than 16 x 16
+    diffusers scales the table of positions, which the authors' code does not.)"""
     diffusers = pytest.importorskip("diffusers", reason="an optional comparison")
     if not hasattr(diffusers, "AutoencoderRAE"):
         pytest.skip("this diffusers has no AutoencoderRAE")
     model = random_weights(diffusers.AutoencoderRAE(
         encoder_type="dinov2", encoder_hidden_size=64, encoder_num_hidden_layers=1,
-        encoder_input_size=56, decoder_hidden_size=32, decoder_num_hidden_layers=2,
+        decoder_hidden_size=32, decoder_num_hidden_layers=2,
         decoder_num_attention_heads=4, decoder_intermediate_size=48, patch_size=10))
     model.save_pretrained(tmp_path)
     encoder = SimpleNamespace(channels=64, mean=(0.5,) * 3, std=(0.5,) * 3)
-    ours, z = networks.load_decoder(tmp_path, CPU, encoder), torch.randn(2, 16, 64)
-    close(ours(z), model.decode(z.mT.unflatten(-1, (4, 4))).sample)
+    ours, z = networks.load_decoder(tmp_path, CPU, encoder), torch.randn(2, 256, 64)
+    close(ours(z), model.decode(z.mT.unflatten(-1, (16, 16))).sample)
 
 
 @torch.no_grad()
