@@ -7,6 +7,7 @@ is this file run as a script: the training script's main, with torch_xla's count
 of every step.
 """
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ COMMON = ["--dtype", "float32", "--batch", "8", "--workers", "0", "--log-every",
           "--sample-every", "99", "--save-every", "10", "--steps", "20"]
 SCRIPTS = {"train_dit": ["--sample-steps", "1", "--guidance", "1"],
            "train_decoder": ["--disc-start", "2", "--gan-start", "5"],
-           "train_encoder": ["--width", "48", "--depth", "2", "--tokenizer", "assets/tiny"]}
+           "tiny/train_encoder": ["--width", "48", "--depth", "2", "--tokenizer", "tiny"]}
 # LLVM without its slow passes: the programs run a few steps only, and their compilation is the cost
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -46,7 +47,7 @@ def observed(script, *argv):
                        for name in ("CompileTime", "TransferFromDeviceTime")])
     parallel.step_done = watch
     sys.argv = [script, *argv]
-    __import__(script).main()
+    importlib.import_module(script.replace("/", ".")).main()
     import torch_xla.backends
     assert torch_xla.backends.get_mat_mul_precision() == "highest"      # fp32 is fp32 on a TPU too
     out = Path(argv[argv.index("--out") + 1])
@@ -172,8 +173,8 @@ def test_stage_one_on_four_devices(curve, devices):
 def test_the_encoder_s_training_is_one_program(curve):
     """Captions of all lengths; lines are logged on the way."""
     more = ("--steps", "6", "--log-every", "2")
-    _, expected, _ = curve("train_encoder", 0, "", None, more)
-    _, found, counts = curve("train_encoder", 2, "", None, more)
+    _, expected, _ = curve("tiny/train_encoder", 0, "", None, more)
+    _, found, counts = curve("tiny/train_encoder", 2, "", None, more)
     same(found, expected, ("loss", "contrast", "dense"), 1e-4)
     compiles = [c for c, _ in counts[:7]]
     assert len(set(compiles[1:7])) == 1, compiles

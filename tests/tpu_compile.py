@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -90,29 +91,33 @@ def build(args, dtype, llm):
     alone)."""
     import torch
 
-    import dit as dits
-    import encoder as encoders
+    import chat
     import flow
+    import networks
     import parallel
-    import text_model as text
+    import text_model
     import train_dit
     import weights
-    size, tiny = dits.SIZES[args.size], args.size == "tiny"
+    from dit import SIZES, DiT, DiTConfig
+    from encoder import SO400M, ViT
+    size, tiny = SIZES[args.size], args.size == "tiny"
     if tiny:
         host = parallel.Devices("cpu", torch.device("cpu"), 0, 1, dtype, {"fsdp": 1})
-        encoder = networks.load_encoder(weights.TINY_CODEC[0], host)
+        encoder = networks.load_encoder(weights.TINY / "encoder.safetensors", host)
     with torch.device("meta"):
         if not tiny:
-            encoder = encoders.build_encoder(encoders.SO400M, args.layers, dtype)
+            encoder = ViT(SO400M, dtype)
         N, C = encoder.tokens, encoder.channels
         if llm == "none":
             language = given_conditions()
         else:
-            config = {"1.5b": text.QWEN_1_5B, "7b": text.QWEN_7B}.get(llm) or dict(
-                text.TINY, vocab_size=text.load_tokenizer(weights.ASSETS).get_vocab_size())
-            language = text.TextModel(config, N, C, size.width, dtype)
-        dit = dits.DiT(C, N, size.width, size.depth, size.heads, head_width=args.head_width,
-                       head_depth=args.head_depth, qk_norm=args.qk_norm, dtype=dtype)
+            small = replace(text_model.TINY,
+                            vocab_size=chat.load_tokenizer(weights.TINY).get_vocab_size())
+            config = {"1.5b": text_model.QWEN_1_5B, "7b": text_model.QWEN_7B}.get(llm, small)
+            language = text_model.TextModel(config, N, C, size.width, dtype)
+        dit = DiT(DiTConfig(C, N, size.width, size.depth, size.heads,
+                            head_width=args.head_width or 0, head_depth=args.head_depth or 0,
+                            qk_norm=bool(args.qk_norm)), dtype)
         model = train_dit.ScaleRAE(language, dit, flow.shift_alpha(N, C, args.shift_base))
     return model, encoder
 
@@ -125,16 +130,17 @@ def trace(flags, llm, chips):
     import torch_xla
 
     import parallel
-    import run as runs
     import train_dit
+    import training
     started = time.perf_counter()
     typed, sys.argv = sys.argv, ["train_dit.py", "--dry-run", *flags]
     args = train_dit.arguments()
+    train_dit.fill_defaults(args, None)
     sys.argv = typed
     args.length = args.length or (128 if args.size == "tiny" else 512)
     llm = llm or {"tiny": "tiny", "9b": "7b"}.get(args.size, "1.5b")
     devices = parallel.setup("xla", args.dtype or "bfloat16", args.mesh)
-    runs.check_batch(args, devices)
+    training.check_batch(args, devices)
     model, encoder = build(args, devices.dtype, llm)
     model.llm.remat = model.dit.remat = args.remat == "block"
     shapes = [list(p.shape) for m in (model, encoder) for p in m.parameters()]
@@ -173,19 +179,19 @@ def trace(flags, llm, chips):
                      eps=rows(torch.float32, N, C))
         if llm == "none":
             batch.update(z=rows(torch.float32, N, C),
-                         ids=rows(devices.dtype, N, model.dit.cond_width))
+                         ids=rows(devices.dtype, N, model.dit.config.width))
         else:
             batch["images"] = rows(torch.uint8, 3, encoder.image_size, encoder.image_size)
-        batches.append(batch)
+        batches.append({**batch, "totals": {"images_to_draw": args.batch}, "tokens": number(),
+                        "images_to_draw": number()})
 
     @torch.no_grad()
-    def look(batch):
+    def encode(batch):
         z = batch["z"] if llm == "none" else encoder(batch["images"].float() / 255)
         return z, z
 
-    values, by_time, norm = train_dit.train_step(
-        model, look, optimizer, named, ema, batches, number(), number(), True, number(), args,
-        devices)
+    values, by_time, norm = train_dit.train_step(model, encode, batches, (named, [optimizer], ema),
+                                                 number(), args, devices)
 
     state = [*named.values(), *ema.values(),
              *(t for p in named.values() for t in optimizer.state[p].values())]
@@ -198,15 +204,16 @@ def trace(flags, llm, chips):
     assert -1 not in donate, "a state tensor is no argument of the program"
 
     flops, stacks = {"dit": model.dit.train_flops()}, [model.dit.dit_blocks]
-    heads = {(model.dit.heads, model.dit.width // model.dit.heads)}
+    k = model.dit.config
+    heads = {(k.heads, k.width // k.heads)}
     parameters = {"dit": count(model.dit)}
     if llm != "none":
         flops.update(llm=model.llm.train_flops(L, L - N), encoder=encoder.forward_flops())
         parameters.update(llm=count(model.llm), encoder=count(encoder))
-        stacks += model.llm.model.layers, encoder.vision_model.encoder.layers
+        stacks += model.llm.model.layers, encoder.blocks
         for width, c in ((model.llm.width, model.llm.config), (C, encoder.config)):
-            h = c["num_attention_heads"]
-            heads |= {(n, width // h) for n in (h, c.get("num_key_value_heads", h))}
+            h = c.num_attention_heads
+            heads |= {(n, width // h) for n in (h, getattr(c, "num_key_value_heads", h))}
     return dict(
         hlo=lowering.hlo(), donate=donate, size=args.size, llm=llm,
         batch=args.batch, chips=devices.count, mesh=str(devices), parameters=parameters,
