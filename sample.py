@@ -98,8 +98,11 @@ def to_tensor(image, encoder):
     if encoder.crop != "squash":                        # the short side becomes S, then the middle
         w, h = (max(S, int(S * v / min(W, H))) for v in (W, H))
     left, top = (w - S) // 2, (h - S) // 2
-    box = left * W / w, top * H / h, (left + S) * W / w, (top + S) * H / h
-    image = np.asarray(image.resize((S, S), encoder.resample, box))         # crops as it resizes
+    if max(w, h) > 20 * S:              # a strip: cut first, or the resized image fills the memory
+        image = image.crop((left * W // w, top * H // h, (left + S) * W // w, (top + S) * H // h))
+        w, h, left, top = S, S, 0, 0
+    image = image.resize((w, h), encoder.resample)
+    image = np.asarray(image.crop((left, top, left + S, top + S)))
     return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
 
 
