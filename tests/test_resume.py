@@ -1,10 +1,11 @@
-"""Stopped anywhere and started again by the same command, a run ends with the same bytes.
+"""A run that is stopped anywhere and started again by the same command ends with the same bytes.
 
     pytest -m "" tests/test_resume.py               # with the exhaustive parts
     RESUME_SEED=7 pytest -s tests/test_resume.py    # other moments; they are printed
 """
 import argparse
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -13,41 +14,50 @@ import resource
 import shutil
 import signal
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import data                                                             # noqa: E402
+import checkpoint                                                       # noqa: E402
+import cli                                                              # noqa: E402
 import parallel                                                         # noqa: E402
-import run as runs                                                      # noqa: E402
+from checkpoint import Run                                              # noqa: E402
+from cli import UserError                                               # noqa: E402
+from tiny import world                                                  # noqa: E402
 
 SEED = int(os.environ.get("RESUME_SEED", 0))
-CPU = parallel.Devices("cpu", torch.device("cpu"), 0, 1, torch.float32, {"fsdp": 1, "tensor": 1})
+CPU = parallel.setup("cpu", "float32")
 
 # ------------------------------------------------------------------------------------------------
 # Runs as processes of their own, forked from one that has imported everything: 1 s instead of 8
 # ------------------------------------------------------------------------------------------------
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train_dit", "train_decoder", "train_encoder", "torch._dynamo",
-                               "matplotlib.pyplot"])
+SERVER.set_forkserver_preload(["train_dit", "train_decoder", "tiny.train_encoder",
+                               "torch._dynamo", "matplotlib.pyplot"])
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "save_file"}
 STEPS = ["--device", "cpu", "--dtype", "float32", "--steps", "4", "--batch", "4", "--micro-batch",
          "2", "--workers", "2", "--log-every", "1", "--save-every", "1", "--sample-every", "99"]
 
 
 def child(command, out, at, how):
-    """`python COMMAND --out OUT`. Before its first operation on files of OUT that begins with `at`,
-    `how` comes: a signal to its group, or "full". (A weight file, which is written outside of
-    Python, is written and cut in half first.) The operations are listed in OUT.operations."""
+    """Run `python COMMAND --out OUT`. Before its first operation on files of OUT that begins with
+    `at`, `how` happens: a signal to its group; "full": no file can grow; "gone": checkpoints/ is a
+    file. (A weight file, which is written outside of Python, is written and cut in half first.) The
+    operations are listed in OUT.operations."""
     os.setsid()                                         # a group of its own, as a shell gives it
     said = os.open(f"{out}.said", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(said, 1), os.dup2(said, 2)
-    listing, write, come = open(f"{out}.operations", "w", buffering=1), runs.save_file, False
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    listing, write, come = open(f"{out}.operations", "w", buffering=1), checkpoint.save_file, False
 
     def happens(name, args):
         nonlocal come
@@ -55,29 +65,34 @@ def child(command, out, at, how):
         # what shutil.rmtree deletes is named relative to its folder
         ours = path.startswith(f"{out}/") or (
             name in ("os.rmdir", "os.remove") and not path.startswith("/"))
-        if name in OPERATIONS and ours:
-            line = f"{name} {path.removeprefix(f'{out}/')}"
-            listing.write(line + "\n")
-            if how == "full" and come and name == "os.rmdir":           # the failed save is gone
-                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-            if not come and at and line.startswith(at):
-                come = True
-                if how == "full":                       # no file can grow beyond 200 kB
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
-                elif name != "save_file":
-                    os.killpg(0, how)
+        if name not in OPERATIONS or not ours:
+            return
+        line = f"{name} {path.removeprefix(f'{out}/')}"
+        listing.write(line + "\n")
+        if how == "full" and come and name == "os.rmdir":       # the failed save is deleted
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        if come or not at or not line.startswith(at):
+            return
+        come = True
+        if how == "full":                                       # no file can grow beyond 200 kB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+        elif how == "gone":
+            (out / "checkpoints").rename(out / "away")
+            (out / "checkpoints").touch()
+        elif name != "save_file":
+            os.killpg(0, how)
 
-    def cut(tensors, path, **options):
+    def cut(tensors, path, *rest):
         sys.audit("save_file", str(path))
-        write(tensors, path, **options)
+        write(tensors, path, *rest)
         if come and at == f"save_file {str(path).removeprefix(f'{out}/')}":
             os.truncate(path, os.path.getsize(path) // 2)
             os.killpg(0, how)
-    runs.save_file = cut
+    checkpoint.save_file = cut
     sys.addaudithook(happens)
     script, *sys.argv[1:] = [*command, "--out", str(out)]
     sys.argv[0] = script
-    runs.main(importlib.import_module(script.removesuffix(".py")).main)
+    cli.main(importlib.import_module(script.removesuffix(".py").replace("/", ".")).main)
 
 
 def start(command, out, at="", how=signal.SIGKILL):
@@ -91,7 +106,7 @@ def start(command, out, at="", how=signal.SIGKILL):
 
 
 def ends(command, out, at="", how=signal.SIGKILL):
-    """Wait for a run -> its exit status, or minus the signal."""
+    """Run a command to its end -> its exit status, or minus the signal."""
     process = start(command, out, at, how)
     process.join()
     return process.exitcode
@@ -117,7 +132,7 @@ SCORES = "psnr", "background_right", "colour_right", "retrieval", "probe_psnr", 
 
 
 def same(out, whole, but=()):
-    """Weights, averages, and the log without its timings, and without the keys in `but`."""
+    """Compare weights, averages, and the log without its timings and the keys in `but`."""
     files = sorted(p.name for p in (whole / "final").iterdir())
     assert sorted(p.name for p in (out / "final").iterdir()) == files
     for name in files:
@@ -128,37 +143,43 @@ def same(out, whole, but=()):
              for line in (d / "log.jsonl").read_text().splitlines()] for d in (out, whole)]
     assert logs[0] == logs[1]
     assert names(out) == names(whole) == ["step-0000003", "step-0000004"]
+    assert not list(out.glob(".*"))                     # nothing half written is left
+
+
+def write_shard(path, count):
+    """Write a tar shard of toy images with captions, of which the second image is broken."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(count):
+            record, png = world.builtin_record("builtin:web", 0, i, 64), io.BytesIO()
+            Image.fromarray(record["image"]).save(png, "PNG")
+            image = b"broken" if i == 1 else png.getvalue()
+            for name, content in ((f"{i:03d}.png", image), (f"{i:03d}.txt", record["caption"].encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 @pytest.fixture(scope="module")
 def commands(nets, tmp_path_factory):
-    """name -> the command of a short run with all that could be forgotten in a checkpoint."""
-    folder = tmp_path_factory.mktemp("inputs")
-    shards = folder / "shards"
-    shards.mkdir()
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(sys, "argv", ["data.py", "export", "--source", "builtin:web", "--count", "40",
-                                "--resolution", "64", "--shard", "20", "--out", str(shards)])
-        data.main()
-    tar = shards / "00000.tar"
-    png = tar.read_bytes().split(b"IHDR")               # the second picture is broken, and counted
-    tar.write_bytes(b"IHDR".join(png[:2]) + b"XXXX" + b"IHDR".join(png[2:]))
+    """name -> the command of a short run with everything that a checkpoint could forget."""
+    shards = tmp_path_factory.mktemp("shards")
+    for k in range(2):
+        write_shard(shards / f"{k:05d}.tar", 20 if k == 0 else 10)
     mixture = ["--data", "builtin:synthetic=2", f"{shards}=2", "builtin:hq"]
     terms = ["--lpips", "1", "--gram", "100", "--gan", "0.5", "--disc-start", "1", "--gan-start",
              "2"]
     return {
         "dit": ["train_dit.py", *STEPS, *mixture, "builtin:qa", "--sample-steps", "1", "--guidance",
                 "1"],
-        "decoder": ["train_decoder.py", *STEPS, *mixture, *nets, *terms, "--noise-tau", "0.2",
-                    "--latent-stats", "auto", "--stats-images", "4"],
+        "decoder": ["train_decoder.py", *STEPS, *mixture, *nets, *terms, "--noise-tau", "0.2"],
         "vae": ["train_decoder.py", *STEPS, *mixture, *nets, *terms, "--latent", "vae"],
-        "encoder": ["train_encoder.py", *STEPS, *mixture, "--width", "48", "--depth", "2",
-                    "--tokenizer", ROOT / "assets/tiny"]}
+        "encoder": ["tiny/train_encoder.py", *STEPS, *mixture, "--width", "48", "--depth", "2",
+                    "--tokenizer", ROOT / "tiny"]}
 
 
 @pytest.fixture(scope="module")
 def whole(commands, tmp_path_factory):
-    """name -> (an uninterrupted run, its operations on files, how long it took)."""
+    """name -> an uninterrupted run, its operations on files, and its seconds."""
     done = {}
 
     def get(name):
@@ -179,17 +200,17 @@ SCRIPTS = ["dit", "decoder", *(pytest.param(n, marks=pytest.mark.slow) for n in 
 
 
 def part(operations, first, last=None):
-    """The operations from that which begins with `first` up to that which begins with `last`."""
+    """Return the operations from the one that begins with `first` to the one with `last`."""
     find = lambda s: next(k for k, line in enumerate(operations) if line.startswith(s))
-    words = "os.rmdir", "os.remove", "checkpoints", "final"
+    words = "os.rmdir", "os.remove", "checkpoints", "final/", "-final"
     return [line for line in operations[find(first):last and find(last)]
             if any(w in line for w in words)]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_killed_again_and_again(name, commands, whole, tmp_path):
-    """Inside its second save, inside its third, twice at a random moment (with the loader's workers
-    and without them), inside final/; then to the end."""
+    """Kill a run inside its second save, inside its third, twice at a random moment (with the
+    loader's workers and without them), while it writes final/; then let it end."""
     original, operations, seconds = whole(name)
     rand, out = random.Random(f"{SEED} {name}"), tmp_path / "run"
 
@@ -204,7 +225,7 @@ def test_killed_again_and_again(name, commands, whole, tmp_path):
         process.join(moment)
         kill(process, group)
         print(f"{name}: killed after {moment:.2f} s, checkpoints {names(out)}")
-    inside("os.mkdir final")
+    inside("os.mkdir .writing-final")
     assert ends(commands[name], out) == 0, said(out)
     same(out, original)
     assert '"skipped_records": 1' in (out / "log.jsonl").read_text().splitlines()[-1]
@@ -237,25 +258,26 @@ def test_killed_at_every_operation_of_a_save_and_of_the_export(commands, whole, 
                                        pytest.param("encoder", signal.SIGTERM,
                                                     marks=pytest.mark.slow)])
 def test_asked_to_stop(name, how, commands, whole, tmp_path):
-    """The signal goes to the loader's workers too, as from a terminal or a scheduler."""
+    """The signal reaches the loader's workers too, as from a terminal or a scheduler. The run saves
+    and ends by that signal, so that a shell loop around it stops."""
     original, _, _ = whole(name)
     out = tmp_path / "run"
-    assert ends(commands[name], out, "open checkpoints/.writing-2", how) == 0
+    assert ends(commands[name], out, "os.mkdir checkpoints/.writing-2", how) == -how
     assert "stopped and saved at step 3; the same command again goes on from there" in said(out)
     assert "Traceback" not in said(out) and not (out / "final").exists()
     assert names(out) == ["step-0000002", "step-0000003"]
     assert ends([*commands[name], "--workers", "0"], out) == 0      # one that may change
     assert f"resumed {out} at step 3" in said(out)
-    same(out, original, but=SCORES)                     # of the samples that are drawn at a stop
+    same(out, original, but=SCORES)                     # a stop draws samples too
 
 
 def test_full_disk(commands, whole, tmp_path):
-    """A save that does not fit is said, the older checkpoint stays, and the run goes on."""
+    """A save that does not fit is reported, the older checkpoint stays, and the run goes on."""
     original, _, _ = whole("dit")
     out = tmp_path / "run"
     assert ends(commands["dit"], out, "os.mkdir checkpoints/.writing-3", "full") == 0, said(out)
     line = next(s for s in said(out).splitlines() if "could not save step 3" in s)
-    assert "File too large" in line and "the checkpoint before it is kept" in line
+    assert "File too large" in line and "older ones are kept" in line
     assert names(out) == ["step-0000002", "step-0000004"]
     for name in ("model", "ema"):
         file = f"final/{name}.safetensors"
@@ -266,23 +288,87 @@ def test_full_disk_at_the_end(commands, whole, tmp_path):
     """One line, and the same command writes final/ later."""
     original, _, _ = whole("dit")
     out = tmp_path / "run"
-    assert ends(commands["dit"], out, "os.mkdir final", "full") == 2, said(out)
-    assert f"error: cannot write {out}/final/model.safetensors" in said(out)
+    assert ends(commands["dit"], out, "os.mkdir .writing-final", "full") == 2, said(out)
+    assert f"error: cannot write {out}/final" in said(out) and not (out / "final").exists()
     assert "Traceback" not in said(out)
     assert ends(commands["dit"], out) == 0, said(out)
     same(out, original)
 
 
+def test_every_save_fails(commands, tmp_path):
+    """The run says so at each save, goes on and ends; no process is left."""
+    out = tmp_path / "run"
+    process = start(commands["dit"], out, "os.mkdir checkpoints/.writing-2", "gone")
+    process.join(120)
+    assert process.exitcode == 0, said(out)
+    assert [f"could not save step {k}" in said(out) for k in (1, 2, 3, 4)] == [False] + [True] * 3
+    assert "Traceback" not in said(out) and (out / "final/model.safetensors").is_file()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+def test_a_killed_worker(commands, tmp_path):
+    """The steps since the last checkpoint are saved; one line and no traceback. The same command
+    goes on."""
+    out = tmp_path / "run"
+    command = [*commands["dit"], "--steps", "500", "--save-every", "500"]
+    process, log = start(command, out), out / "log.jsonl"
+    for _ in range(600):
+        if log.is_file() and log.read_bytes().count(b"\n") >= 2:
+            break
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    process.join(120)
+    assert process.exitcode == 2 and "Traceback" not in said(out), said(out)
+    assert said(out).count("error: a loader worker died") == 1 and "--workers" in said(out)
+    (saved,) = names(out)
+    assert int(saved[5:]) == json.loads(log.read_text().splitlines()[-1])["step"]
+
+
+@pytest.mark.parametrize("key", ["dit.dit_blocks.0.attn.qkv.weight",
+                                 "ema.llm.model.norm.weight"])
+def test_a_nan_in_a_checkpoint_is_refused(key, commands, whole, tmp_path):
+    """In the weights or in the average: an error that names the tensor, and no final/."""
+    out, (original, _, _) = tmp_path / "run", whole("dit")
+    shutil.copytree(original, out, ignore=shutil.ignore_patterns("final", "step-0000004"))
+    file = out / "checkpoints/step-0000003/state.safetensors"
+    with safe_open(file, "pt") as opened:
+        meta = opened.metadata()
+    state = load_file(file)
+    state[key].view(-1)[0] = float("nan")
+    meta["crc32"] = "{}"                                # as if the run itself had written it
+    save_file(state, file, meta)
+    assert ends(commands["dit"], out) == 2
+    assert f"{key} holds NaN or infinity; delete {file.parent}" in said(out)
+    assert "Traceback" not in said(out) and not (out / "final").exists()
+
+
+def test_flipped_bits_in_a_checkpoint_are_found(commands, whole, tmp_path):
+    out, (original, _, _) = tmp_path / "run", whole("dit")
+    shutil.copytree(original, out, ignore=shutil.ignore_patterns("final", "step-0000004"))
+    file = out / "checkpoints/step-0000003/state.safetensors"
+    with open(file, "r+b") as f:
+        f.seek(-1000, os.SEEK_END)
+        byte = f.read(1)[0]
+        f.seek(-1000, os.SEEK_END)
+        f.write(bytes([byte ^ 1]))
+    assert ends(commands["dit"], out) == 2
+    assert "does not match its checksum" in said(out) and "Traceback" not in said(out)
+
+
 def listing(folder):
-    """path -> (time of the last change, bytes) of all that is in a folder."""
+    """Return {path: (time of the last change, bytes)} of everything in a folder."""
     return {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in folder.rglob("*")
             if p.name not in ("lock", "run")}
 
 
 def test_second_process_refuses(commands, tmp_path, restore_signals):
     out = tmp_path / "run"
-    first = runs.Run(arguments(out), CPU)
-    first.load(tensors(0))
+    first = opened(out)
     before = listing(out)
     assert ends(commands["dit"], out) == 2
     assert f"--out {out} is in use by another process" in said(out) and listing(out) == before
@@ -290,12 +376,13 @@ def test_second_process_refuses(commands, tmp_path, restore_signals):
 
 
 # ------------------------------------------------------------------------------------------------
-# Checkpoints alone
+# The run folder alone
 # ------------------------------------------------------------------------------------------------
 
 def arguments(out, **other):
-    return argparse.Namespace(**{**dict(out=out, fresh=False, init=None, wandb=None, bench=None, keep=2, lr=1e-3, steps=9,
-                                        log_every=1), **other})
+    values = dict(out=out, fresh=False, init=None, wandb=None, bench=None, keep=2, lr=1e-3, steps=9,
+                  log_every=1)
+    return argparse.Namespace(**{**values, **other})
 
 
 @pytest.fixture
@@ -310,39 +397,59 @@ def tensors(value):
     return {"a": torch.full((3, 2), float(value)), "ema.a": torch.full((3, 2), value / 2)}
 
 
-def test_a_result_without_checkpoints_is_not_replaced(saved, monkeypatch):
-    """Who deletes checkpoints to save room keeps final/; who moves a run aside, what it begins from."""
-    (saved / "final").mkdir()
-    shutil.rmtree(saved / "checkpoints")
-    with pytest.raises(parallel.UserError, match="holds final/ and no checkpoint.*--fresh"):
-        runs.Run(arguments(saved), CPU)
-    for init in (saved, saved / "final"):
-        with pytest.raises(parallel.UserError, match=f"--init {init} is in --out"):
-            runs.Run(arguments(saved, fresh=True, init=init), CPU)
-    runs.Run(arguments(saved, fresh=True, init=saved.with_name("other")), CPU)
-    monkeypatch.chdir(saved / "samples")
-    for out in (Path("."), Path(".."), saved):
-        with pytest.raises(parallel.UserError, match="would move the working folder"):
-            runs.Run(arguments(out, fresh=True), CPU)
+def opened(out, value=0, **other):
+    run = Run(arguments(out, **other), CPU)
+    run.load(tensors(value))
+    return run
+
+
+def save(run, step):
+    run.done = step
+    run.tensors = tensors(step)
+    run.save()
 
 
 @pytest.fixture
 def saved(tmp_path, restore_signals):
-    """A run that has saved steps 1 to 5 and was left."""
-    run = runs.Run(arguments(tmp_path / "run"), CPU)
-    run.load(tensors(0))
+    """A run that saved steps 1 to 5 and was left."""
+    run = opened(tmp_path / "run")
     for step in range(1, 6):
-        run.save(step, tensors(step))
+        save(run, step)
     run.lock.close()
     return run.dir
 
 
 def load(out, **other):
     found = tensors(0)
-    run = runs.Run(arguments(out, **other), CPU)
+    run = Run(arguments(out, **other), CPU)
     run.load(found)
     run.lock.close()
     return run.start, found["a"][0, 0].item(), found["ema.a"][0, 0].item()
+
+
+def test_what_a_resumption_may_change():
+    """Nothing that changes what is computed."""
+    assert checkpoint.FREE == {
+        "out", "fresh", "workers", "device", "compile", "log_every", "sample_every", "save_every",
+        "keep", "wandb", "dry_run", "bench", "json", "mesh", "sample_steps", "guidance", "decoder",
+        "sample_prompts", "scan", "remat"}
+
+
+def test_a_result_without_checkpoints_is_not_replaced(saved, monkeypatch):
+    """If only the checkpoints were deleted, final/ is kept; --fresh does not move --init aside."""
+    (saved / "final").mkdir()
+    shutil.rmtree(saved / "checkpoints")
+    with pytest.raises(UserError, match="holds final/ and no checkpoint.*--fresh"):
+        Run(arguments(saved), CPU)
+    aside = "would move aside the working folder or --init"
+    for init in (saved, saved / "final"):
+        with pytest.raises(UserError, match=aside):
+            Run(arguments(saved, fresh=True, init=init), CPU)
+    Run(arguments(saved, fresh=True, init=saved.with_name("other")), CPU)
+    monkeypatch.chdir(saved / "samples")
+    for out in (Path("."), Path(".."), saved):
+        with pytest.raises(UserError, match=aside):
+            Run(arguments(out, fresh=True), CPU)
 
 
 def test_the_last_are_kept(saved):
@@ -350,34 +457,35 @@ def test_the_last_are_kept(saved):
     mine = saved / "checkpoints/step-0000004 of mine"
     mine.mkdir()
     (mine / "meta.json").touch()
-    run = runs.Run(arguments(saved, keep=1), CPU)
-    run.load(tensors(0))
-    run.save(12345678, tensors(12))                     # more digits than the names have
+    run = opened(saved, keep=1)
+    save(run, 12345678)                                 # more digits than the names have
     assert names(saved) == ["step-0000004 of mine", "step-12345678"]
     run.lock.close()
-    assert load(saved) == (12345678, 12, 6)
+    assert load(saved) == (12345678, 12345678, 6172839)
 
 
-def test_what_was_cut_is_never_chosen(saved):
-    """Neither a save nor a deletion; and both are cleared away."""
+def test_incomplete_checkpoints_are_never_chosen(saved):
+    """Neither a save nor a deletion that was cut; and both are cleared away."""
     folder = saved / "checkpoints"
     shutil.copytree(folder / "step-0000005", folder / ".writing-7")
     shutil.copytree(folder / "step-0000005", folder / "step-0000003")
     (folder / "step-0000003/meta.json").unlink()
+    (saved / ".writing-final").mkdir()
     assert load(saved) == (5, 5, 2.5)
-    run = runs.Run(arguments(saved), CPU)
-    run.load(tensors(0))
-    run.save(6, tensors(6))
+    run = opened(saved)
+    save(run, 6)
     assert names(saved) == ["step-0000005", "step-0000006"]
+    assert not (saved / ".writing-final").exists()
     run.lock.close()
 
 
 @pytest.mark.parametrize("what, size, words", [
-    ("state.safetensors", 40, "damaged"), ("state.safetensors", 0, "damaged"),
-    ("state.safetensors", 190, "damaged"), ("state.safetensors", None, "2 missing (first: a)"),
+    ("state.safetensors", 40, "state.safetensors"), ("state.safetensors", 0, "state.safetensors"),
+    ("state.safetensors", 190, "state.safetensors"), ("state.safetensors", None, "2 missing (first: a)"),
     ("meta.json", 20, "meta.json"), ("meta.json", 0, "meta.json")])
 def test_damaged_newest_checkpoint(what, size, words, saved):
-    """Told, with what to do; nothing is written; done as told, it goes on from the one before."""
+    """The error says what to do; nothing is written; after that the run goes on from the checkpoint
+    before."""
     newest = saved / "checkpoints/step-0000005"
     if size is None:
         (newest / what).unlink()
@@ -385,27 +493,28 @@ def test_damaged_newest_checkpoint(what, size, words, saved):
         assert size < (newest / what).stat().st_size
         os.truncate(newest / what, size)
     before = listing(saved)
-    with pytest.raises(parallel.UserError) as error:
+    with pytest.raises(UserError) as error:
         load(saved)
     assert f"checkpoint {newest}" in str(error.value) and words in str(error.value)
-    assert "delete it to go on from" in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
+    if what != "meta.json":
+        assert f"delete {newest} to go on from step-0000004" in str(error.value)
     assert listing(saved) == before
     shutil.rmtree(newest)
     assert load(saved) == (4, 4, 2)
 
 
 def test_contradicting_arguments(saved):
-    """All that differ, both values; nothing is written."""
+    """The error lists every difference with both values; nothing is written."""
     before = listing(saved)
-    with pytest.raises(parallel.UserError) as error:
+    with pytest.raises(UserError) as error:
         load(saved, lr=0.5, steps=10)
     for words in ("--lr: checkpoint 0.001, now 0.5", "--steps: checkpoint 9, now 10", "--fresh"):
         assert words in str(error.value)
     assert listing(saved) == before
     assert load(saved, log_every=7) == (5, 5, 2.5)      # one that changes nothing
-    other = parallel.Devices("cpu", CPU.device, 0, 1, torch.bfloat16, {"fsdp": 1, "tensor": 1})
-    with pytest.raises(parallel.UserError, match="--dtype: checkpoint 'float32', now 'bfloat16'"):
-        runs.Run(arguments(saved), other)               # nobody gave it, another machine took it
+    with pytest.raises(UserError, match="--dtype: checkpoint 'float32', now 'bfloat16'"):
+        Run(arguments(saved), parallel.setup("cpu", "bfloat16"))    # another machine's default
 
 
 def test_fresh_moves_the_old_run_aside(saved):
@@ -413,10 +522,58 @@ def test_fresh_moves_the_old_run_aside(saved):
     assert load(saved.with_name("run.old1")) == (5, 5, 2.5)
 
 
-def test_no_room_for_checkpoints(saved, monkeypatch):
-    usage = shutil.disk_usage(saved)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-    before = listing(saved)
-    with pytest.raises(parallel.UserError, match="--keep"):
-        load(saved, keep=50)
-    assert listing(saved) == before
+def test_fresh_on_a_link_moves_the_folder_behind_it(saved):
+    """The link stays a link, and the new run lies where it leads: on the disk that the user chose.
+    """
+    disk, link = saved.parent / "disk", saved.parent / "link"
+    disk.mkdir()
+    saved.rename(disk / "run")
+    link.symlink_to(disk / "run")
+    assert load(link, fresh=True) == (0, 0, 0)
+    assert link.is_symlink() and link.resolve() == disk / "run"
+    assert load(disk / "run.old1") == (5, 5, 2.5)
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["disk", "link"]
+
+
+def test_room_for_one_checkpoint_more_than_are_kept(tmp_path, monkeypatch):
+    """--keep checkpoints and the one that is being written; the run's own old ones are counted."""
+    values = {"a": torch.zeros(1000)}                               # 4000 bytes
+    usage = shutil.disk_usage(tmp_path)
+    for free in (12_000, 11_999):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+        run = Run(arguments(tmp_path / f"run{free}", keep=2), CPU)
+        if free < 12_000:
+            with pytest.raises(UserError, match="lower --keep"):
+                run.load(values)
+        else:
+            run.load(values)
+        run.lock.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# The log
+# ------------------------------------------------------------------------------------------------
+
+def log_lines(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_log_goes_on_counting(saved):
+    lines = [{"step": k, "skipped_updates": k + 1, "skipped_records": 5 * k} for k in (4, 5, 6)]
+    (saved / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = opened(saved)
+    assert (run.skipped, run.skips.count) == (6, 25)
+    assert log_lines(saved) == lines[:2]                # the resumed run writes the third again
+    run.lock.close()
+
+
+def test_damaged_bytes_in_the_log_do_not_end_a_run(saved):
+    """A line that a crash cut, a byte that is no UTF-8, a line that is no log line: dropped."""
+    good = [b'{"step": 1, "loss": 2.0}', b'{"step": 3, "loss": 1.0}']
+    (saved / "log.jsonl").write_bytes(b"\n".join(
+        [good[0], b'{"step": 2, "lo\xff\xfes": 1.0}', b"7", b"\0\0\0", good[1], b'{"step": 4']))
+    run = opened(saved)
+    assert [line["step"] for line in log_lines(saved)] == [1, 3]
+    run.plot(["loss"])
+    assert (saved / "loss.png").is_file()
+    run.lock.close()

@@ -656,9 +656,10 @@ def test_a_run_knows_its_own_encoder_and_decoder(tmp_path, monkeypatch, capsys):
 # Optimizers
 # ------------------------------------------------------------------------------------------------
 
-def test_muon(plain, tmp_path):
+def test_muon(tmp_path):
     """Muon for the DiT's matrices, AdamW for everything else; a resumed run is identical."""
-    flags = ["--data", "builtin:hq", "--optimizer", "muon", "--steps", 4, "--save-every", 2]
+    flags = ["--data", "builtin:hq", "--optimizer", "muon", "--steps", 4, "--save-every", 2,
+             "--width", 100, "--depth", 1, "--heads", 5, "--log-every", 1]
     whole = train(tmp_path / "a", *flags)
     state = last_state(tmp_path / "a")
     muon = {k.split(".", 1)[1].removesuffix(".momentum_buffer") for k in state
@@ -667,8 +668,7 @@ def test_muon(plain, tmp_path):
     named = {k: v for k, v in state.items() if k.startswith(("dit.", "llm.")) and "pos_" not in k}
     assert muon == {k for k, v in named.items() if k.startswith("dit.dit_blocks.") and v.dim() == 2}
     assert muon and adam == named.keys() - muon
-    assert whole[0]["loss"] == pytest.approx(plain[1][0]["loss"], rel=1e-6)
-    assert losses(whole)[2:] != losses(plain[1])[2:] and losses(whole)[3] < losses(whole)[0]
+    assert losses(whole)[3] < losses(whole)[0]
     (tmp_path / "b").mkdir()
     shutil.copytree(tmp_path / "a/checkpoints/step-0000002",
                     tmp_path / "b/checkpoints/step-0000002")
@@ -883,22 +883,31 @@ def test_a_resumed_overfit_takes_the_same_batch(noise, tmp_path):
 
 
 CURVE = ROOT / "tests/expected/train_dit.json"
-CURVE_KEYS = ("loss", "text", "flow", "grad_norm", "cond_spread")
+TOLERANCE = dict(loss=2e-6, text=2e-6, flow=2e-6, grad_norm=2e-5, cond_spread=5e-4)
+HYPER_PARAMETERS = ("size", "batch", "steps", "seed", "lr", "lr_llm", "betas", "betas_llm",
+                    "warmup", "clip", "ema", "shift", "shift_base", "cond_drop",
+                    "diffusion_weight", "data")
 
 
 def curve(out):
+    """Return the values of the eight steps, and the hyper-parameters in use."""
     lines = train(out, "--batch", 8, "--steps", 8)
-    return [{k: line[k] for k in ("step", *CURVE_KEYS)} for line in lines]
+    args = json.loads((out / "args.json").read_text())
+    used = {k: args[k] for k in HYPER_PARAMETERS}
+    return ([{k: line[k] for k in ("step", *TOLERANCE)} for line in lines],
+            {**used, "adam_eps": 1e-8, "clip_eps": 1e-6, "weight_decay": 0.0})
 
 
 def test_expected_curve(tmp_path):
-    """torch 2.9 and 2.13, 1 and 2 threads: the same digits; the tolerance is for other machines."""
+    """Within the tolerances of the file, which a right port reaches too. The spread is one less a
+    sum that is nearly one, so its rounding is larger: 1.8e-4 between one and two processes."""
     want = json.loads(CURVE.read_text())
-    got = curve(tmp_path / "r")
-    assert len(got) == len(want["steps"])
+    got, used = curve(tmp_path / "r")
+    assert want["tolerance"] == TOLERANCE and want["hyper_parameters"] == used
+    assert len(got) == len(want["steps"]) == 8
     for a, b in zip(got, want["steps"]):
-        for key in CURVE_KEYS:
-            assert a[key] == pytest.approx(b[key], rel=want["tolerance"]), (key, a, b)
+        for key, tolerance in TOLERANCE.items():
+            assert a[key] == pytest.approx(b[key], rel=tolerance), (key, a, b)
 
 
 if __name__ == "__main__":
@@ -906,9 +915,10 @@ if __name__ == "__main__":
         sys.exit(f"usage: python {sys.argv[0]} --write")
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
-        rows = curve(Path(folder) / "run")
+        rows, used = curve(Path(folder) / "run")
     command = "train_dit.py --device cpu --dtype float32 --batch 8 --steps 8 --log-every 1"
-    head = {"command": command, "tolerance": 1e-4}
-    CURVE.write_text(json.dumps(head, indent=1)[:-2] + ',\n "steps": [\n  '
-                     + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n")
+    head = {"command": command, "tolerance": TOLERANCE, "hyper_parameters": used}
+    CURVE.write_text("{\n" + "".join(f" {json.dumps(k)}: {json.dumps(v)},\n"
+                                     for k, v in head.items())
+                     + ' "steps": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n")
     print(CURVE)
