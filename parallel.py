@@ -193,13 +193,32 @@ def build(model, rows, devices, blocks=()):
     tensors = lambda: itertools.chain(model.named_parameters(), model.named_buffers())
     wanted = [name for name, tensor in tensors() if tensor.is_meta or isinstance(
         tensor, torch.nn.Parameter)]
+    if devices.kind == "xla":
+        return build_xla(model, rows, devices, wanted)
     model._apply(lambda t: torch.empty_like(t, device=devices.device) if t.is_meta else
                  t.to(devices.device))
-    for name, p in model.named_parameters():
-        mark(name, p, devices)
     found = dict(tensors())
     for name in wanted:
         fill(name, found[name], rows, devices)
+    return model
+
+
+def build_xla(model, rows, devices, wanted):
+    """Put new parameters in the place of those on meta. (To copy into an empty tensor would leave
+    its first value alive, and every step would carry a second copy of the parameters.)"""
+    for path, module in model.named_modules():
+        for places in (module._parameters, module._buffers):
+            for key, tensor in places.items():
+                name = f"{path}.{key}" if path else key
+                if tensor is not None and name in wanted:
+                    value = whole_value(name, tensor.shape, rows).to(tensor.dtype)
+                    value = value.to(devices.device)
+                    if isinstance(tensor, torch.nn.Parameter):
+                        value = torch.nn.Parameter(value, tensor.requires_grad)
+                    places[key] = value
+                    mark(name, value, devices)
+                elif tensor is not None:
+                    places[key] = tensor.to(devices.device)
     return model
 
 
@@ -231,13 +250,18 @@ def fill(name, tensor, rows, devices):
         if len(local):
             local.copy_(rows(name, first, first + len(local)))
         return
-    parts = [rows(key, 0, len(part) if part.dim() else 1)
-             for key, part in unstack(name, torch.empty(tensor.shape, device="meta")).items()]
-    value = torch.stack(parts) if STACK.search(name) and tensor.dim() else parts[0]
+    value = whole_value(name, tensor.shape, rows)
     if devices.kind == "xla":
         value = value.to(tensor.dtype).to(devices.device)
         mark(name, value, devices)
     tensor.copy_(value)
+
+
+def whole_value(name, shape, rows):
+    """Read a whole tensor; a stack of blocks is put together from the blocks' tensors."""
+    parts = [rows(key, 0, len(part) if part.dim() else 1)
+             for key, part in unstack(name, torch.empty(shape, device="meta")).items()]
+    return torch.stack(parts) if STACK.search(name) and shape else parts[0]
 
 
 def mark(name, tensor, devices):

@@ -646,13 +646,13 @@ def main():
     for step in run.steps():
         factor = training.cosine(step, args.steps, warmup)
         training.set_lr(optimizers, factor, devices)
-        weight = parallel.scalar(training.ema_weight(args.ema, step), devices.device)
-        values, by_time, grad_norm = train_step(model, encode, run.micro_batches(loader),
-                                                (named, optimizers, ema), weight, args, devices)
+        values, by_time, grad_norm = train_step(
+            model, encode, run.micro_batches(loader), (named, optimizers, ema),
+            parallel.scalar(training.ema_weight(args.ema, step), devices.device), args, devices)
         images = run.totals["images_to_draw"]
-        if images == 1:
-            del values["cond_spread"]           # one image has no spread
-        run.meter.add(flow_by_t=by_time, **values)
+        logged = {k: v for k, v in values.items()       # one image has no spread; `values` keeps
+                  if images != 1 or k != "cond_spread"}     # it: on xla another output would be
+        run.meter.add(flow_by_t=by_time, **logged)          # another program
         work = {k: v for k, v in flops.items() if images or k not in ("dit", "repa")}
         run.end_step(step + 1, grad_norm, work, PLOT, can_draw and sample, lr=args.lr * factor,
                      lr_llm=args.lr_llm * factor, grad_norm=grad_norm)

@@ -404,7 +404,7 @@ def main():
         Path(mine.program).with_suffix(".txt").write_text(text)
         return print(json.dumps(read(compiled, text, seconds, program)))
 
-    from parallel import UserError
+    from cli import UserError
     chip, _, grid = mine.topology.partition(":")
     if chip not in CHIP_GB or not re.fullmatch(r"\d+(x\d+)+", grid):
         raise UserError(f"--topology {mine.topology}: expected CHIP:GRID, as v5p:4x4x4; chips are "
@@ -429,10 +429,10 @@ def main():
     found = json.loads(done.stdout.splitlines()[-1])
     for key in ("hlo", "donate", "shapes", "heads"):
         del program[key]
-    import run as runs
+    import cli
     gib, moved = found["gib_per_chip"], found["collective_gib_per_chip"]
     ours = sum(program["flops_per_chip"].values()) / 1e12
-    runs.table(f"one training step on {mine.topology}", [
+    cli.table(f"one training step on {mine.topology}", [
         *((k, program[k]) for k in ("size", "llm", "batch", "mesh", "parameters", "trained")),
         ("GiB a chip", gib),
         ("fits", f"yes: the compiler refuses what does not; {gib['total']:.2f} GiB of the "
@@ -450,5 +450,5 @@ if __name__ == "__main__":
     if "--program" in sys.argv:             # jax alone: this process never loads torch_xla
         main()
     else:
-        import run
-        run.main(main)
+        import cli
+        cli.main(main)
