@@ -147,12 +147,12 @@ def same(out, whole, but=()):
 
 
 def write_shard(path, count):
-    """Write a tar shard of toy images with captions, of which the second image is broken."""
+    """Write a tar shard of toy images with captions, of which every third image is broken."""
     with tarfile.open(path, "w") as tar:
         for i in range(count):
             record, png = world.builtin_record("builtin:web", 0, i, 64), io.BytesIO()
             Image.fromarray(record["image"]).save(png, "PNG")
-            image = b"broken" if i == 1 else png.getvalue()
+            image = b"broken" if i % 3 == 1 else png.getvalue()
             for name, content in ((f"{i:03d}.png", image), (f"{i:03d}.txt", record["caption"].encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
@@ -228,7 +228,7 @@ def test_killed_again_and_again(name, commands, whole, tmp_path):
     inside("os.mkdir .writing-final")
     assert ends(commands[name], out) == 0, said(out)
     same(out, original)
-    assert '"skipped_records": 1' in (out / "log.jsonl").read_text().splitlines()[-1]
+    assert log_lines(out)[-1]["skipped_records"] > 0
     with pytest.raises(ProcessLookupError):             # workers whose trainer was killed alone
         for _ in range(600):
             os.killpg(process.pid, 0)
