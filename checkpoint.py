@@ -65,7 +65,7 @@ class Run:
             return
         if args.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; pip "
-                            "install wandb, or leave the flag out (log.jsonl holds the same values)")
+                            "install wandb, or leave the flag out (log.jsonl has the same values)")
         saved, here = weights.checkpoints(self.dir), self.dir.resolve()
         if not saved and not args.fresh and (self.dir / "final").exists():
             raise UserError(f"--out {self.dir} holds final/ and no checkpoint to go on from; "

@@ -2,7 +2,7 @@
 
     s   = x_embedder(x_t) + pos_embed                                   # [B,N,D]
     c   = SiLU(t_embedder(t) + cond)                                    # [B,N,Z], one per token
-    shift, scale, gate, ... = Linear(SiLU(c))                           # a second SiLU, as in theirs
+    shift, scale, gate, ... = Linear(SiLU(c))                           # a second SiLU, as theirs
     s  += gate * Attn(modulate(RMSNorm(s)));  s += gate * SwiGLU(modulate(RMSNorm(s)))   # depth x
     v   = linear(modulate(RMSNorm(s)))                                  # [B,N,C]
 

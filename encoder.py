@@ -4,7 +4,7 @@
 
 One ViT serves both published encoders. They differ in five places, each marked below:
 
-                SigLIP-2 (google/siglip2-so400m-patch14-224)    WebSSL-DINO (facebook/webssl-dino...)
+                SigLIP-2 (google/siglip2-so400m-patch14-224)    WebSSL-DINO (facebook/webssl-dino*)
     latent      C = 1152, N = 16 x 16                           C = 1024, N = 16 x 16
     class token no                                              yes, dropped from the latent
     layer scale no                                              yes

@@ -73,9 +73,9 @@ def guide(v_cond, v_null, scale):
 def integrate(velocity, noise, times, solver="euler", on_step=None):
     """Solve dx = v dt from noise [B,N,C] to a latent, in fp32.
 
-    velocity(x, t) gives [B,N,C] for a number t. times: what `sampling_times` returns. heun takes the mean
-    of the velocities at both ends, but at t = 0, where there is no noise left to remove. on_step()
-    is called after each step.
+    velocity(x, t) returns [B,N,C] for a number t; times come from `sampling_times`. heun takes the
+    mean of the velocities at both ends, except at t = 0, where no noise is left to remove.
+    on_step() is called after each step.
     """
     x = noise.float()
     for t_from, t_to in times:

@@ -1,4 +1,7 @@
-"""A stage-2 model as files: config.json, the released layout, the LLM and the DiT. The authors' config is translated; our own block in it holds the constructors' arguments.
+"""A stage-2 model as files: config.json, the released layout, the LLM and the DiT.
+
+The authors' config is translated. Our own block in it, `scale_rae`, holds the constructors'
+arguments.
 """
 import math
 import re

@@ -152,8 +152,8 @@ class TextModel(nn.Module):
         self.dtype, self.remat = dtype, False
         if H % c.num_attention_heads or c.num_attention_heads % c.num_key_value_heads:
             raise ValueError(f"hidden_size {H}, num_attention_heads {c.num_attention_heads}, "
-                             f"num_key_value_heads {c.num_key_value_heads}: each must be a multiple "
-                             "of the next")
+                             f"num_key_value_heads {c.num_key_value_heads}: each must be a "
+                             "multiple of the next")
         m = self.model = nn.Module()
         m.embed_tokens = nn.Embedding(V, H)
         m.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))

@@ -29,7 +29,7 @@ def check_batch(args, devices, each=None):
         (b for b in range(most - most % n, 0, -n) if args.batch % b == 0), args.batch)
     if args.batch % args.micro_batch or args.micro_batch % n:
         raise UserError(f"--batch {args.batch} must be a multiple of --micro-batch "
-                        f"{args.micro_batch}, and that of the {n} devices on the fsdp axis (--mesh)")
+                        f"{args.micro_batch}, and that of the {n} devices of --mesh's fsdp axis")
 
 
 def state_gb(trained, frozen, ema):

@@ -235,7 +235,7 @@ def open_weights(path, flag="--init"):
         raise UserError(f"{what}: no weights; expected one of {', '.join(FILES)}, or a run folder "
                         "with a checkpoint")
     if files[0].suffix in (".zst", ".zstd"):
-        raise UserError(f"{what}: {files[0].name} is compressed; unpack it once: zstd -d {files[0]}")
+        raise UserError(f"{what}: {files[0].name} is compressed; unpack it: zstd -d {files[0]}")
     config, pieces = {}, {}
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json", what)
@@ -266,7 +266,7 @@ def read_json(path, what):
 
 
 def exported_key(keys, key):
-    """Return the name that a checkpoint's tensor has in final/, or None. The average comes first."""
+    """Return the name of a checkpoint's tensor in final/, or None. The average comes first."""
     if key.startswith(("optimizer.", "disc.")) or f"ema.{key}" in keys:
         return None
     key = key.removeprefix("ema.")
@@ -285,7 +285,7 @@ def stage2_key(name):
 # ------------------------------------------------------------------------------------------------
 
 def check_keys(want, have, what):
-    """Compare {key: shape} of a model and of a file. Raises UserError with the first of each kind."""
+    """Compare {key: shape} of a model and a file. Raises UserError with the first of each kind."""
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
     wrong = [f"{k} is {list(have[k])}, expected {list(want[k])}"
              for k in sorted(want.keys() & have.keys()) if list(have[k]) != list(want[k])]

@@ -148,7 +148,7 @@ def bench(name, rounds, device):
 
 
 def arguments(p, rows):
-    """The flags of both benches added to p -> parsed, threads set; bench_sampler.py's too."""
+    """Parse the flags and set the number of threads."""
     p.add_argument("--sizes", nargs="+", choices=list(rows), default=["tiny", "640x4"])
     p.add_argument("--rounds", type=int, default=7, help="timings a form; the median counts")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
