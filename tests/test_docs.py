@@ -1,0 +1,147 @@
+"""The documents: links, files, symbols and flags exist, and the diffs of docs/forking.md work.
+
+    pytest tests/test_docs.py
+"""
+import ast
+import functools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tiny/README.md",
+         *sorted((ROOT / "docs").glob("*.md"))]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+EACH = pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+
+
+def code_blocks(text):
+    """Return the text of the indented and fenced blocks, with continued lines joined."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    indented = re.findall(r"^ {4,}\S.*$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return re.sub(r"\\\n\s*", " ", "\n".join([*fenced, *indented]))
+
+
+def commands(text):
+    """Return (script, words) of each call of a script of ours in a block or a code span."""
+    spans = re.findall(r"`((?:python )?[\w/]+\.py [^`]*)`", re.sub(r"\s+", " ", text))
+    lines = [*code_blocks(text).splitlines(), *spans]
+    calls = re.compile(r"(?:^|\s)(?:python |torchrun .*?|)((?:tiny/|tests/)?\w+\.py)((?:\s[^;|&#]*)?)")
+    return [(m[1], m[2].split()) for line in lines for m in calls.finditer(line.split(" # ")[0])]
+
+
+@functools.cache
+def known_flags(script, subcommand=None):
+    words = [script, subcommand, "--help"] if subcommand else [script, "--help"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=ENV, capture_output=True,
+                          text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return set(re.findall(r"--[a-z][a-z0-9-]*", done.stdout))
+
+
+@functools.cache
+def symbols(file):
+    """Return every name that a file defines: functions, classes, methods and module constants."""
+    found = set()
+
+    def visit(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                found.add(prefix + child.name)
+                visit(child, prefix + child.name + ".")
+            elif isinstance(child, (ast.Assign, ast.AnnAssign)):
+                targets = child.targets if isinstance(child, ast.Assign) else [child.target]
+                found.update(prefix + n.id for t in targets for n in ast.walk(t)
+                             if isinstance(n, ast.Name))
+            else:
+                visit(child, prefix)
+
+    visit(ast.parse((ROOT / file).read_text()), "")
+    return found
+
+
+def slug(title):
+    return re.sub(r"[^\w -]", "", title.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "LOG.md"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_and_image_exists(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in map(slug, re.findall(r"^#+ (.*)$", file.read_text(), re.M)), target
+
+
+@EACH
+def test_every_named_file_and_symbol_exists(page):
+    """`file.py`, `folder/file.md` and `file.py:name` in code spans."""
+    for file, name in re.findall(r"`((?:tiny/|tests/|docs/)?\w+\.(?:py|md))(?::([\w.]+))?`",
+                                 page.read_text()):
+        place = next((p for p in (ROOT / file, page.parent / file) if p.is_file()), None)
+        assert place, file
+        if name:
+            assert name in symbols(file), f"{file}:{name}"
+
+
+def test_the_paper_s_page_names_the_method():
+    named = set(re.findall(r"`(\w+\.py):", (ROOT / "docs/paper.md").read_text()))
+    assert named >= {"flow.py", "dit.py", "text_model.py", "encoder.py", "decoder.py", "losses.py",
+                     "train_decoder.py", "train_dit.py", "sample.py", "best_of.py", "vae.py"}
+
+
+@EACH
+def test_every_flag_is_known(page):
+    """Flags that only a diff of the page adds need no exception: none adds one."""
+    for script, words in commands(page.read_text()):
+        assert (ROOT / script).is_file(), script
+        flags = {w.strip("\"',.()").split("=")[0] for w in words if w.startswith("--")}
+        if not flags or script.startswith("tests/test_"):
+            continue
+        sub = words[0] if script in ("evaluate.py", "data.py") else None
+        known = known_flags(script, sub)
+        if script == "tests/tpu_compile.py":            # its help says so
+            known = known | known_flags("train_dit.py")
+        assert flags <= known, (script, sorted(flags - known))
+
+
+def test_commands_are_found():
+    """The two commands for a first image and a first training are in the README."""
+    found = commands((ROOT / "README.md").read_text())
+    assert ("train_dit.py", []) in found
+    assert any(script == "sample.py" and "--grid" in words for script, words in found)
+    assert {"evaluate.py", "data.py"} <= {script for script, _ in found}
+
+
+def experiments():
+    sections = (ROOT / "docs/forking.md").read_text().split("\n## ")[1:]
+    return [pytest.param(*re.search(r"```diff\n(.*?)```\n(.*)", s, re.S).groups(),
+                         id=s.split("\n")[0]) for s in sections]
+
+
+@pytest.mark.parametrize("diff, rest", experiments())
+def test_forks(diff, rest, tmp_path):
+    """Each diff applies, and the commands under it run."""
+    copy = tmp_path / "fork"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(
+        ".*", "__pycache__", "tests", "runs", "weights", "results", "*.egg-info"))
+    done = subprocess.run(["git", "apply", "-C1", "-"], input=diff, cwd=copy, text=True,
+                          capture_output=True, env={**ENV, "GIT_CEILING_DIRECTORIES": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"^    python (.*)$", rest, re.M)
+    assert any(line.startswith("train_dit.py") for line in lines)
+    for line in lines:
+        done = subprocess.run([sys.executable, *shlex.split(line)], cwd=copy, env=ENV,
+                              capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert (copy / "runs/dit-tiny/final/model.safetensors").is_file()
