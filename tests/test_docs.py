@@ -94,12 +94,6 @@ def test_every_named_file_and_symbol_exists(page):
             assert name in symbols(file), f"{file}:{name}"
 
 
-def test_the_paper_s_page_names_the_method():
-    named = set(re.findall(r"`(\w+\.py):", (ROOT / "docs/paper.md").read_text()))
-    assert named >= {"flow.py", "dit.py", "text_model.py", "encoder.py", "decoder.py", "losses.py",
-                     "train_decoder.py", "train_dit.py", "sample.py", "best_of.py", "vae.py"}
-
-
 @EACH
 def test_every_flag_is_known(page):
     """Flags that only a diff of the page adds need no exception: none adds one."""
