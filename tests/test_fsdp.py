@@ -119,6 +119,7 @@ def check_twenty_steps(curve, processes):
     same(found, expected, ("grad_norm",), 1e-4)         # its rounding grows with the steps
 
 
+@pytest.mark.slow
 def test_twenty_steps_on_two_processes(curve):
     check_twenty_steps(curve, 2)
 
@@ -148,6 +149,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(curve, tmp_path):
     check_resume(curve, tmp_path, 2, 1)
 
 
+@pytest.mark.slow
 def test_guided_samples_of_two_processes_are_those_of_one(curve):
     """The images of the sample grid, which are drawn between steps, outside of the root's forward,
     and what is learned after them."""

@@ -476,6 +476,7 @@ def test_no_null_condition(tmp_path):
         draw(tmp_path / "r", tmp_path / "p.png", "--guidance", 3)
 
 
+@pytest.mark.slow
 def test_predict_x(tmp_path, encoder, capsys):
     """The last layer gives the clean latent, at first 0: the velocity is x_t / t (with JiT's bound
     on t), and the loss is that of the velocity. An unknown --predict in a config is refused."""
@@ -862,12 +863,14 @@ def test_logged_averages_are_over_the_steps_that_have_the_value():
 # Overfit, and the expected curve
 # ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_overfit(tmp_path):
     """What --help states."""
     lines = train(tmp_path / "r", "--overfit", "--steps", 60, "--lr", 3e-3, "--lr-llm", 3e-3)
     assert lines[0]["loss"] > 10 and lines[-1]["loss"] < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["same", "fresh"])
 def test_a_resumed_overfit_takes_the_same_batch(noise, tmp_path):
     """The same four images; with `fresh`, new times and noise in each step."""
