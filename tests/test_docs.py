@@ -123,6 +123,7 @@ def experiments():
                          id=s.split("\n")[0]) for s in sections]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diff, rest", experiments())
 def test_forks(diff, rest, tmp_path):
     """Each diff applies, and the commands under it run."""
