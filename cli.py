@@ -12,6 +12,11 @@ import signal
 import sys
 from pathlib import Path
 
+# Threads that wait for each other spin. Beside other work they then take the core that the awaited
+# thread needs. A short spin is as fast on an idle machine, and 2.5 times as fast on a busy one.
+# libgomp reads this when torch is imported, so scripts import cli first (LOG.md, 2026-11-29).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 
 class UserError(Exception):
     """Bad input: what is wrong, the value found, what is accepted, the flag that fixes it."""

@@ -20,12 +20,12 @@ import re
 import sys
 from pathlib import Path
 
+import cli               # before torch: it sets how threads wait
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import best_of
-import cli
 import data
 import parallel
 import sample

@@ -23,6 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import cli               # before torch: it sets how threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import best_of
-import cli
 import flow
 import parallel
 import weights

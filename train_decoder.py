@@ -17,10 +17,10 @@ import functools
 import math
 from pathlib import Path
 
+import cli               # before torch: it sets how threads wait
 import numpy as np
 import torch
 
-import cli
 import data
 import networks
 import parallel

@@ -17,13 +17,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cli               # before torch: it sets how threads wait
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import chat
-import cli
 import data
 import dit as dit_file
 import flow

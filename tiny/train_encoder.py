@@ -24,13 +24,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as a script from anywhere
 
+import cli               # before torch: it sets how threads wait
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import chat
-import cli
 import data
 import encoder as vit
 import losses
