@@ -158,9 +158,9 @@ class Run:
 
     def _check_disk(self, tensors):
         """Raise UserError if the disk cannot hold the checkpoints to come."""
-        copies = 3 if self.optimizers else 1            # weights and two moments
-        need = sum(v.numel() * v.element_size() for v in tensors.values())
-        need = need * copies * (self.args.keep + 1)
+        trained = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        need = sum(v.numel() * v.element_size() for v in (*tensors.values(), *trained, *trained))
+        need *= self.args.keep + 1                      # trained twice: two moments each
         have = sum(f.stat().st_size for f in self.dir.glob("checkpoints/step-*/*"))
         free = shutil.disk_usage(self.dir).free
         if need - have > free:
