@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tiny/README.md",
@@ -94,6 +95,16 @@ def test_every_named_file_and_symbol_exists(page):
             assert name in symbols(file), f"{file}:{name}"
 
 
+METHOD = ("flow", "dit", "text_model", "encoder", "decoder", "losses", "train_decoder", "train_dit",
+          "sample", "best_of")
+
+
+@pytest.mark.parametrize("file", METHOD)
+def test_the_paper_s_page_leads_into_each_file_of_the_method(file):
+    """That the symbol exists is checked above."""
+    assert f"`{file}.py:" in (ROOT / "docs/paper.md").read_text()
+
+
 @EACH
 def test_every_flag_is_known(page):
     """Flags that only a diff of the page adds need no exception: none adds one."""
@@ -115,6 +126,30 @@ def test_commands_are_found():
     assert ("train_dit.py", []) in found
     assert any(script == "sample.py" and "--grid" in words for script, words in found)
     assert {"evaluate.py", "data.py"} <= {script for script, _ in found}
+
+
+def test_lines_that_make_the_images(tmp_path):
+    """The Python lines of docs/tiny.md run, here on grey images."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/tiny.md").read_text(), re.S)[1]
+    for folder in ("drawn", "runs/dit-tiny/samples", "docs"):
+        (tmp_path / folder).mkdir(parents=True)
+    for i in range(16):
+        Image.new("RGB", (64, 64), "grey").save(tmp_path / f"drawn/{i:05d}-0.png")
+    for step in (300, 600, 900, 1800):
+        grid = Image.new("RGB", (2 + 8 * 66, 2 + 2 * 66), "grey")           # as training.save_grid
+        grid.save(tmp_path / f"runs/dit-tiny/samples/step-{step:07d}.png")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**ENV, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "docs/samples.png").width == 8 + 8 * 136
+    assert Image.open(tmp_path / "docs/training.png").width == 8 + 4 * 274
+
+
+def test_the_draws_of_the_porting_page():
+    """Each line prints what its comment says."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/porting.md").read_text(), re.S)[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == re.findall(r"# (.*)$", code, re.M), done.stderr
 
 
 def experiments():
