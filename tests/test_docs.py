@@ -145,6 +145,12 @@ def test_lines_that_make_the_images(tmp_path):
     assert Image.open(tmp_path / "docs/training.png").width == 8 + 4 * 274
 
 
+def test_the_notebook_s_contents_list_every_entry():
+    head, *entries = (ROOT / "LOG.md").read_text().split("\n## ")
+    titles = [entry.split("\n")[0] for entry in entries]
+    assert re.findall(r"\(#(.*?)\)", head) == [slug(title) for title in titles]
+
+
 def test_the_draws_of_the_porting_page():
     """Each line prints what its comment says."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs/porting.md").read_text(), re.S)[1]
