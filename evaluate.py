@@ -6,6 +6,7 @@
     python evaluate.py vqa --run runs/dit-tiny --data questions.jsonl --answers answers.jsonl
     python evaluate.py flow --run runs/dit-tiny --data folder/
     python evaluate.py fid --run runs/dit-tiny --data folder/ --count 5000
+    python evaluate.py candidates --n 32                        # best of N, by each verifier
     python evaluate.py judge                                    # how often is the judge right?
 
 FD-enc is a Frechet distance in the features of a frozen encoder. It is no FID: compare it only with
@@ -281,6 +282,58 @@ def fid(args):
 
 
 # ------------------------------------------------------------------------------------------------
+# Best of N
+# ------------------------------------------------------------------------------------------------
+
+def picks(rows, passed, n, keep, verifier):
+    """Return the share of right images among the best `keep` of every n candidates of one prompt.
+
+    rows: `best_of.scores` of all candidates; passed: the judge's verdicts. Each n candidates in
+    turn are a group. Without a verifier, the share is that of a random pick.
+    """
+    found = []
+    for k in range(0, len(rows) - n + 1, n):
+        order = best_of.rank(rows[k:k + n], verifier)[:keep] if verifier else range(n)
+        found += [passed[k + i] for i in order]
+    return float(np.mean(found))
+
+
+def candidates(args):
+    """rank candidates for the benchmark's prompts about shapes, and judge the picks"""
+    from tiny import judge
+    sample.check_sampler(args)
+    devices, model = load_model(args)
+    guidance = sample.guidance_of(args, model)
+    _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
+    prompts = [p for p in judge.prompts(args.per_category)
+               if p.things and all(thing.colour for thing in p.scene.things)]
+    seeds, found = range(args.seed, args.seed + args.n), []
+    for p in tqdm(prompts, desc="drawing", disable=not sys.stderr.isatty()):
+        cond = direct_condition(model.llm, model.tokenizer, [p.text], devices.device)   # [1,N,Z]
+        z = sample.sample_latents(args, model, cond, [(p.text, s) for s in seeds], guidance,
+                                  devices)                                  # [n,N,C]
+        passed = [judge.judge(x, p)[0] for x in check_finite("the decoded image", decode(z))]
+        found.append((best_of.scores(model.llm, model.tokenizer, z, p.text), passed))
+    sizes = [2 ** k for k in range(args.n.bit_length()) if 2 ** k <= args.n]
+    print(f"{len(prompts)} prompts x {args.n} candidates by {args.run}, on {devices}\n\n"
+          f"{'verifier':<10}{'keep':>5}{'of':>5}{'right':>8}{'gain over a random pick, 95 %':>34}")
+    rows = []
+    for verifier, keep, n in itertools.product(best_of.KEYS, (1, 4), sizes):
+        if keep > n:
+            continue
+        share = [picks(*both, n, keep, verifier) for both in found]
+        gain = [a - picks(*both, n, keep, None) for a, both in zip(share, found)]
+        mean, low, high = interval([gain])
+        rows.append(dict(verifier=verifier, keep=keep, n=n, right=float(np.mean(share)), gain=mean,
+                         low=low, high=high))
+        print(f"{verifier:<10}{keep:>5}{n:>5}{rows[-1]['right']:>8.3f}"
+              f"{f'{mean:+.3f} ({low:+.3f} to {high:+.3f})':>34}")
+    print(json.dumps({"task": "candidates", "run": str(args.run), "prompts": len(prompts),
+                      "n": args.n, "seed": args.seed, "guidance": guidance,
+                      "dtype": str(devices.dtype), "rows": rows}))
+
+
+# ------------------------------------------------------------------------------------------------
 # Flow loss
 # ------------------------------------------------------------------------------------------------
 
@@ -443,7 +496,7 @@ def judge(args):
 def main():
     p = cli.Parser(description=__doc__.split("\n")[0])
     tasks, add, positive = p.add_subparsers(dest="task", required=True), {}, cli.positive()
-    for function in (decoder, t2i, vqa, flow, fid, judge):
+    for function in (decoder, t2i, candidates, vqa, flow, fid, judge):
         q = tasks.add_parser(function.__name__, help=function.__doc__,
                              description=function.__doc__)
         q.set_defaults(function=function, encoder=None, decoder=None)
@@ -455,10 +508,10 @@ def main():
         a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
         a("--dtype", choices=["bfloat16", "float32"], help="default: float32 on the CPU")
         a("--encoder", help="default: the one that belongs to the run or decoder")
-        if function in (t2i, flow, fid, judge):
+        if function in (t2i, candidates, flow, fid, judge):
             a("--decoder", help="default: the one that belongs to the encoder")
-        if function in (t2i, fid):
-            sample.sampler_flags(q, steps=25, seed=0 if function == t2i else 2000)
+        if function in (t2i, candidates, fid):
+            sample.sampler_flags(q, steps=25, seed=2000 if function == fid else 0)
         else:
             a("--seed", type=cli.seed, default=2000,
               help="seed of the unseen data (default %(default)s; trainings use small seeds)")
@@ -487,6 +540,10 @@ def main():
       "sample.py's flags and defaults")
     a("--layout", choices=["geneval", "dpg"], help="of the images of --prompts")
     a("--out", type=Path, help="folder for the images of --prompts")
+    a = add[candidates]
+    a("--n", type=positive, default=32, help="candidates per prompt (default %(default)s)")
+    a("--per-category", type=positive, default=40, help="prompts, with those that are not about "
+      "shapes alone, which are left out (default %(default)s)")
     a = add[vqa]
     a("--data", default="builtin:qa", metavar="SOURCE", help="builtin:qa (default), builtin:align "
       "(what the verifiers of best_of.py ask) or a LLaVA-style .jsonl")
