@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import reproduce
-from reproduce import NO, PARTLY, ROWS, YES
+from results import rows
+from results.rows import NO, PARTLY, ROWS, YES
 
 RESULTS = ROOT / "results"
 WRITTEN = [row for row in ROWS if (RESULTS / f"{row.name}.json").exists()]
@@ -43,7 +44,7 @@ def test_a_written_row_follows_from_its_points(row):
 def test_commands(row):
     """Trainings name one loader worker and their seed; no command is left with a gap."""
     for arm in row.arms:
-        for command in reproduce.commands(row, arm, 7, Path("runs/x"), quick=False):
+        for command in reproduce.commands(row, arm, 7, Path("runs/all"), quick=False):
             assert "{" not in command and "  " not in command
             script = ROOT / command.split()[0]
             assert script.is_file()
@@ -57,7 +58,7 @@ def test_commands(row):
 def test_width_rule(narrow, wide, clean, verdict):
     m = {"v, D 64": {"flow loss": [narrow]}, "v, D 160": {"flow loss": [wide]},
          "x, D 64": {"flow loss": [clean]}}
-    assert reproduce.width_rule(m)[0] == verdict
+    assert rows.width_rule(m)[0] == verdict
 
 
 @pytest.mark.parametrize("small, large, verdict", [
@@ -68,7 +69,7 @@ def test_head_rule(small, large, verdict):
     for D, gains in ((112, small), (224, large)):
         for arm, loss in (("depth", [0.3] * 2), ("head", [0.3 - g for g in gains])):
             m[f"D {D}, {arm}"] = {"flow loss, unseen images": loss}
-    assert reproduce.head_rule(m)[0] == verdict
+    assert rows.head_rule(m)[0] == verdict
 
 
 def quick(name, folder):
@@ -83,7 +84,7 @@ def quick(name, folder):
 def test_quick(row, tmp_path):
     before = sorted((p, p.stat().st_mtime) for p in RESULTS.iterdir())
     quick(row.name, tmp_path)
-    folder = tmp_path / "runs/reproduce-quick" / row.name / "results"
+    folder = tmp_path / "runs/reproduce-quick/results"
     result = json.loads((folder / f"{row.name}.json").read_text())
     assert {point["arm"] for point in result["points"]} == set(row.arms)
     assert (folder / f"{row.name}.png").is_file() and (folder / f"{row.name}.md").is_file()
