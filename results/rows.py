@@ -104,10 +104,10 @@ WIDTH = Row(
     "predicting x instead of v lifts this bound",
     "App. B: a DiT narrower than C cannot overfit one image; RAE (arXiv 2510.11690): its loss has "
     "the floor 1 - D/C",
-    {"v, D 64": [train(f"{ONE} --width 64 --heads 2 --allow-narrow", 300)],
-     "v, D 96": [train(f"{ONE} --width 96 --heads 3 --allow-narrow", 300)],
-     "v, D 160": [train(f"{ONE} --width 160 --heads 5", 300)],
-     "x, D 64": [train(f"{ONE} --width 64 --heads 2 --allow-narrow --predict x", 300)]},
+    {"v, D 64": [train(f"{ONE} --width 64 --heads 2 --allow-narrow", 150)],
+     "v, D 96": [train(f"{ONE} --width 96 --heads 3 --allow-narrow", 150)],
+     "v, D 160": [train(f"{ONE} --width 160 --heads 5", 150)],
+     "x, D 64": [train(f"{ONE} --width 64 --heads 2 --allow-narrow --predict x", 150)]},
     (0, 1, 2), flow_at_the_end, width_rule, one_image,
     note="C = 96. One image with 8 fresh noises per step. The value is the mean of the last 50 "
     "steps.")
