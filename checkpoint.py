@@ -312,11 +312,11 @@ class Run:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._ask_to_stop)
         parallel.step_done(self.devices)    # what was only recorded so far is not part of a step
-        self.bar = tqdm(range(self.start, self.args.steps), initial=self.start,
-                        total=self.args.steps, disable=not self.main, dynamic_ncols=True,
-                        mininterval=1)
+        self.bar = tqdm(total=self.args.steps, initial=self.start, disable=not self.main,
+                        dynamic_ncols=True, mininterval=1, bar_format="{percentage:3.0f}%|{bar}| "
+                        "{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
         self.meter.start()
-        return self.bar
+        return range(self.start, self.args.steps)
 
     def _ask_to_stop(self, number, _):
         self.signal = number
@@ -357,6 +357,7 @@ class Run:
         self.done, args = done, self.args
         stop = parallel.total([self.signal], self.devices)[0] > 0   # all processes at one step
         self.meter.step(args.batch, sum(flops.values()))
+        self.bar.update()
         self.norms.append((done, norm, self.keys))
         self.keys = []
         if args.bench:
@@ -366,15 +367,20 @@ class Run:
         logging = due(args.log_every) or sampling or saving
         if logging or self.devices.kind == "cpu":           # to read a norm is to wait for it
             self._check_finite()
+        if done == self.start + 1 and not logging and self.main:
+            self._show(loss=self.meter.loss())
         if logging:
             values.update(self.meter.read(self.devices))    # the speed of what came before
             if sampling:
+                self.bar.set_postfix_str("drawing samples")
                 values.update(sample(done))
             self.log(done, **values)
             if sampling or saving:
                 self.plot(plot)
             if saving:
+                self.bar.set_postfix_str("saving")
                 self.save()
+                self._show(**values)
             self.meter.start()
         if stop and done < args.steps:
             self._say_how_to_resume()
@@ -469,12 +475,17 @@ class Run:
         values = {k: plain(v) for k, v in values.items()}
         with self.surviving("log.jsonl"), open(self.dir / "log.jsonl", "ab", buffering=0) as f:
             f.write((json.dumps(values) + "\n").encode())
-        shown = ("loss", "images_per_s", "cond_spread", "psnr", "mfu")
-        self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()
-                              if isinstance(v, (int, float)) and k in shown})
+        self._show(**values)
         if self.wandb:
             self.wandb.log({k: v for k, v in values.items() if isinstance(v, (int, float))},
                            step=step)
+
+    def _show(self, **values):
+        """Show some values on the bar; the whole line fits 80 columns."""
+        forms = dict(loss="loss {:.3g}", images_per_s="{:.4g} img/s", cond_spread="spread {:.2g}",
+                     psnr="{:.3g} dB")
+        self.bar.set_postfix_str(", ".join(form.format(float(values[k])) for k, form in
+                                           forms.items() if values.get(k) is not None))
 
     def _trim_log(self):
         """Drop lines after the checkpoint, which the resumed run writes again, and damaged ones."""

@@ -6,10 +6,12 @@ fork's, are never caught: they end in a traceback.
 import argparse
 import contextlib
 import errno
+import itertools
 import os
 import re
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 # Threads that wait for each other spin. Beside other work they then take the core that the awaited
@@ -164,20 +166,24 @@ def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, rem
 
 
 def table(title, rows):
-    """Print a title and [(name, value)], one line each."""
+    """Print a title and [(name, value)], wrapped at 80 columns; a list of texts or dicts takes one
+    line per item."""
     def show(value):
         if isinstance(value, dict):
             return ", ".join(f"{k} {show(v)}" for k, v in value.items())
         if isinstance(value, (list, tuple)):
-            numbers = all(isinstance(v, int) for v in value)
-            return (" x " if numbers else "\n" + " " * 25).join(map(show, value))
+            return " x ".join(map(show, value))
         if isinstance(value, float):
             return f"{value:.4g}"
         return f"{value:,}" if isinstance(value, int) else printable(value)
 
     print(title)
     for name, value in rows:
-        print(f"  {name:<22} {show(value)}")
+        numbers = not isinstance(value, list) or all(isinstance(v, int) for v in value)
+        lines = [line for item in ([value] if numbers else value) for line in textwrap.wrap(
+            show(item), 55, break_long_words=False, break_on_hyphens=False)]
+        for label, line in itertools.zip_longest([name.replace("_", " ")], lines, fillvalue=""):
+            print(f"  {label:<22} {line}")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,26 +1,29 @@
-"""Files of prompts, and image folders as the official scorers read them.
+"""Files of prompts, the prompts of a trainer's samples, and image folders as the official scorers
+read them.
 
     lines.txt    one prompt per line
     x.jsonl      one {"prompt": ...} per line (GenEval's); DPG-Bench's layout reads "item_id" too
     folder/      one prompt per .txt file (DPG-Bench's)
 """
+import contextlib
 import json
 import math
 import os
 
-from training import image_sheet
+from chat import ANSWER, ROLES
 from cli import UserError, parsing, printable
-from files import is_system
+from files import BrokenRecord, is_system, read_fields
+from training import image_sheet
 
 
-def read_prompts(path, layout=None):
-    """Read --prompts -> [(name, prompt, record)]. Raises UserError."""
-    flag, items = f"--prompts {printable(path)}", []
+def read_prompts(path, layout=None, flag="--prompts"):
+    """Read the file or folder of a flag -> [(name, prompt, record)]. Raises UserError."""
+    flag, items = f"{flag} {printable(path)}", []
     if path.suffix.lower() in (".json", ".csv", ".tsv", ".parquet"):
         raise UserError(f"{flag}: expected a text file of lines, a .jsonl or a folder of .txt")
     files = [f for f in sorted(path.glob("*.txt")) if not is_system(f.name)]
     for file in files if path.is_dir() else [path]:
-        with parsing(f"--prompts {file}", file):
+        with parsing(f"{flag}: {file.name}" if path.is_dir() else flag, file):
             text = file.read_text(encoding="utf-8-sig")
         if path.is_dir():
             prompt = " ".join(text.split())
@@ -52,6 +55,38 @@ def read_prompts(path, layout=None):
     if len({name for name, *_ in items}) < len(items):
         raise UserError(f"{flag}: an item_id comes twice; its images would overwrite each other")
     return items
+
+
+def sample_prompts(file, mixture, collate, count=16):
+    """Return the prompts of a trainer's samples: those of --sample-prompts (`file`), else captions
+    of the first records of the user's data, else fixed ones of the toy world.
+
+    collate.row says which ones do not fit the chat: a UserError for those of `file`, else left out.
+    """
+    fault = lambda prompt: collate.row({"conversations": [
+        {"from": "human", "value": prompt}, {"from": "gpt", "value": ANSWER}]})[1]
+    if file:
+        prompts = [prompt for _, prompt, _ in read_prompts(file, flag="--sample-prompts")]
+        for prompt in prompts:
+            what = f"--sample-prompts {printable(file)}: {prompt[:40]!r}"
+            with parsing(what):
+                prompt.encode()                         # half of a surrogate pair is no text
+            if why := "it holds <image>" if "<image>" in prompt else fault(prompt):
+                raise UserError(f"{what}: {why}")
+        return prompts
+    sources = [source for source in mixture.files if source is not None]
+    if not sources:
+        from tiny import judge
+        return judge.FIXED
+    prompts = []
+    for source in sources:
+        for j in range(min(len(source), math.ceil(count / len(sources)))):
+            with contextlib.suppress(BrokenRecord):
+                record = read_fields(source.read(j)[1], True, float)    # float() is 0.0
+                if record["task"] == "t2i":
+                    prompts.append(next(turn["value"] for turn in record["conversations"]
+                                        if ROLES[turn["from"]] == "user"))
+    return [prompt for prompt in dict.fromkeys(prompts) if not fault(prompt)]
 
 
 def check_geneval(args, names):

@@ -5,6 +5,7 @@ arguments.
 """
 import math
 import re
+import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch.nn as nn
 import chat
 import flow
 import parallel
+import training
+import weights
 from cli import UserError, parsing
 from dit import SIZES, DiT, DiTConfig
 from encoder import SO400M, WEBSSL_300M, ViT
@@ -24,7 +27,6 @@ from text_model import TINY as TINY_LLM
 from vae import VAE
 from weights import (DIT, HUB, TINY, TINY_PAIR, Weights, check_config, load, locate, open_weights,
                      read_fields, read_json, weights_of)
-
 
 RECOMPUTED = ("rope.freqs_", "rotary_emb.inv_freq")     # in files, but recomputed in fp32
 
@@ -355,6 +357,72 @@ def random_rows(model):
     return rows
 
 
+def open_init(args):
+    """Open --init -> its weights and its ModelConfig; None, None without. It chooses --size and
+    --latent. Raises UserError for flags that contradict the network."""
+    if not args.init:
+        return None, None
+    args.init, = locate([("weights", args.init, "--init")])
+    init = open_weights(args.init, "--init")
+    config = model_config(init)
+    k, llm = config.dit, config.llm
+    shape = lambda row: (row.width, row.depth, row.heads)
+    for flag, given, found in (
+            ("--size", args.size and shape(SIZES[args.size]), shape(k)),
+            ("--width", args.width, k.width), ("--depth", args.depth, k.depth),
+            ("--heads", args.heads, k.heads), ("--head-width", args.head_width, k.head_width),
+            ("--head-depth", args.head_depth, k.head_depth), ("--qk-norm", args.qk_norm, k.qk_norm),
+            ("--predict", args.predict, k.predict),
+            ("--llm-width", args.llm_width, llm.hidden_size),
+            ("--llm-depth", args.llm_depth, llm.num_hidden_layers)):
+        if given is not None and given != found:
+            raise UserError(f"{flag} asks for {given}, the network of --init {args.init} has "
+                            f"{found}; leave the flag out")
+    args.size = next((name for name, row in SIZES.items() if shape(row) == shape(k)),
+                     "tiny" if k.width < 1024 else "2b")
+    args.latent = "vae" if config.vae else args.latent
+    return init, config
+
+
+def choose_networks(args, config):
+    """Fill --encoder, --decoder and --vae: the flag, else the one of --init's model, else the
+    size's own. Raises UserError for flags that do not go with --latent."""
+    tiny, vae = args.size == "tiny", args.latent == "vae"
+    if tiny and args.latent == "webssl" and not (args.encoder and args.decoder):
+        raise UserError("--latent webssl: there is no tiny one; give --encoder and --decoder, or a "
+                        "larger --size")
+    for flag, given, wrong in (("--vae", args.vae, not vae), ("--decoder", args.decoder, vae)):
+        if given and wrong:
+            raise UserError(f"{flag} {given} does not go with --latent {args.latent}: "
+                            "the VAE is both encoder and decoder, and only of --latent vae")
+    encoder, decoder = TINY_PAIR if tiny else HUB[args.latent]
+    its_vae = weights.TINY_VAE if tiny else weights.FLUX_VAE
+    if config:
+        encoder, decoder, its_vae = config.encoder, config.decoder or decoder, config.vae
+    args.encoder = weights.portable_path(args.encoder or encoder)
+    args.decoder = None if vae else weights.portable_path(args.decoder or decoder)
+    args.vae = weights.portable_path(args.vae or its_vae) if vae else None
+
+
+def alpha_of(args, dit):
+    """Return the time shift that --shift asks for."""
+    return flow.shift_alpha(dit.tokens, dit.channels, args.shift_base) if args.shift == "auto" \
+        else args.shift
+
+
+def finetuned_config(args, config):
+    """Return the config of --init's model with what the flags replace; say what they replace."""
+    args.shift = config.alpha if args.shift is None else alpha_of(args, config.dit)
+    new = dict(alpha=args.shift, encoder=args.encoder, decoder=args.decoder, vae=args.vae)
+    for flag, key in (("--shift", "alpha"), ("--encoder", "encoder"), ("--decoder", "decoder"),
+                      ("--vae", "vae")):
+        found = getattr(config, key)
+        if found and new[key] != found:
+            print(f"note: --init {args.init} was trained with {flag} {found}, this run takes "
+                  f"{new[key]}", file=sys.stderr)
+    return replace(config, **new)
+
+
 def new_config(args, encoder, vae, tokenizer):
     """Return the ModelConfig that the flags ask for, without --init."""
     size, name = SIZES[args.size], args.llm or SIZES[args.size].llm
@@ -363,9 +431,6 @@ def new_config(args, encoder, vae, tokenizer):
         depth=args.depth or size.depth, heads=args.heads or size.heads,
         head_width=args.head_width or 0, head_depth=args.head_depth or 0,
         qk_norm=bool(args.qk_norm), null=args.cond_drop > 0, predict=args.predict or "v")
-    alpha = args.shift
-    if alpha == "auto":
-        alpha = flow.shift_alpha(dit.tokens, dit.channels, args.shift_base)
     if args.size == "tiny":
         llm = replace(TINY_LLM, vocab_size=tokenizer.get_vocab_size())
     elif (Path(name) / "config.json").is_file():        # a folder, perhaps of another shape
@@ -376,4 +441,56 @@ def new_config(args, encoder, vae, tokenizer):
         llm = QWEN_7B if "7b" in name.lower() else QWEN_1_5B
     llm = replace(llm, hidden_size=args.llm_width or llm.hidden_size,
                   num_hidden_layers=args.llm_depth or llm.num_hidden_layers)
-    return ModelConfig(dit, llm, encoder.channels, alpha, args.encoder, args.decoder, args.vae)
+    return ModelConfig(dit, llm, encoder.channels, alpha_of(args, dit), args.encoder, args.decoder,
+                       args.vae)
+
+
+def initial_rows(model, initial, args, init, files, tokenizer):
+    """Return rows(name, first, last) of the initial weights: those of --init (`init`, opened), else
+    a pretrained LLM's, and for the rest initial(name, shape, seed)."""
+    if init:
+        source, own, added = init.renamed(our_stage2_key), ("llm.", "dit."), ()
+    elif args.size == "tiny" or args.random_init or args.llm == "random":
+        return parallel.initial_rows(model, initial, args.seed)
+    else:
+        source = llm_source(files["llm"], tokenizer).renamed(lambda k: "llm." + k)
+        own, added = ("llm.",), ("latent_queries", "projector")     # what the file has and lacks
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    tied = ("lm_head.weight",) if model.llm.config.tie_word_embeddings else ()
+    return weights.rows_for(
+        model, source, lambda key: initial(key, shapes[key], args.seed),
+        lambda key: not key.startswith(own) or any(a in key for a in added), RECOMPUTED + tied)
+
+
+def costs(model, encoder, vae, batch, args, devices):
+    """Return what a training takes -> parameters by network, training FLOPs per image by network
+    for a typical batch, GB of one device's state. model: train_dit.ScaleRAE."""
+    parts = {"dit": model.dit, "llm": model.llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
+             "repa": getattr(model, "repa", None)}
+    count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
+    length, labelled = batch["ids"].shape[1], batch["where"].shape[1]
+    flops = {"dit": model.dit.train_flops(), "encoder": encoder.forward_flops(),
+             "llm": model.llm.train_flops(length, labelled, args.freeze)}
+    if vae:
+        flops["vae"] = vae.forward_flops(batch["images"].shape[-1], decode=False)
+    if args.repa:
+        flops["repa"] = 6 * model.dit.config.tokens * count["repa"]
+    stored = {train: sum(parallel.local_numel(k, p.shape, devices)
+                         for k, p in model.named_parameters() if p.requires_grad == train)
+              for train in (True, False)}
+    frozen = stored[False] + count.get("vae (frozen)", 0) + (
+        sum(parallel.local_numel(k, p.shape, devices) for k, p in encoder.named_parameters())
+        if devices.target == "xla" else count["encoder (frozen)"])      # FSDP2 leaves it whole
+    return count, flops, training.state_gb(stored[True], frozen, args.ema)
+
+
+def export(run, model, named, ema, tokenizer):
+    """Write final/: the weights and their averages in the released layout, and the tokenizer."""
+    for name in ("model", "ema") if ema else ("model",):
+        with training.averaged(named, ema if name == "ema" else {}):
+            state = {weights.stage2_key(k): v for k, v in model.state_dict().items()}
+            state.pop(None, None)                               # REPA's projector
+            run.export(name, state, run.config)
+    if run.main:
+        chat.save_tokenizer(tokenizer, run.dir / ".writing-final")
+        print(f"{run.publish()} written; samples: {run.dir}/samples")

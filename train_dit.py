@@ -2,7 +2,7 @@
 
     python train_dit.py                       # tiny, built-in data, 15 CPU minutes
     python train_dit.py --size 2b --data shards/ --batch 2048
-    python train_dit.py --init runs/dit-tiny --out runs/mine --data images/ --epochs 4   # finetune
+    python train_dit.py --init tiny --data photos/      # finetune on images of one's own
 
     z    = encoder(image)                                   frozen
     cond = Linear(LLM(chat(prompt), queries) at the queries)        [B,N,Z]
@@ -12,9 +12,9 @@
 Three files follow a step: this one, flow.py and dit.py (and text_model.py for the LLM).
 """
 import argparse
+import functools
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import cli               # before torch: it sets how threads wait
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import chat
 import data
@@ -31,10 +32,10 @@ import parallel
 import stage2
 import text_model
 import training
-import weights
 from checkpoint import Run
 from cli import UserError
 from dit import SIZES, Linear
+from prompts import sample_prompts
 from vae import pack
 
 # ------------------------------------------------------------------------------------------------
@@ -58,6 +59,13 @@ DEFAULTS = {
                   remat="block", shift_base=4096.0, log_every=10, sample_every=1000,
                   save_every=1000),
 }
+# With --init: the paper's rates and batch for BLIP3o-60k; tiny's were chosen on 40 images. Without
+# --steps and --epochs, finite data are passed FINETUNE_EPOCHS times, in at least FINETUNE_STEPS.
+FINETUNE = {
+    "tiny": dict(lr=3e-4, lr_llm=2e-4, warmup=0.1, sample_every=100, save_every=100),
+    "paper": dict(lr=5.66e-4, lr_llm=5.66e-5, warmup=0.03, batch=1024),
+}
+FINETUNE_EPOCHS, FINETUNE_STEPS = 4, 300
 
 
 def dit_size(text):
@@ -138,6 +146,8 @@ def arguments():
     a("--guidance", type=cli.positive(float, zero=True),
       help="1: off (default with --cond-drop 0); else 3")
     a("--sample-steps", type=whole, default=25, help="Euler steps")
+    a("--sample-prompts", type=Path, metavar="FILE", help="prompts to draw: a text file with one "
+      "per line, a .jsonl or a folder of .txt (default: captions of the data)")
     args = p.parse_args()
     if args.epochs and args.steps:
         p.error("--epochs and --steps exclude each other")
@@ -150,84 +160,46 @@ def arguments():
     return args
 
 
-def open_init(args):
-    """Open --init -> its weights, and the config of its model with the flags that may replace parts
-    of it; None, None without. Raises UserError for flags that contradict the network."""
-    if not args.init:
-        return None, None
-    args.init, = weights.locate([("weights", args.init, "--init")])
-    init = weights.open_weights(args.init, "--init")
-    config = stage2.model_config(init)
-    k, llm = config.dit, config.llm
-    row = SIZES[args.size] if args.size else k
-    for flag, given, found in (
-            ("--size", (row.width, row.depth, row.heads), (k.width, k.depth, k.heads)),
-            ("--width", args.width, k.width), ("--depth", args.depth, k.depth),
-            ("--heads", args.heads, k.heads), ("--head-width", args.head_width, k.head_width),
-            ("--head-depth", args.head_depth, k.head_depth), ("--qk-norm", args.qk_norm, k.qk_norm),
-            ("--predict", args.predict, k.predict),
-            ("--llm-width", args.llm_width, llm.hidden_size),
-            ("--llm-depth", args.llm_depth, llm.num_hidden_layers)):
-        if given is not None and given != found:
-            raise UserError(f"{flag} asks for {given}, the network of --init {args.init} has "
-                            f"{found}; leave the flag out")
-    args.size = next((name for name, row in SIZES.items() if
-                      (row.width, row.depth, row.heads) == (k.width, k.depth, k.heads)),
-                     "tiny" if k.width < 1024 else "2b")
-    args.latent = "vae" if config.vae else args.latent
-    alpha = config.alpha
-    if args.shift is not None:
-        base = args.shift_base or DEFAULTS["tiny" if args.size == "tiny" else "paper"]["shift_base"]
-        alpha = flow.shift_alpha(k.tokens, k.channels, base) if args.shift == "auto" else args.shift
-    for flag, given, found in (("--shift", alpha, config.alpha),
-                               ("--encoder", args.encoder, config.encoder),
-                               ("--decoder", args.decoder, config.decoder),
-                               ("--vae", args.vae, config.vae)):
-        if given and given != found:
-            print(f"note: --init {args.init} was trained with {flag} {found}, this run takes "
-                  f"{given}", file=sys.stderr)
-    return init, replace(config, alpha=alpha, encoder=args.encoder or config.encoder,
-                         decoder=args.decoder or config.decoder, vae=args.vae or config.vae)
-
-
 def fill_defaults(args, config):
     """Fill the flags that follow from --size, or from the config of --init's model."""
     args.size, args.latent = args.size or "tiny", args.latent or "siglip2"
-    args.shift = args.shift or "auto"
-    tiny = args.size == "tiny"
-    recipe = "tiny" if tiny else "paper"
-    if not (tiny or args.data or args.dry_run or args.bench):
+    recipe = "tiny" if args.size == "tiny" else "paper"
+    if not (recipe == "tiny" or args.data or args.dry_run or args.bench):
         print(f"WARNING: no --data: --size {args.size} trains on the toy world of shapes and "
               "emoji, which is for tests; give --data your own images", file=sys.stderr)
-    for key, value in {**DEFAULTS[recipe], "data": MIXTURES[recipe]}.items():
+    defaults = {**DEFAULTS[recipe], "data": MIXTURES[recipe]}
+    args.out = args.out or Path(f"runs/dit-{args.size}{'-finetuned' if config else ''}")
+    if args.init_only:
+        args.steps = 0
+    if config or args.epochs:                           # then `count_steps` fills --steps
+        defaults.update(FINETUNE[recipe] if config else {}, steps=args.steps)
+    for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if tiny and args.latent == "webssl" and not (args.encoder and args.decoder):
-        raise UserError("--latent webssl: there is no tiny one; give --encoder and --decoder, or a "
-                        "larger --size")
-    for flag, given, vae in (("--vae", args.vae, False), ("--decoder", args.decoder, True)):
-        if given and (args.latent == "vae") == vae:
-            raise UserError(f"{flag} {given} does not go with --latent {args.latent}: "
-                            "the VAE is both encoder and decoder, and only of --latent vae")
+    stage2.choose_networks(args, config)
+    if config:
+        args.cond_drop *= config.dit.null
+    else:
+        args.shift = args.shift or "auto"
     depth = config.dit.depth if config else args.depth or SIZES[args.size].depth
     if args.repa > depth:
         raise UserError(f"--repa {args.repa}: the DiT has {depth} blocks")
-    encoder, decoder = weights.TINY_PAIR if tiny else weights.HUB[args.latent]
-    vae = weights.TINY_VAE if tiny else weights.FLUX_VAE
-    if config:
-        encoder, decoder, vae = config.encoder, config.decoder or decoder, config.vae
-        args.cond_drop *= config.dit.null
-    args.encoder = weights.portable_path(args.encoder or encoder)
-    args.decoder, args.vae = (
-        (None, weights.portable_path(args.vae or vae)) if args.latent == "vae" else
-        (weights.portable_path(args.decoder or decoder), None))
     if args.guidance is None:
         args.guidance = 3.0 if args.cond_drop else 1.0
     if args.guidance != 1 and not args.cond_drop:
         raise UserError(f"--guidance {args.guidance:g} with --cond-drop 0: no null condition is "
                         "trained to guide away from; use --guidance 1")
-    args.steps = 0 if args.init_only else args.steps
-    args.out = args.out or Path(f"runs/dit-{args.size}")
+
+
+def count_steps(args, records):
+    """Return the number of steps on `records` records (None: endless)."""
+    if args.steps is not None:
+        return args.steps
+    if args.epochs:
+        return math.ceil(args.epochs * records / args.batch)
+    if records:
+        return max(FINETUNE_STEPS, math.ceil(FINETUNE_EPOCHS * records / args.batch))
+    return DEFAULTS["tiny" if args.size == "tiny" else "paper"]["steps"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -285,17 +257,6 @@ class Collate:
         return batch
 
 
-class FirstBatch:
-    """--overfit: every batch holds the images of the first, with the same or fresh noise."""
-
-    def __init__(self, mixture, batch, noise):
-        self.mixture, self.batch, self.noise = mixture, batch, noise
-
-    def __getitem__(self, n):
-        record = self.mixture[n % self.batch]
-        return {**record, "n": n} if self.noise == "fresh" else record
-
-
 # ------------------------------------------------------------------------------------------------
 # The model and its losses
 # ------------------------------------------------------------------------------------------------
@@ -348,25 +309,6 @@ class ScaleRAE(nn.Module):
         return text_loss, flow_loss, repa_loss, t, cond
 
 
-def condition_sums(cond, answer):
-    """Sum over the images to generate: cond, |cond|^2 and 1 -> [N*Z+2]."""
-    w, c = answer.float()[:, None, None], cond.detach().float()
-    return torch.cat([(c * w).sum(0).flatten(), (c.square() * w).sum()[None], w.sum()[None]])
-
-
-def condition_spread(sums):
-    """Standard deviation of the condition across the batch over its rms, from `condition_sums`.
-    Near 0 the model ignores the text, which the loss hides."""
-    c, square, n = sums[:-2], sums[-2], sums[-1]
-    return (1 - c.square().sum() / (n * square).clamp(min=1e-12)).clamp(min=0).sqrt()
-
-
-def flow_by_time(t, flow_loss, answer):
-    """Flow losses [B] by tenths of t: [10,2], their sum and the number of images."""
-    inside = F.one_hot((t * 10).long().clamp(max=9), 10).float()            # [B,10]
-    return inside.T @ torch.stack([flow_loss.detach(), answer.float()], 1)
-
-
 # ------------------------------------------------------------------------------------------------
 # The trained networks and their initial values
 # ------------------------------------------------------------------------------------------------
@@ -388,20 +330,17 @@ def initial(name, shape, seed):
     return (text_model if part == "llm" else dit_file).initial(key, shape, seed)
 
 
-def initial_rows(model, args, init, llm):
-    """Return rows(name, first, last) of the initial weights: those of --init, else a pretrained
-    LLM's, and draws for the rest. init, llm: opened weights, or None."""
-    if not (init or llm):
-        return parallel.initial_rows(model, initial, args.seed)
-    source = init.renamed(stage2.our_stage2_key) if init else llm.renamed(lambda k: "llm." + k)
-    own = ("llm.", "dit.") if init else ("llm.",)       # the parts that the files must have
-    added = () if init else ("latent_queries", "projector")
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-    tied = ("lm_head.weight",) if model.llm.config.tie_word_embeddings else ()
-    return weights.rows_for(
-        model, source, lambda key: initial(key, shapes[key], args.seed),
-        lambda key: not key.startswith(own) or any(a in key for a in added),
-        stage2.RECOMPUTED + tied)
+@torch.no_grad()
+def encode(encoder, vae, batch):
+    """Return a batch's latents z [B,N,C], and what the LLM sees of its images u [B,N,C']: the same,
+    or with a VAE, whose latent says little of what is in the image, the encoder's."""
+    x = batch["images"].float() / 255                                   # [B,3,S,S]
+    u = encoder(x)                                                      # [B,N,C']
+    if not vae:
+        return u, u
+    mean, logvar = map(pack, vae.posterior(x))                          # [B,N,C]
+    z = mean + (0.5 * logvar).exp() * batch["posterior"]
+    return (z - vae.shift) * vae.scale, u
 
 
 def train_step(model, encode, batches, trained, ema_weight, args, devices):
@@ -422,16 +361,17 @@ def train_step(model, encode, batches, trained, ema_weight, args, devices):
         if has_targets:
             losses["flow"] = flow_losses.sum() / batch["images_to_draw"]
             loss = loss + args.diffusion_weight * losses["flow"]
-            cond_sums = cond_sums + condition_sums(cond, batch["answer"])
+            cond_sums = cond_sums + training.condition_sums(cond, batch["answer"])
         if has_targets and args.repa:
             losses["repa"] = repa.sum() / batch["images_to_draw"]
             loss = loss + args.diffusion_weight * args.repa_weight * losses["repa"]
         loss.backward()
         losses["loss"] = loss
         values = {k: values.get(k, 0) + v.detach() for k, v in losses.items()}
-        by_time = by_time + flow_by_time(t, flow_losses, batch["answer"])
+        by_time = by_time + training.flow_by_time(t, flow_losses, batch["answer"])
     if has_targets:
-        values["cond_spread"] = condition_spread(parallel.average(cond_sums, devices))
+        spread = training.condition_spread(parallel.average(cond_sums, devices))
+        values["cond_spread"] = spread
     else:                               # zeros, with which AdamW would still follow its momentum
         named["llm.model.latent_queries"].grad = None
     grad_norm = parallel.clip_grad(named.values(), args.clip, devices)
@@ -440,21 +380,6 @@ def train_step(model, encode, batches, trained, ema_weight, args, devices):
         optimizer.zero_grad(set_to_none=True)
     training.update_ema(ema, named, ema_weight)
     return values, by_time, grad_norm
-
-
-def open_data(args, resolution, codec, crop):
-    """Open --data -> the mixture, and its description. --dry-run does without the data."""
-    try:
-        mixture = data.Mixture(args.data, resolution, args.seed, crop, resample=codec.resample)
-        return mixture, mixture.describe()
-    except cli.DataError as error:
-        if not args.dry_run or args.epochs:
-            raise
-        print(f"planned without the data: {error}", file=sys.stderr)
-        names, shares = data.parse_specs(args.data)
-        sources = [dict(source=n, weight=w, size=None) for n, w in zip(names, shares)]
-        toy = data.Mixture(MIXTURES["tiny"], resolution, args.seed)     # texts of usual length
-        return toy, sources
 
 
 def optimizers_for(named, args, devices):
@@ -474,56 +399,6 @@ def optimizers_for(named, args, devices):
     return found
 
 
-def check_colours(draw, seed, count):
-    """Draw `count` single shapes that training has not seen -> shares of right backgrounds and
-    object colours."""
-    from tiny import judge, world
-    scenes = judge.single_shapes(seed + 77, count)
-    images = draw([world.caption(scene) for scene in scenes], 1)
-    background, colour = judge.colours_right(images, scenes)
-    return dict(background_right=background, colour_right=colour)
-
-
-def describe(args, model, encoder, vae, batch, resolution, config, sources, files, devices):
-    """Print what follows from the arguments, the networks and a typical batch -> training FLOPs per
-    image, by part."""
-    parts = {"dit": model.dit, "llm": model.llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
-             "repa": getattr(model, "repa", None)}
-    count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
-    length, labelled = batch["ids"].shape[1], batch["where"].shape[1]
-    flops = {"dit": model.dit.train_flops(), "encoder": encoder.forward_flops(),
-             "llm": model.llm.train_flops(length, labelled, args.freeze)}
-    if vae:
-        flops["vae"] = vae.forward_flops(resolution, decode=False)
-    if args.repa:
-        flops["repa"] = 6 * config.dit.tokens * count["repa"]
-    stored = {train: sum(parallel.local_numel(k, p.shape, devices)
-                         for k, p in model.named_parameters() if p.requires_grad == train)
-              for train in (True, False)}
-    frozen = stored[False] + count.get("vae (frozen)", 0) + (
-        sum(parallel.local_numel(k, p.shape, devices) for k, p in encoder.named_parameters())
-        if devices.target == "xla" else count["encoder (frozen)"])      # FSDP2 leaves it whole
-    training.start_table(
-        f"train_dit --size {args.size}", args, devices, count, flops,
-        training.state_gb(stored[True], frozen, args.ema),
-        latent=[config.dit.tokens, config.dit.channels], alpha=config.alpha, steps=args.steps,
-        learning_rates=dict(dit=args.lr, llm=args.lr_llm), run=args.out,
-        llm_is_frozen=str(bool(args.freeze)), data=sources, frozen=files)
-    return flops
-
-
-def export(run, model, named, ema, tokenizer):
-    """Write final/: the weights and their averages in the released layout, and the tokenizer."""
-    for name in ("model", "ema") if ema else ("model",):
-        with training.averaged(named, ema if name == "ema" else {}):
-            state = {weights.stage2_key(k): v for k, v in model.state_dict().items()}
-            state.pop(None, None)                               # REPA's projector
-            run.export(name, state, run.config)
-    if run.main:
-        chat.save_tokenizer(tokenizer, run.dir / ".writing-final")
-        print(f"{run.publish()} written; samples: {run.dir}/samples")
-
-
 def main():
     args = arguments()
 
@@ -533,24 +408,22 @@ def main():
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     if args.scan and devices.target != "xla":
         raise UserError(f"--scan is for --device xla, not {devices.target}; leave it out")
-    init, config = open_init(args)
+    init, config = stage2.open_init(args)
     fill_defaults(args, config)
     training.check_batch(args, devices, None if args.size == "tiny" else 8)   # 8 images a device
 
     # --------------------------------------------------------------------------------------------
     # Models: the frozen encoder (and decoder, to look at samples), the LLM, the DiT
     # --------------------------------------------------------------------------------------------
-    tiny = args.size == "tiny"
     encoder, vae, decoder, tokenizer, files = stage2.frozen_networks(args, init, devices)
-    config = config or stage2.new_config(args, encoder, vae, tokenizer)
+    config = (stage2.finetuned_config(args, config) if config else
+              stage2.new_config(args, encoder, vae, tokenizer))
     N, C = config.dit.tokens, config.dit.channels
     if config.dit.width <= C and not args.allow_narrow:
         raise UserError(f"the DiT's width {config.dit.width} is not above the latent's {C} "
                         "channels. Noise fills all C dimensions of a token, so a narrower DiT "
                         "cannot even copy it (paper, appendix B). Take a larger --size or --width, "
                         "or override with --allow-narrow")
-    pretrained = not (tiny or args.dry_run or args.random_init or init or args.llm == "random")
-    llm_file = stage2.llm_source(files["llm"], tokenizer) if pretrained else None
     with torch.device("meta"):
         model = build(config, args, devices.dtype)
     llm, dit = model.llm, model.dit
@@ -559,21 +432,27 @@ def main():
     # Data
     # --------------------------------------------------------------------------------------------
     resolution = encoder.grid * vae.stride if vae else encoder.image_size
-    mixture, sources = open_data(args, resolution, vae or encoder, encoder.crop)
-    if args.epochs:
-        if endless := [s["source"] for s in sources if s["size"] == "endless"]:
-            raise UserError(f"--epochs {args.epochs:g}: {endless[0]} is endless; give --steps")
-        args.steps = math.ceil(args.epochs * len(mixture) / args.batch)
+    mixture, sources, records = training.open_data(args, resolution, vae or encoder, encoder.crop,
+                                                   MIXTURES["tiny"])
+    args.steps = count_steps(args, records)
     if devices.target == "xla" and args.length is None: # another length is another program there
-        args.length = 128 if tiny else 512
+        args.length = 128 if args.size == "tiny" else 512
     collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length, vae is not None)
     first = collate([mixture[i] for i in range(16)])
     if not first["counts"]["tokens"]:
         raise UserError(f"--length {args.length}: none of the first 16 samples fits, such as "
                         f"{': '.join(first['rejected'][-1])}")
+    prompts = sample_prompts(args.sample_prompts, mixture, collate)
+    toy = args.size == "tiny" and not mixture.records   # then shapes can be judged
 
-    flops = describe(args, model, encoder, vae, first, resolution, config, sources, files, devices)
-    can_draw = bool(decoder or vae) and not args.random_init
+    count, flops, memory = stage2.costs(model, encoder, vae, first, args, devices)
+    training.start_table(
+        f"train_dit --size {args.size}", args, devices, count, flops, memory, latent=[N, C],
+        alpha=config.alpha, steps=args.steps, epochs=records and args.steps * args.batch / records,
+        learning_rates=dict(dit=args.lr, llm=args.lr_llm), run=args.out,
+        trained=f"DiT, its projector, queries{'' if args.freeze else ', LLM, mm_projector'}",
+        frozen=f"encoder{', VAE' if vae else ''}{', LLM, mm_projector' if args.freeze else ''}",
+        files=files, data=sources)
     if args.dry_run:
         return
     run = Run(args, devices, stage2.save_config(config), free={"micro_batch"})
@@ -581,23 +460,12 @@ def main():
     # --------------------------------------------------------------------------------------------
     # The trained networks get their weights
     # --------------------------------------------------------------------------------------------
-    rows, blocks = initial_rows(model, args, init, llm_file), [*llm.model.layers, *dit.dit_blocks]
+    rows = stage2.initial_rows(model, initial, args, init, files, tokenizer)
+    blocks = [*llm.model.layers, *dit.dit_blocks]
     parallel.compile_blocks(blocks, args.compile, devices)
     if devices.kind == "xla" and args.scan is not False:
         parallel.use_scan(devices, llm, encoder, *[dit] * (not args.repa))  # REPA taps one block
     parallel.build(model, rows, devices, blocks)
-
-    @torch.no_grad()
-    def encode(batch):
-        """Return a batch's latents z [B,N,C], and what the LLM sees of its images u [B,N,C']: the
-        same, or with a VAE, whose latent says little of what is in the image, the encoder's."""
-        x = batch["images"].float() / 255                                   # [B,3,S,S]
-        u = encoder(x)                                                      # [B,N,C']
-        if not vae:
-            return u, u
-        mean, logvar = map(pack, vae.posterior(x))                          # [B,N,C]
-        z = mean + (0.5 * logvar).exp() * batch["posterior"]
-        return (z - vae.shift) * vae.scale, u
 
     # --------------------------------------------------------------------------------------------
     # Optimizers
@@ -616,38 +484,46 @@ def main():
     if run.main and not args.bench:
         chat.save_tokenizer(tokenizer, run.dir)         # so that a checkpoint is a model
     if args.overfit:
-        mixture = FirstBatch(mixture, args.batch, args.overfit)
+        mixture = training.FirstBatch(mixture, args.batch, args.overfit)
     loader = data.loader(mixture, collate, args.micro_batch, run.start * args.batch, args.workers,
                          devices.rank, devices.world)
 
     @torch.no_grad()
-    def draw(prompts, seed):
-        """Return images [P,3,S,S] of prompts by the averaged weights. The seed fixes the noise."""
-        with training.averaged(named, ema), parallel.unsharded(model):
+    def draw(prompts, seed, bar=None):
+        """Return images [P,3,S,S] of prompts by the averaged weights. The seed fixes the noise.
+        bar: the title of a progress bar."""
+        steps = tqdm(total=args.sample_steps, desc=bar, disable=not (bar and run.main), ncols=80)
+
+        def on_step():
+            parallel.step_done(devices)
+            steps.update()
+        with training.averaged(named, ema), parallel.unsharded(model), steps:
             noise = torch.stack([flow.noise_for(prompt, seed, N, C) for prompt in prompts])
             cond = text_model.direct_condition(llm, tokenizer, prompts, devices.device)
             parallel.step_done(devices)
             z = flow.sample(dit, cond, noise.to(devices.device), config.alpha, args.sample_steps,
-                            args.guidance, on_step=lambda: parallel.step_done(devices))
+                            args.guidance, on_step=on_step)
         return parallel.full_tensor(vae.decode(z) if vae else decoder(z))   # by every process
 
     def sample(done):
-        """Draw the fixed prompts into samples/; tiny: count backgrounds and colours for the log."""
-        from tiny import judge
-        images = draw(judge.FIXED, 0)
+        """Draw the prompts into samples/; on toy data: count right colours for the log."""
+        images = draw(prompts, 0)
         if run.main:
             with run.surviving("the samples"):
-                training.save_grid(images, run.dir / "samples" / f"step-{done:07d}.png")
-        return check_colours(draw, args.seed, 32) if tiny and done < args.steps else {}
+                path = run.dir / "samples" / f"step-{done:07d}.png"
+                training.save_captioned(images, prompts, path)
+        return training.check_colours(draw, args.seed, 32) if toy and done < args.steps else {}
 
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, sample, save
     # --------------------------------------------------------------------------------------------
+    can_draw = prompts and (decoder or vae) and not args.random_init
+    latents = functools.partial(encode, encoder, vae)
     for step in run.steps():
         factor = training.cosine(step, args.steps, warmup)
         training.set_lr(optimizers, factor, devices)
         values, by_time, grad_norm = train_step(
-            model, encode, run.micro_batches(loader), (named, optimizers, ema),
+            model, latents, run.micro_batches(loader), (named, optimizers, ema),
             parallel.scalar(training.ema_weight(args.ema, step), devices.device), args, devices)
         images = run.totals["images_to_draw"]
         logged = {k: v for k, v in values.items()       # one image has no spread; `values` keeps
@@ -659,9 +535,9 @@ def main():
     run.finish()
     if args.bench:
         return
-    export(run, model, named, ema, tokenizer)
-    if tiny and not args.init_only:
-        score = check_colours(draw, args.seed, 128)             # by all processes
+    stage2.export(run, model, named, ema, tokenizer)
+    if toy and not args.init_only:
+        score = training.check_colours(draw, args.seed, 128, "check: 128 toy shapes")   # by all
         if run.main:
             print(f"128 unseen single shapes, guidance {args.guidance}: background right "
                   f"{score['background_right']:.1%}, object colour right "

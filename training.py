@@ -5,14 +5,17 @@ import collections
 import contextlib
 import json
 import math
+import shlex
+import sys
 import time
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import data
 import parallel
-from cli import UserError, table
+from cli import DataError, UserError, table
 
 # ------------------------------------------------------------------------------------------------
 # Before the loop
@@ -40,6 +43,11 @@ def state_gb(trained, frozen, ema):
     return {k: v / 1e9 for k, v in {**parts, "total": sum(parts.values())}.items()}
 
 
+# How the start-up table shows values whose names hold their unit.
+UNITS = {"train_tflop_per_image": ("training per image", "TFLOP"),
+         "memory_gb_per_device": ("state per device", "GB")}
+
+
 def start_table(title, args, devices, parameters, flops, memory, **rows):
     """Print what was derived: a table, or one object with --dry-run --json. parameters: by group;
     flops: of a training image by part; memory: of `state_gb`; rows: the script's own."""
@@ -54,7 +62,14 @@ def start_table(title, args, devices, parameters, flops, memory, **rows):
     if args.dry_run and args.json:
         print(json.dumps(summary, default=str))
     elif devices.main:
-        table(title, list(summary.items()))
+        shown = {k: v for k, v in summary.items() if v is not None}
+        for key, (name, unit) in UNITS.items():
+            shown[key] = {k: f"{v:.3g} {unit}" for k, v in shown[key].items()}
+        table(title, [(UNITS.get(k, (k, ""))[0], v) for k, v in shown.items()])
+    gpus = torch.cuda.device_count() if devices.kind == "cuda" else 1
+    if gpus > devices.count and devices.main:
+        print(f"note: {gpus - devices.count} of {gpus} GPUs are idle; all of them: torchrun "
+              f"--standalone --nproc-per-node {gpus} {shlex.join(sys.argv)}", file=sys.stderr)
 
 
 def cosine(step, steps, warmup, final=0.0):
@@ -71,6 +86,35 @@ def set_lr(optimizers, factor, devices):
         for group in optimizer.param_groups:
             first = group.setdefault("initial_lr", group["lr"])
             group["lr"] = parallel.scalar(first * factor, devices.device)
+
+
+def open_data(args, resolution, codec, crop, stand_in):
+    """Open --data -> the mixture, its description, and the number of its records, None if it is
+    endless. A dry run does without the data: the sources `stand_in` have texts of usual length."""
+    try:
+        mixture = data.Mixture(args.data, resolution, args.seed, crop, resample=codec.resample)
+        sources = mixture.describe()
+    except DataError as error:
+        if not args.dry_run or args.epochs:
+            raise
+        print(f"planned without the data: {error}", file=sys.stderr)
+        mixture, sources = data.Mixture(stand_in, resolution, args.seed), data.planned(args.data)
+    if endless := [s["source"] for s in sources if not isinstance(s["size"], int)]:
+        if args.epochs:
+            raise UserError(f"--epochs {args.epochs:g}: {endless[0]} is endless; give --steps")
+        return mixture, sources, None
+    return mixture, sources, len(mixture)
+
+
+class FirstBatch:
+    """--overfit: every batch holds the images of the first, with the same or fresh noise."""
+
+    def __init__(self, mixture, batch, noise):
+        self.mixture, self.batch, self.noise = mixture, batch, noise
+
+    def __getitem__(self, n):
+        record = self.mixture[n % self.batch]
+        return {**record, "n": n} if self.noise == "fresh" else record
 
 
 # ------------------------------------------------------------------------------------------------
@@ -98,6 +142,11 @@ class Meter:
         self.count, self.images, self.flops = (
             self.count + 1, self.images + images, self.flops + images * flops)
 
+    def loss(self):
+        """Return the mean loss of this process, without starting again."""
+        known = [(w, v["loss"]) for w, v in self.values if "loss" in v]
+        return sum(w * v for w, v in known) / sum(w for w, _ in known)
+
     def read(self, devices):
         """Return the averages, each over the steps that have it, and start again. A table [n,2] of
         sums and counts gives its n quotients."""
@@ -120,6 +169,25 @@ class Meter:
                       step_s=seconds / self.count)
         self.__init__()
         return values
+
+
+def condition_sums(cond, answer):
+    """Sum over the images to generate: cond, |cond|^2 and 1 -> [N*Z+2]."""
+    w, c = answer.float()[:, None, None], cond.detach().float()
+    return torch.cat([(c * w).sum(0).flatten(), (c.square() * w).sum()[None], w.sum()[None]])
+
+
+def condition_spread(sums):
+    """Standard deviation of the condition across the batch over its rms, from `condition_sums`.
+    Near 0 the model ignores the text, which the loss hides."""
+    c, square, n = sums[:-2], sums[-2], sums[-1]
+    return (1 - c.square().sum() / (n * square).clamp(min=1e-12)).clamp(min=0).sqrt()
+
+
+def flow_by_time(t, flow_loss, answer):
+    """Flow losses [B] by tenths of t: [10,2], their sum and the number of images."""
+    inside = F.one_hot((t * 10).long().clamp(max=9), 10).float()            # [B,10]
+    return inside.T @ torch.stack([flow_loss.detach(), answer.float()], 1)
 
 
 def averages(named, devices):
@@ -177,3 +245,20 @@ def save_grid(images, path, columns=8):
     x = F.pad(image_sheet(images.detach().float().cpu(), columns), (2,) * 4, value=1)
     x = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     Image.fromarray(x.numpy()).save(path)
+
+
+def save_captioned(images, texts, path):
+    """Write images [n,3,H,W] in [0,1] as one PNG, each above its text."""
+    x = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [n,H,W,3]
+    sheet = data.contact_sheet(list(x.cpu().numpy()), texts, min(8, len(x)), max(128, x.shape[2]))
+    sheet.save(path)
+
+
+def check_colours(draw, seed, count, bar=None):
+    """Draw `count` single shapes of the toy world that training has not seen -> shares of right
+    backgrounds and object colours. bar: the title of a progress bar."""
+    from tiny import judge, world
+    scenes = judge.single_shapes(seed + 77, count)
+    images = draw([world.caption(scene) for scene in scenes], 1, bar)
+    background, colour = judge.colours_right(images, scenes)
+    return dict(background_right=background, colour_right=colour)

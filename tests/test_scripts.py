@@ -64,7 +64,7 @@ def test_run_folder(dit_run):
                  "final/model.safetensors", "final/ema.safetensors", "final/config.json",
                  "final/tokenizer.json"):
         assert (out / name).is_file(), name
-    assert Image.open(out / "samples/step-0000006.png").size == (8 * 66 + 2, 2 * 66 + 2)
+    assert Image.open(out / "samples/step-0000006.png").size == (8 * 136 + 8, 2 * 210 + 8)
     keys = load_file(out / "final/model.safetensors")
     assert {"model.latent_queries", "model.mm_projector.0.weight", "diff_head_projector.weight",
             "diff_head.model.x_embedder.proj.weight"} <= keys.keys()

@@ -62,8 +62,8 @@ def call(*args):
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sys, "argv", ["train_dit.py", *BASE, *one, *map(str, args)])
-        few = train_dit.check_colours               # 2 of 128 shapes at the end: time alone
-        m.setattr(train_dit, "check_colours", lambda draw, seed, n: few(draw, seed, 2))
+        few = training.check_colours                # 2 of 128 shapes at the end: time alone
+        m.setattr(training, "check_colours", lambda draw, seed, *_: few(draw, seed, 2))
         try:
             cli.main(train_dit.main)
         except SystemExit as stopped:
@@ -768,7 +768,7 @@ def test_samples_and_exports_are_the_average(tmp_path):
     with torch.no_grad():
         cond = text_model.direct_condition(run.llm, run.tokenizer, judge.FIXED, "cpu")
         z = flow.sample(run.dit, cond, noise, math.sqrt(64 * 96 / 128), 2, 2.0)
-        training.save_grid(decoder(z), tmp_path / "grid.png")
+        training.save_captioned(decoder(z), judge.FIXED, tmp_path / "grid.png")
     grids = [np.asarray(Image.open(p)).astype(int)
              for p in (tmp_path / "grid.png", tmp_path / "r/samples/step-0000002.png")]
     assert np.abs(grids[0] - grids[1]).max() <= 1 and grids[0].std() > 10
