@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
 import chat
 import flow
@@ -22,7 +23,7 @@ from cli import UserError, parsing
 from dit import SIZES, DiT, DiTConfig
 from encoder import SO400M, WEBSSL_300M, ViT
 from networks import load_decoder, load_encoder, load_vae, note_pair
-from text_model import QWEN_1_5B, QWEN_7B, LLMConfig, TextModel
+from text_model import QWEN_1_5B, QWEN_7B, LLMConfig, TextModel, direct_condition
 from text_model import TINY as TINY_LLM
 from vae import VAE
 from weights import (DIT, HUB, TINY, TINY_PAIR, Weights, check_config, load, locate, open_weights,
@@ -384,26 +385,6 @@ def open_init(args):
     return init, config
 
 
-def choose_networks(args, config):
-    """Fill --encoder, --decoder and --vae: the flag, else the one of --init's model, else the
-    size's own. Raises UserError for flags that do not go with --latent."""
-    tiny, vae = args.size == "tiny", args.latent == "vae"
-    if tiny and args.latent == "webssl" and not (args.encoder and args.decoder):
-        raise UserError("--latent webssl: there is no tiny one; give --encoder and --decoder, or a "
-                        "larger --size")
-    for flag, given, wrong in (("--vae", args.vae, not vae), ("--decoder", args.decoder, vae)):
-        if given and wrong:
-            raise UserError(f"{flag} {given} does not go with --latent {args.latent}: "
-                            "the VAE is both encoder and decoder, and only of --latent vae")
-    encoder, decoder = TINY_PAIR if tiny else HUB[args.latent]
-    its_vae = weights.TINY_VAE if tiny else weights.FLUX_VAE
-    if config:
-        encoder, decoder, its_vae = config.encoder, config.decoder or decoder, config.vae
-    args.encoder = weights.portable_path(args.encoder or encoder)
-    args.decoder = None if vae else weights.portable_path(args.decoder or decoder)
-    args.vae = weights.portable_path(args.vae or its_vae) if vae else None
-
-
 def alpha_of(args, dit):
     """Return the time shift that --shift asks for."""
     return flow.shift_alpha(dit.tokens, dit.channels, args.shift_base) if args.shift == "auto" \
@@ -462,28 +443,6 @@ def initial_rows(model, initial, args, init, files, tokenizer):
         lambda key: not key.startswith(own) or any(a in key for a in added), RECOMPUTED + tied)
 
 
-def costs(model, encoder, vae, batch, args, devices):
-    """Return what a training takes -> parameters by network, training FLOPs per image by network
-    for a typical batch, GB of one device's state. model: train_dit.ScaleRAE."""
-    parts = {"dit": model.dit, "llm": model.llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
-             "repa": getattr(model, "repa", None)}
-    count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
-    length, labelled = batch["ids"].shape[1], batch["where"].shape[1]
-    flops = {"dit": model.dit.train_flops(), "encoder": encoder.forward_flops(),
-             "llm": model.llm.train_flops(length, labelled, args.freeze)}
-    if vae:
-        flops["vae"] = vae.forward_flops(batch["images"].shape[-1], decode=False)
-    if args.repa:
-        flops["repa"] = 6 * model.dit.config.tokens * count["repa"]
-    stored = {train: sum(parallel.local_numel(k, p.shape, devices)
-                         for k, p in model.named_parameters() if p.requires_grad == train)
-              for train in (True, False)}
-    frozen = stored[False] + count.get("vae (frozen)", 0) + (
-        sum(parallel.local_numel(k, p.shape, devices) for k, p in encoder.named_parameters())
-        if devices.target == "xla" else count["encoder (frozen)"])      # FSDP2 leaves it whole
-    return count, flops, training.state_gb(stored[True], frozen, args.ema)
-
-
 def export(run, model, named, ema, tokenizer):
     """Write final/: the weights and their averages in the released layout, and the tokenizer."""
     for name in ("model", "ema") if ema else ("model",):
@@ -494,3 +453,22 @@ def export(run, model, named, ema, tokenizer):
     if run.main:
         chat.save_tokenizer(tokenizer, run.dir / ".writing-final")
         print(f"{run.publish()} written; samples: {run.dir}/samples")
+
+
+@torch.no_grad()
+def draw(model, tokenizer, decode, prompts, seed, args, devices, bar=None):
+    """Draw prompts with the model in training (train_dit.ScaleRAE) -> images [P,3,S,S]. The seed
+    fixes the noise. bar: the title of a progress bar."""
+    k, main = model.dit.config, devices.main
+    steps = tqdm(total=args.sample_steps, desc=bar, disable=not (bar and main), ncols=80)
+
+    def on_step():
+        parallel.step_done(devices)
+        steps.update()
+    with parallel.unsharded(model), steps:
+        noise = torch.stack([flow.noise_for(p, seed, k.tokens, k.channels) for p in prompts])
+        cond = direct_condition(model.llm, tokenizer, prompts, devices.device)
+        parallel.step_done(devices)
+        z = flow.sample(model.dit, cond, noise.to(devices.device), model.alpha, args.sample_steps,
+                        args.guidance, on_step=on_step)
+    return parallel.full_tensor(decode(z))                      # by every process

@@ -9,20 +9,17 @@
     x_t  = (1-t) z + t eps;   v = DiT(x_t, t, cond)
     loss = CE(text) + 2 |v - (eps - z)|^2                   paper section 3.1, Table 8
 
-Three files follow a step: this one, flow.py and dit.py (and text_model.py for the LLM).
+Three files follow a step: this one, flow.py and dit.py (and text_model.py for the LLM). recipe.py
+has the flags and the paper's values.
 """
-import argparse
 import functools
 import math
-import sys
-from pathlib import Path
 
 import cli               # before torch: it sets how threads wait
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import chat
 import data
@@ -34,173 +31,12 @@ import text_model
 import training
 from checkpoint import Run
 from cli import UserError
-from dit import SIZES, Linear
+from dit import Linear
 from prompts import sample_prompts
+from recipe import MIXTURES, arguments, count_steps, fill_defaults
 from vae import pack
 
-# ------------------------------------------------------------------------------------------------
-# Arguments
-# ------------------------------------------------------------------------------------------------
-
-# The paper's pretraining mixture, in millions: web, FLUX-generated, questions (Cambrian-7M). `hq`
-# is for finetuning, as BLIP3o-60k is, and `text` for the decoder. tiny learns shapes before emoji.
-MIXTURES = {"tiny": ["builtin:synthetic=6", "builtin:web=2", "builtin:qa=1"],
-            "paper": ["builtin:web=39.3", "builtin:synthetic=24.7", "builtin:qa=7"]}
 PLOT = ["loss", "flow", "text", "repa", "cond_spread", "background_right", "colour_right"]
-
-# The paper's values (Table 8; the weight 2 of the flow loss is the authors' code's, the EMA ours).
-# tiny differs where its size asks for it. shift_base: 64 tokens of 96 channels give a =
-# sqrt(64*96/128) = 6.9, near the paper's 8.49. With 4096 it would be 1.2, x_t alone would give the
-# answer away at nearly every t, and the model would ignore the caption.
-DEFAULTS = {
-    "tiny": dict(steps=1800, batch=32, lr=1.5e-3, lr_llm=1e-3, warmup=0.03, ema=0.998,
-                 remat="none", shift_base=128.0, log_every=20, sample_every=300, save_every=300),
-    "paper": dict(steps=30_000, batch=2048, lr=5e-4, lr_llm=5e-5, warmup=0.0134, ema=0.9999,
-                  remat="block", shift_base=4096.0, log_every=10, sample_every=1000,
-                  save_every=1000),
-}
-# With --init: the paper's rates and batch for BLIP3o-60k; tiny's were chosen on 40 images. Without
-# --steps and --epochs, finite data are passed FINETUNE_EPOCHS times, in at least FINETUNE_STEPS.
-FINETUNE = {
-    "tiny": dict(lr=3e-4, lr_llm=2e-4, warmup=0.1, sample_every=100, save_every=100),
-    "paper": dict(lr=5.66e-4, lr_llm=5.66e-5, warmup=0.03, batch=1024),
-}
-FINETUNE_EPOCHS, FINETUNE_STEPS = 4, 300
-
-
-def dit_size(text):
-    """Argparse type: a row of the size table, by our name or the paper's."""
-    name = dit_file.PAPER_NAMES.get(text.upper(), text.lower())
-    if name not in SIZES:
-        raise argparse.ArgumentTypeError(f"known sizes are {', '.join(SIZES)} (or the paper's "
-                                         f"{', '.join(dit_file.PAPER_NAMES)})")
-    return name
-
-
-def shift(text):
-    """Argparse type: auto, none, or a positive number."""
-    return text if text == "auto" else 1.0 if text == "none" else cli.positive(float)(text)
-
-
-def arguments():
-    """Read the flags. The rest follows from --size."""
-    p = cli.Parser(description=__doc__.split("\n")[0], epilog="All defaults follow from --size.")
-    positive, whole = cli.positive(float), cli.positive()
-    cli.training_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None,
-                       remat=None)
-    a = p.add_argument_group("finetuning and checks").add_argument
-    a("--epochs", type=positive, help="passes over finite --data, instead of --steps")
-    a("--init-only", action="store_true", help="write the initial weights as final/ and stop")
-    a("--overfit", choices=["same", "fresh"], nargs="?", const="same", help="train on the first "
-      "batch alone, with the same or fresh noise: a check (--batch 4 --steps 60 --lr 3e-3 "
-      "--lr-llm 3e-3: tiny's loss falls from 11 to below 0.1)")
-    a = p.add_argument_group("model").add_argument
-    a("--size", type=dit_size, metavar="|".join(SIZES), help="of the DiT (default: tiny); the "
-      "paper's spellings (2.4B, 9.8B, ...) work too")
-    for flag in ("width", "depth", "heads", "llm-width", "llm-depth"):
-        a(f"--{flag}", type=whole, help="instead of the size's own")
-    a("--latent", choices=["siglip2", "webssl", "vae"], help="default: siglip2; vae: the baseline, "
-      "FLUX's latent, where siglip2 stays for understanding")
-    a("--encoder", help="file, folder or hub id of the frozen encoder")
-    g = p.add_mutually_exclusive_group()
-    g.add_argument("--decoder", help="file, folder or hub id of the decoder (for sample grids)")
-    g.add_argument("--vae", help="file, folder, run or hub id of the VAE of --latent vae")
-    a("--llm", help="Qwen2.5 folder or hub id; tiny: a folder with a tokenizer; random: random "
-      "weights, for timing")
-    a("--length", type=whole, help="pad every sample to this many tokens and skip longer ones "
-      "(default: xla 512, tiny 128; elsewhere as long as the batch)")
-    a("--random-init", action="store_true",
-      help="random LLM and encoder of the published shapes: for timing only")
-    a("--freeze", choices=["llm"], help="train only the DiT, its projector and the queries (the "
-      "paper's DiT-only finetuning)")
-    a("--head-width", type=whole, help="DiT-DH: width of the wide head (2688)")
-    a("--head-depth", type=whole, help="DiT-DH: blocks of the wide head (2)")
-    a("--qk-norm", action="store_true", default=None, help="RMSNorm on queries and keys")
-    a("--predict", choices=["v", "x"], help="what the DiT's last layer gives: the velocity "
-      "(default), or the clean latent (JiT), with the same loss on the velocity")
-    a("--allow-narrow", action="store_true", help="allow a width that is not above the latent's C")
-    a("--scan", action=argparse.BooleanOptionalAction,
-      help="xla: stacks of blocks as compiled loops, with --remat block (default: on)")
-    a = p.add_argument_group("flow and loss").add_argument
-    a("--shift", type=shift, help="auto: sqrt(N C / base) (default without --init); none: 1; or a "
-      "number")
-    a("--shift-base", type=positive, help="4096; tiny: 128")
-    a("--diffusion-weight", type=cli.positive(float, zero=True), default=2.0,
-      help="weight of the flow loss")
-    a("--cond-drop", type=cli.share, default=0.1,
-      help="share of the images that train the null condition")
-    a("--repa", type=whole, default=0, metavar="LAYER",
-      help="align the tokens after this DiT block with the encoder's features (REPA)")
-    a("--repa-weight", type=positive, default=0.5, help="weight of REPA, relative to the flow loss")
-    a = p.add_argument_group("optimizer").add_argument
-    a("--optimizer", choices=["adamw", "muon"], default="adamw",
-      help="muon: for the DiT's matrices, where torch has it; AdamW for everything else")
-    a("--lr", type=positive, help="learning rate of the DiT and its projector")
-    a("--lr-llm", type=positive, help="learning rate of the LLM, queries and mm_projector")
-    a("--warmup", type=cli.share, help="share of the steps")
-    a("--betas", type=cli.share, nargs=2, default=[0.9, 0.95], help="of the DiT's group")
-    a("--betas-llm", type=cli.share, nargs=2, default=[0.9, 0.999], help="of the LLM's group")
-    a("--clip", type=positive, default=1.0, help="largest norm of the whole gradient")
-    a("--ema", type=cli.share, help="decay of the average of the weights; 0: off")
-    a = p.add_argument_group("samples").add_argument
-    a("--guidance", type=cli.positive(float, zero=True),
-      help="1: off (default with --cond-drop 0); else 3")
-    a("--sample-steps", type=whole, default=25, help="Euler steps")
-    a("--sample-prompts", type=Path, metavar="FILE", help="prompts to draw: a text file with one "
-      "per line, a .jsonl or a folder of .txt (default: captions of the data)")
-    args = p.parse_args()
-    if args.epochs and args.steps:
-        p.error("--epochs and --steps exclude each other")
-    if args.init and (args.llm or args.random_init):
-        p.error("--llm and --random-init do not go with --init, whose model has its own LLM")
-    if bool(args.head_width) != bool(args.head_depth):
-        p.error("--head-width and --head-depth go together (the paper's are 2688 and 2)")
-    if args.random_init and args.size in (None, "tiny"):
-        p.error("--random-init is for the sizes from 0.5b on; tiny needs no download")
-    return args
-
-
-def fill_defaults(args, config):
-    """Fill the flags that follow from --size, or from the config of --init's model."""
-    args.size, args.latent = args.size or "tiny", args.latent or "siglip2"
-    recipe = "tiny" if args.size == "tiny" else "paper"
-    if not (recipe == "tiny" or args.data or args.dry_run or args.bench):
-        print(f"WARNING: no --data: --size {args.size} trains on the toy world of shapes and "
-              "emoji, which is for tests; give --data your own images", file=sys.stderr)
-    defaults = {**DEFAULTS[recipe], "data": MIXTURES[recipe]}
-    args.out = args.out or Path(f"runs/dit-{args.size}{'-finetuned' if config else ''}")
-    if args.init_only:
-        args.steps = 0
-    if config or args.epochs:                           # then `count_steps` fills --steps
-        defaults.update(FINETUNE[recipe] if config else {}, steps=args.steps)
-    for key, value in defaults.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    stage2.choose_networks(args, config)
-    if config:
-        args.cond_drop *= config.dit.null
-    else:
-        args.shift = args.shift or "auto"
-    depth = config.dit.depth if config else args.depth or SIZES[args.size].depth
-    if args.repa > depth:
-        raise UserError(f"--repa {args.repa}: the DiT has {depth} blocks")
-    if args.guidance is None:
-        args.guidance = 3.0 if args.cond_drop else 1.0
-    if args.guidance != 1 and not args.cond_drop:
-        raise UserError(f"--guidance {args.guidance:g} with --cond-drop 0: no null condition is "
-                        "trained to guide away from; use --guidance 1")
-
-
-def count_steps(args, records):
-    """Return the number of steps on `records` records (None: endless)."""
-    if args.steps is not None:
-        return args.steps
-    if args.epochs:
-        return math.ceil(args.epochs * records / args.batch)
-    if records:
-        return max(FINETUNE_STEPS, math.ceil(FINETUNE_EPOCHS * records / args.batch))
-    return DEFAULTS["tiny" if args.size == "tiny" else "paper"]["steps"]
-
 
 # ------------------------------------------------------------------------------------------------
 # A batch: tokens, images, and every random number of the step
@@ -314,7 +150,13 @@ class ScaleRAE(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 def build(config, args, dtype):
-    """Build ScaleRAE from its config; under torch.device("meta") its shapes alone."""
+    """Build ScaleRAE from its config; under torch.device("meta") its shapes alone. Raises UserError
+    for a DiT that is too narrow."""
+    if config.dit.width <= config.dit.channels and not args.allow_narrow:
+        raise UserError(f"the DiT's width {config.dit.width} is not above the latent's "
+                        f"{config.dit.channels} channels. Noise fills all dimensions of a token, "
+                        "so a narrower DiT cannot even copy it (paper, appendix B). Take a larger "
+                        "--size or --width, or override with --allow-narrow")
     llm, dit = stage2.build_stage2(config, dtype)
     llm.remat = dit.remat = args.remat == "block"
     if args.freeze:
@@ -419,11 +261,6 @@ def main():
     config = (stage2.finetuned_config(args, config) if config else
               stage2.new_config(args, encoder, vae, tokenizer))
     N, C = config.dit.tokens, config.dit.channels
-    if config.dit.width <= C and not args.allow_narrow:
-        raise UserError(f"the DiT's width {config.dit.width} is not above the latent's {C} "
-                        "channels. Noise fills all C dimensions of a token, so a narrower DiT "
-                        "cannot even copy it (paper, appendix B). Take a larger --size or --width, "
-                        "or override with --allow-narrow")
     with torch.device("meta"):
         model = build(config, args, devices.dtype)
     llm, dit = model.llm, model.dit
@@ -445,14 +282,14 @@ def main():
     prompts = sample_prompts(args.sample_prompts, mixture, collate)
     toy = args.size == "tiny" and not mixture.records   # then shapes can be judged
 
-    count, flops, memory = stage2.costs(model, encoder, vae, first, args, devices)
+    count, flops, memory = training.costs(model, encoder, vae, first, args, devices)
     training.start_table(
         f"train_dit --size {args.size}", args, devices, count, flops, memory, latent=[N, C],
         alpha=config.alpha, steps=args.steps, epochs=records and args.steps * args.batch / records,
         learning_rates=dict(dit=args.lr, llm=args.lr_llm), run=args.out,
         trained=f"DiT, its projector, queries{'' if args.freeze else ', LLM, mm_projector'}",
         frozen=f"encoder{', VAE' if vae else ''}{', LLM, mm_projector' if args.freeze else ''}",
-        files=files, data=sources)
+        files=files, data=sources, sample_prompts=len(prompts))
     if args.dry_run:
         return
     run = Run(args, devices, stage2.save_config(config), free={"micro_batch"})
@@ -488,22 +325,11 @@ def main():
     loader = data.loader(mixture, collate, args.micro_batch, run.start * args.batch, args.workers,
                          devices.rank, devices.world)
 
-    @torch.no_grad()
     def draw(prompts, seed, bar=None):
-        """Return images [P,3,S,S] of prompts by the averaged weights. The seed fixes the noise.
-        bar: the title of a progress bar."""
-        steps = tqdm(total=args.sample_steps, desc=bar, disable=not (bar and run.main), ncols=80)
-
-        def on_step():
-            parallel.step_done(devices)
-            steps.update()
-        with training.averaged(named, ema), parallel.unsharded(model), steps:
-            noise = torch.stack([flow.noise_for(prompt, seed, N, C) for prompt in prompts])
-            cond = text_model.direct_condition(llm, tokenizer, prompts, devices.device)
-            parallel.step_done(devices)
-            z = flow.sample(dit, cond, noise.to(devices.device), config.alpha, args.sample_steps,
-                            args.guidance, on_step=on_step)
-        return parallel.full_tensor(vae.decode(z) if vae else decoder(z))   # by every process
+        """Draw prompts by the averaged weights -> images [P,3,S,S]."""
+        with training.averaged(named, ema):
+            return stage2.draw(model, tokenizer, vae.decode if vae else decoder, prompts, seed,
+                               args, devices, bar)
 
     def sample(done):
         """Draw the prompts into samples/; on toy data: count right colours for the log."""
@@ -537,11 +363,7 @@ def main():
         return
     stage2.export(run, model, named, ema, tokenizer)
     if toy and not args.init_only:
-        score = training.check_colours(draw, args.seed, 128, "check: 128 toy shapes")   # by all
-        if run.main:
-            print(f"128 unseen single shapes, guidance {args.guidance}: background right "
-                  f"{score['background_right']:.1%}, object colour right "
-                  f"{score['colour_right']:.1%}")
+        training.report_colours(draw, args, devices)
 
 
 if __name__ == "__main__":

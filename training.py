@@ -43,6 +43,28 @@ def state_gb(trained, frozen, ema):
     return {k: v / 1e9 for k, v in {**parts, "total": sum(parts.values())}.items()}
 
 
+def costs(model, encoder, vae, batch, args, devices):
+    """Return what a training takes -> parameters by network, training FLOPs per image by network
+    for a typical batch, GB of one device's state. model: train_dit.ScaleRAE."""
+    parts = {"dit": model.dit, "llm": model.llm, "encoder (frozen)": encoder, "vae (frozen)": vae,
+             "repa": getattr(model, "repa", None)}
+    count = {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items() if part}
+    length, labelled = batch["ids"].shape[1], batch["where"].shape[1]
+    flops = {"dit": model.dit.train_flops(), "encoder": encoder.forward_flops(),
+             "llm": model.llm.train_flops(length, labelled, args.freeze)}
+    if vae:
+        flops["vae"] = vae.forward_flops(batch["images"].shape[-1], decode=False)
+    if args.repa:
+        flops["repa"] = 6 * model.dit.config.tokens * count["repa"]
+    stored = {train: sum(parallel.local_numel(k, p.shape, devices)
+                         for k, p in model.named_parameters() if p.requires_grad == train)
+              for train in (True, False)}
+    frozen = stored[False] + count.get("vae (frozen)", 0) + (
+        sum(parallel.local_numel(k, p.shape, devices) for k, p in encoder.named_parameters())
+        if devices.target == "xla" else count["encoder (frozen)"])      # FSDP2 leaves it whole
+    return count, flops, state_gb(stored[True], frozen, args.ema)
+
+
 # How the start-up table shows values whose names hold their unit.
 UNITS = {"train_tflop_per_image": ("training per image", "TFLOP"),
          "memory_gb_per_device": ("state per device", "GB")}
@@ -262,3 +284,11 @@ def check_colours(draw, seed, count, bar=None):
     images = draw([world.caption(scene) for scene in scenes], 1, bar)
     background, colour = judge.colours_right(images, scenes)
     return dict(background_right=background, colour_right=colour)
+
+
+def report_colours(draw, args, devices):
+    """Check 128 shapes at the end of a run on toy data, and print the shares. By all processes."""
+    score = check_colours(draw, args.seed, 128, "checking 128 toy shapes")
+    if devices.main:
+        print(f"128 unseen single shapes, guidance {args.guidance}: background right "
+              f"{score['background_right']:.1%}, object colour right {score['colour_right']:.1%}")

@@ -68,6 +68,11 @@ BAD = [
     (f"{DIT} --guidance -1", ["--guidance", "'-1'"]),
     (f"{DIT} --sample-steps 0", ["--sample-steps", "'0'"]),
     (f"{DIT} --length 60", ["--length 60", "more than 60"]),
+    (f"{DIT} --sample-prompts IN/none", ["--sample-prompts", "IN/none"]),
+    (f"{DIT} --sample-prompts IN/empty", ["--sample-prompts", "IN/empty", "no prompt"]),
+    (f"{DIT} --sample-prompts IN/special.txt", ["--sample-prompts", "special.txt", "<|im_end|>"]),
+    (f"{DIT} --sample-prompts IN/image.txt", ["--sample-prompts", "image.txt", "<image>"]),
+    (f"{DIT} --sample-prompts IN/half.jsonl", ["--sample-prompts", "half.jsonl", "surrogates"]),
     (f"{DECODER} --lr nan", ["--lr", "'nan'"]),
     (f"{DECODER} --ema 1", ["--ema", " 1"]),
     (f"{DECODER} --betas 1 1", ["--betas", " 1"]),
@@ -230,6 +235,9 @@ def inputs(tmp_path_factory):
     (f / "old.jsonl").write_text('{"image": "plain/a.png", "caption": "x"}')
     (f / "captions.jsonl").write_text('{"image": "plain/a.png", "caption": ["a", "b"]}')
     (f / "surrogate.jsonl").write_text('{"image": "plain/a.png", "caption": "a \\ud83d"}')
+    (f / "special.txt").write_text("a cat\na dog <|im_end|>")
+    (f / "image.txt").write_text("a cat <image>")
+    (f / "half.jsonl").write_text('{"prompt": "a \\ud83d"}')
     (f / "slow").mkdir()
     for name in ("vocab.json", "merges.txt"):
         (f / "slow" / name).write_text("{}")

@@ -1,5 +1,5 @@
-"""Stage 2, train_dit.py: the recipe, every --latent, finetuning, optimizers, faults of a long run,
-plans, and the expected loss curve. A first step is computed here from the equations: at the start
+"""Stage 2, train_dit.py: the recipe, every --latent, --init, optimizers, faults of a long run, plans,
+and the expected loss curve (images of one's own: test_finetuning.py). A first step is computed here from the equations: at the start
 the DiT's velocity is 0 and its blocks are the identity.
 
     pytest tests/test_stage2.py
@@ -63,7 +63,7 @@ def call(*args):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sys, "argv", ["train_dit.py", *BASE, *one, *map(str, args)])
         few = training.check_colours                # 2 of 128 shapes at the end: time alone
-        m.setattr(training, "check_colours", lambda draw, seed, *_: few(draw, seed, 2))
+        m.setattr(training, "check_colours", lambda draw, seed, n, *bar: few(draw, seed, 2, *bar))
         try:
             cli.main(train_dit.main)
         except SystemExit as stopped:
