@@ -1,10 +1,11 @@
 """The frozen networks, loaded from published files and from ours: encoder, decoder, VAE, and the
-networks of stage 1's losses. Each is built on the meta device and filled from its file.
+networks of stage 1's losses. Each is built on the meta device and filled from its file. At the end,
+the networks of one run of train_decoder.py, and its start-up table.
 """
 import math
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 import parallel
 from cli import UserError, parsing
 from decoder import Decoder, DecoderConfig
-from encoder import ENCODERS, our_key
+from encoder import ENCODERS, SO400M, WEBSSL_300M, ViT, our_key
 from losses import DiscConfig, Discriminator, Perceptual, init_discriminator, zero_k_bias
+from training import start_table, state_gb
 from vae import VAE, VAEConfig, from_ldm
 from weights import (TINY, TINY_ENCODER, Weights, check_config, load, locate, open_weights,
                      portable_path, read_fields, read_json, rows_for, weights_of)
@@ -216,3 +218,84 @@ def load_discriminator(path, devices, seed=0):
     rows = rows_for(model, source, fallback.get, fallback.__contains__)
     parallel.build(model, rows, devices)
     return zero_k_bias(model)
+
+
+# ------------------------------------------------------------------------------------------------
+# train_decoder.py
+# ------------------------------------------------------------------------------------------------
+
+def stage1_networks(args, devices):
+    """Load the frozen encoder, the perceptual network and the discriminator of train_decoder.py ->
+    the three, and {what: the file it came from}.
+
+    The VAE has no encoder, and a loss of weight 0 no network: None. A dry run at a paper's size
+    builds the published shapes on the meta device, without files.
+    """
+    tiny, vae, wants_vgg = args.size == "tiny", args.latent == "vae", args.lpips or args.gram
+    encoder = vgg = disc = None
+    if args.dry_run and not tiny:
+        with torch.device("meta"):
+            if not vae:
+                encoder = ViT(WEBSSL_300M if args.latent == "webssl" else SO400M, devices.dtype)
+            if wants_vgg:
+                vgg = Perceptual(dtype=devices.dtype)
+            if args.gan:
+                disc = Discriminator()
+        return encoder, vgg, disc, "published shapes"
+    wanted = [] if vae else [("encoder", args.encoder, "--encoder")]
+    wanted += vgg_files(args, tiny, args.lpips) if wants_vgg else []
+    wanted += dino_file(args, tiny) if args.gan else []
+    files = {what: path for (what, _, _), path in zip(wanted, locate(wanted))}
+    if not vae:
+        encoder = load_encoder(files["encoder"], devices)
+    if wants_vgg:
+        vgg = load_perceptual(files["VGG16"], files.get("LPIPS"), devices, args.lpips > 0)
+    if args.gan:
+        disc = load_discriminator(files["DINO"], devices, args.seed).eval()
+    small = {"VGG16": vgg and vgg.width < 1, "DINO": disc and disc.config.dim < 384}
+    return encoder, vgg, disc, {
+        what: f"{path} (small, not the pretrained one)" if small.get(what) else str(path)
+        for what, path in files.items()}
+
+
+def load_init(path, config, encoder, devices):
+    """Load the decoder (or, without an encoder, the VAE) of --init to train it.
+
+    The file's config says more than the flags (normalisation, eps), so the network keeps it. Raises
+    UserError if the flags, which made `config`, ask for another network.
+    """
+    place, = locate([("weights", path, "--init")])
+    model = (load_decoder(place, devices, encoder, "--init") if encoder else
+             load_vae(place, devices, "--init"))
+    own = ("encoder", "image_mean", "image_std", "layer_norm_eps", "scaling_factor", "shift_factor")
+    differ = [f"{k} {v!r}, not {getattr(config, k)!r}" for k, v in vars(model.config).items()
+              if k not in own and v != getattr(config, k)]
+    if differ:
+        raise UserError(f"--init {path} has {', '.join(differ)}; choose --size and --patch to "
+                        "match")
+    if encoder:
+        model.config = replace(model.config, encoder=config.encoder)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name != "decoder_pos_embed")
+    return model.train()
+
+
+def describe_stage1(args, devices, model, encoder, vgg, disc, resolution, **rows):
+    """Print the start-up table of train_decoder.py -> FLOPs per image of a step, by network."""
+    forward = model.forward_flops() if encoder else model.forward_flops(resolution)
+    flops = {"encoder": encoder.forward_flops()} if encoder else {}
+    flops["decoder"] = 3 * forward                      # forward and backward
+    if vgg:                                             # both images, and back to one
+        flops["vgg"] = 3 * vgg.forward_flops(resolution)
+    if disc:                # forward and back to the image; a fresh reconstruction and the real one
+        trunk, heads = disc.forward_flops()
+        flops["discriminator"] = forward + 4 * trunk + 8 * heads
+        rows["starts"] = dict(discriminator=args.disc_start, gan=args.gan_start)
+    parts = {"decoder": model, "discriminator": disc and disc.heads, "encoder (frozen)": encoder,
+             "vgg (frozen)": vgg, "dino (frozen)": disc and disc.dino}
+    count = {k: sum(p.numel() for p in net.parameters()) for k, net in parts.items() if net}
+    frozen = sum(n for k, n in count.items() if "frozen" in k)
+    start_table(f"train_decoder --size {args.size}", args, devices, count, flops,
+                state_gb(sum(count.values()) - frozen, frozen, args.ema), resolution=resolution,
+                loss={k: getattr(args, k) for k in ("l1", "lpips", "gram", "gan", "kl")}, **rows)
+    return flops

@@ -29,14 +29,11 @@ from checkpoint import Run
 from cli import UserError, positive, share
 from decoder import SIZES, Decoder, size_config
 from decoder import initial as init_decoder
-from encoder import SO400M, WEBSSL_300M, ViT
-from evaluate import SMALL, images
-from losses import (
-    Discriminator, Perceptual, adaptive_weight, augment, d_loss_hinge, d_loss_vanilla, g_loss)
+from evaluate import images
+from losses import adaptive_weight, augment, d_loss_hinge, d_loss_vanilla, g_loss
 from metrics import psnr, round8
 from training import (
-    averaged, averages, check_batch, cosine, ema_weight, save_grid, set_lr, start_table, state_gb,
-    update_ema)
+    averaged, averages, check_batch, cosine, ema_weight, save_grid, set_lr, update_ema)
 from vae import TINY, VAE, VAEConfig
 from vae import initial as init_vae
 
@@ -45,8 +42,8 @@ from vae import initial as init_vae
 # ------------------------------------------------------------------------------------------------
 
 EPOCH = 1_280_000       # images in a virtual epoch: `7e` is seven epochs, `500` is 500 steps
-DEFAULTS = {            # paper, Table 7, and the RAE code. tiny is ours: its small VGG pulls harder
-    # against L1 than the real one, so it has a tenth of the weights, and less of the GAN's
+DEFAULTS = {            # paper, Table 7, and the RAE code; the EMA is ours. tiny's small VGG pulls
+    # harder against L1 than the real one, so it has a tenth of the weights, and less of the GAN's
     "tiny": dict(steps=1500, batch=32, lr=1.5e-3, lr_final=1e-5, warmup="200", ema=0.998,
                  lr_disc=2e-3, lr_disc_final=2e-4, warmup_disc="100", disc_start="500",
                  gan_start="600", lpips=0.1, gram=10.0, gan=0.1),
@@ -117,15 +114,10 @@ def parser():
 
 
 def arguments():
+    """Read the flags. The rest follows from --size and --latent."""
     args = parser().parse_args()
     tiny, vae = args.size == "tiny", args.latent == "vae"
-    defaults = dict(DEFAULTS["tiny" if tiny else args.latent])
-    if tiny:                                # a term whose small network is not there yet is off
-        if not (args.vgg or (weights.TINY / "vgg.safetensors").is_file()):
-            defaults.update(lpips=0.0, gram=0.0)
-        if not (args.dino or (weights.TINY / "dino.safetensors").is_file()):
-            defaults.update(gan=0.0)
-    for key, value in defaults.items():
+    for key, value in DEFAULTS["tiny" if tiny else args.latent].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     for key in ("steps", "warmup", "warmup_disc", "disc_start", "gan_start"):
@@ -133,160 +125,95 @@ def arguments():
     if args.gan and args.gan_start < args.disc_start:
         raise UserError(f"--gan-start {args.gan_start} is before --disc-start {args.disc_start}: "
                         "an untrained discriminator would steer the decoder")
-    unused = [flag for flag, given in (
-        ("--encoder", args.encoder), ("--patch", args.patch), ("--noise-tau", args.noise_tau),
-        ("--remat", args.remat != "none"), ("--compile", args.compile)) if given]
+    if args.bench:                                      # time the whole step, with the GAN
+        args.disc_start = args.gan_start = 0
+    unused = [f"--{k.replace('_', '-')}" for k in ("encoder", "patch", "noise_tau", "remat",
+              "compile") if getattr(args, k) not in (None, 0, "none")]
     if vae and unused:
         raise UserError(f"{', '.join(unused)} with --latent vae: the VAE has no frozen encoder and "
                         "its blocks are neither compiled nor recomputed; leave it out")
+    if not vae:
+        tiny_encoder = tiny and args.latent == "siglip2"
+        default = weights.TINY_ENCODER if tiny_encoder else weights.HUB[args.latent][0]
+        args.encoder = weights.portable_path(args.encoder or default)
     args.kl *= vae
     args.out = args.out or Path(f"runs/{'vae' if vae else 'decoder'}-{args.size}")
     return args
 
 
 # ------------------------------------------------------------------------------------------------
-# Networks
+# The network to train
 # ------------------------------------------------------------------------------------------------
-
-def load_frozen(args, devices):
-    """Load the frozen encoder (None for the VAE), the perceptual network and the discriminator
-    (None if their weights are 0). Return them with {what: where it was found}.
-
-    A dry run at a paper's size builds the published shapes on the meta device, without files.
-    """
-    tiny, vae, vgg = args.size == "tiny", args.latent == "vae", args.lpips or args.gram
-    if args.dry_run and not tiny:
-        with torch.device("meta"):
-            encoder = ViT(WEBSSL_300M if args.latent == "webssl" else SO400M, devices.dtype)
-            return (None if vae else encoder, Perceptual(dtype=devices.dtype) if vgg else None,
-                    Discriminator() if args.gan else None, "published shapes")
-    wanted = [] if vae else [("encoder", args.encoder or encoder_name(args), "--encoder")]
-    wanted += networks.vgg_files(args, tiny, args.lpips) if vgg else []
-    wanted += networks.dino_file(args, tiny) if args.gan else []
-    path = dict(zip((what for what, _, _ in wanted), weights.locate(wanted)))
-    encoder = None if vae else networks.load_encoder(path["encoder"], devices)
-    vgg = networks.load_perceptual(path["VGG16"], path.get("LPIPS"), devices,
-                                  args.lpips > 0) if vgg else None
-    disc = networks.load_discriminator(path["DINO"], devices,
-                                      args.seed).eval() if args.gan else None
-    small = {"VGG16": vgg and vgg.width < 1, "DINO": disc and disc.config.dim < 384}
-    return encoder, vgg, disc, {k: f"{p}{SMALL * bool(small.get(k))}" for k, p in path.items()}
-
-
-def encoder_name(args):
-    """Return the default encoder: the tiny one, or the published one of --latent."""
-    tiny = args.size == "tiny" and args.latent == "siglip2"
-    return weights.TINY_ENCODER if tiny else weights.HUB[args.latent][0]
-
-
-def network_config(args, encoder):
-    """Return the config of the network to train: a VAEConfig or a DecoderConfig."""
-    if args.latent == "vae":                # the scale and the shift are measured at the end
-        return dataclasses.replace(TINY if args.size == "tiny" else VAEConfig(),
-                                   scaling_factor=1.0, shift_factor=0.0)
-    return size_config(args.size, encoder.channels, encoder.tokens,
-                       args.patch or encoder.patch_size, encoder.mean, encoder.std,
-                       weights.portable_path(args.encoder or encoder_name(args)))
-
 
 def build(args, encoder, devices):
-    """Build the network to train on its devices, with initial weights or those of --init. A file's
-    config says more than the flags (normalisation, eps), so the network keeps it."""
-    vae, config = args.latent == "vae", network_config(args, encoder)
-    make = functools.partial(VAE, config) if vae else functools.partial(
-        Decoder, config, devices.dtype)
+    """Build the decoder or VAE on its devices, with initial weights or those of --init. encoder:
+    the frozen one, None for the VAE. With --dry-run the network stays on the meta device."""
+    if args.latent == "vae":                # the scale and the shift are measured at the end
+        config = dataclasses.replace(TINY if args.size == "tiny" else VAEConfig(),
+                                     scaling_factor=1.0, shift_factor=0.0)
+    else:
+        config = size_config(args.size, encoder.channels, encoder.tokens,
+                             args.patch or encoder.patch_size, encoder.mean, encoder.std,
+                             args.encoder)
+    if args.init and not args.dry_run:
+        return networks.load_init(args.init, config, encoder, devices)
     with torch.device("meta"):
-        model = make()
+        model = VAE(config) if args.latent == "vae" else Decoder(config, devices.dtype)
     if args.dry_run:
         return model
-    if not args.init:
-        rows = parallel.initial_rows(model, init_vae if vae else init_decoder, args.seed)
-        return parallel.build(model, rows, devices)
-    path, = weights.locate([("weights", args.init, "--init")])
-    model = (networks.load_vae(path, devices, "--init") if vae else
-             networks.load_decoder(path, devices, encoder, "--init"))
-    own = ("encoder", "image_mean", "image_std", "layer_norm_eps", "scaling_factor", "shift_factor")
-    differ = [f"{k} {v!r}, not {getattr(config, k)!r}" for k, v in vars(model.config).items()
-              if k not in own and v != getattr(config, k)]
-    if differ:
-        raise UserError(f"--init {args.init} has {', '.join(differ)}; choose --size and --patch to "
-                        "match")
-    if not vae:
-        model.config = dataclasses.replace(model.config, encoder=config.encoder)
-    for name, p in model.named_parameters():
-        p.requires_grad_(name != "decoder_pos_embed")
-    return model.train()
-
-
-def train_flops(model, encoder, vgg, disc, resolution):
-    """Return the FLOPs per image of a training step, by network."""
-    vae = encoder is None
-    forward = model.forward_flops(resolution) if vae else model.forward_flops()
-    flops = {} if vae else {"encoder": encoder.forward_flops()}
-    flops["decoder"] = 3 * forward                      # forward and backward
-    if vgg:                                             # both images, and back to one
-        flops["vgg"] = 3 * vgg.forward_flops(resolution)
-    if disc:                # forward and back to the image; a fresh reconstruction and the real one
-        trunk, heads = disc.forward_flops()
-        flops["discriminator"] = forward + 4 * trunk + 8 * heads
-    return flops
+    initial = init_vae if args.latent == "vae" else init_decoder
+    return parallel.build(model, parallel.initial_rows(model, initial, args.seed), devices)
 
 
 # ------------------------------------------------------------------------------------------------
-# Random numbers: functions of (seed, purpose, image number), so that neither the mesh nor the
-# micro-batch nor a resumption changes them
+# A batch, and every random number of the step
 # ------------------------------------------------------------------------------------------------
 
-def uniform(n, seed, purpose):
-    """Draw [B,5], the numbers that losses.augment needs."""
-    return torch.from_numpy(np.stack([data.rng(seed, purpose, i).random(5, np.float32)
-                                      for i in n]))
+def draw(numbers, seed, purpose, one):
+    """Stack one(generator) of each image: a function of (seed, purpose, the image's number), so
+    that neither the mesh nor the micro-batch nor a resumption changes it."""
+    return torch.from_numpy(np.stack([one(data.rng(seed, purpose, n)) for n in numbers]))
 
 
-def gaussian(n, seed, shape):
-    """Draw [B,*shape]: the noise of the VAE's posterior."""
-    return torch.from_numpy(np.stack([
-        data.rng(seed, "posterior", i).standard_normal(shape, np.float32) for i in n]))
-
-
-def latent_noise(n, seed, shape, tau, dist):
-    """Draw [B,*shape]: noise with one strength per image, for noise-augmented decoding (paper
-    section 3.3)."""
+def latent_noise(numbers, seed, shape, dist, tau=1.0):
+    """Draw noise [B,*shape] for the latent. posterior: the VAE's, standard normal. half-normal,
+    uniform: with one strength per image, for noise-augmented decoding (paper section 3.3)."""
     def one(g):
-        strength = abs(g.standard_normal()) if dist == "half-normal" else g.random()
+        strength = 1.0
+        if dist == "half-normal":
+            strength = abs(g.standard_normal())
+        elif dist == "uniform":
+            strength = g.random()
         return np.float32(tau * strength) * g.standard_normal(shape, np.float32)
-    return torch.from_numpy(np.stack([one(data.rng(seed, "latent noise", i)) for i in n]))
-
-
-def latent_draws(args, latent):
-    """Return the function (image numbers) -> noise of the latent, or None. latent: [N,C]."""
-    N, C = latent
-    if args.latent == "vae":
-        side = 2 * math.isqrt(N)                        # tokens are 2 x 2 patches of the grid
-        return functools.partial(gaussian, seed=args.seed, shape=(C // 4, side, side))
-    return functools.partial(latent_noise, seed=args.seed, shape=(N, C), tau=args.noise_tau,
-                             dist=args.noise_dist) if args.noise_tau else None
+    return draw(numbers, seed, "posterior" if dist == "posterior" else "latent noise", one)
 
 
 class Collate:
-    """Make a batch of records, in the loader's worker: images uint8 [B,3,S,S], keys, and all draws:
-    fake_g, fake_d and real_d [B,5] for the augmentations, and noise(n) for the latent."""
+    """Records -> one batch; runs in the loader's worker.
+
+    images uint8 [B,3,S,S]; fake_g, fake_d, real_d [B,5]: the draws of losses.augment; noise: of the
+    latent, by the function noise(numbers, seed), if there is one.
+    """
 
     def __init__(self, seed=0, noise=None):
         self.seed, self.noise = seed, noise
 
     def __call__(self, records):
         n = [r["n"] for r in records]
-        batch = {"images": torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1)
-                                        for r in records]),
-                 "fake_g": uniform(n, self.seed, "augment the decoder's fake"),
-                 "fake_d": uniform(n, self.seed, "augment the discriminator's fake"),
-                 "real_d": uniform(n, self.seed, "augment the real image"),
-                 "keys": [r["key"] for r in records],
+        images = [torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records]       # [3,S,S]
+        batch = {"images": torch.stack(images), "keys": [r["key"] for r in records],
                  "skipped": [s for r in records for s in r["skipped"]]}
-        return {**batch, "noise": self.noise(n)} if self.noise else batch
+        for key, purpose in (("fake_g", "augment the decoder's fake"),
+                             ("fake_d", "augment the discriminator's fake"),
+                             ("real_d", "augment the real image")):
+            batch[key] = draw(n, self.seed, purpose, lambda g: g.random(5, np.float32))
+        if self.noise:
+            batch["noise"] = self.noise(n, self.seed)
+        return batch
 
 
+# ------------------------------------------------------------------------------------------------
+# The step's one trick, and the end of a run
 # ------------------------------------------------------------------------------------------------
 
 def at_image(loss, x_hat):
@@ -296,7 +223,7 @@ def at_image(loss, x_hat):
     the adaptive weight needs each loss' gradient too, and the discriminator's own weights get no
     gradient from the decoder's step.
     """
-    gradient, = torch.autograd.grad(loss, x_hat)
+    gradient, = torch.autograd.grad(loss, x_hat)                            # [B,3,S,S]
     linear = (x_hat * gradient).sum()
     return loss.detach() + linear - linear.detach()
 
@@ -327,13 +254,18 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Models: the frozen encoder and VGG, the discriminator with trained heads, the decoder
     # --------------------------------------------------------------------------------------------
-    encoder, vgg, disc, found = load_frozen(args, devices)
+    encoder, vgg, disc, files = networks.stage1_networks(args, devices)
     model = build(args, encoder, devices)
-    resolution = (64 if tiny else 256) if vae else model.config.image_size
-    latent = [(resolution // model.stride) ** 2 if vae else model.tokens, model.channels]   # [N,C]
-    last_weight = (model.decoder.conv_out if vae else model.decoder_pred).weight
-    flops = train_flops(model, encoder, vgg, disc, resolution)
-    if not vae:
+    if vae:
+        resolution, last_weight = 64 if tiny else 256, model.decoder.conv_out.weight
+        side = 2 * resolution // model.stride           # of the grid; a token is 2 x 2 of it
+        N, C = side ** 2 // 4, model.channels
+        noise = functools.partial(latent_noise, shape=(C // 4, side, side), dist="posterior")
+    else:
+        resolution, last_weight = model.config.image_size, model.decoder_pred.weight
+        N, C = model.tokens, model.channels
+        noise = functools.partial(latent_noise, shape=(N, C), dist=args.noise_dist,
+                                  tau=args.noise_tau) if args.noise_tau else None
         model.remat = args.remat == "block"
         parallel.compile_blocks(model.decoder_layers, args.compile, devices)
 
@@ -342,16 +274,9 @@ def main():
     # --------------------------------------------------------------------------------------------
     mixture = None if args.dry_run else data.Mixture(args.data, resolution, args.seed,
                                                      crop="random", text=False)
-    parts = {"decoder": model, "discriminator": disc and disc.heads, "encoder (frozen)": encoder,
-             "vgg (frozen)": vgg, "dino (frozen)": disc and disc.dino}
-    count = {k: sum(p.numel() for p in net.parameters()) for k, net in parts.items() if net}
-    frozen = sum(n for k, n in count.items() if "frozen" in k)
-    start_table(f"train_decoder --size {args.size}", args, devices, count, flops,
-                state_gb(sum(count.values()) - frozen, frozen, args.ema), latent=latent,
-                resolution=resolution,
-                loss={k: getattr(args, k) for k in ("l1", "lpips", "gram", "gan", "kl")},
-                starts=dict(discriminator=args.disc_start, gan=args.gan_start) if disc else None,
-                data=args.data if args.dry_run else mixture.describe(), frozen=found)
+    flops = networks.describe_stage1(
+        args, devices, model, encoder, vgg, disc, resolution, latent=[N, C], frozen=files,
+        data=args.data if args.dry_run else mixture.describe())
     if args.dry_run:
         return
 
@@ -359,32 +284,33 @@ def main():
     # Optimizers: one for the decoder, one for the discriminator's heads
     # --------------------------------------------------------------------------------------------
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    disc_params, spectral = {}, {}              # of the heads; the vectors of their spectral norms
-    if disc:
-        disc_params = {f"disc.{k}": p for k, p in disc.named_parameters() if p.requires_grad}
-        spectral = {f"disc.{k}": b for k, b in disc.named_buffers() if k.endswith(("_u", "_v"))}
-    recipe = dict(betas=args.betas, weight_decay=0.0)
-    optimizer = parallel.adamw(list(named.values()), devices, lr=args.lr, **recipe)
-    d_optimizer = parallel.adamw(list(disc_params.values()), devices, lr=args.lr_disc,
-                                 **recipe) if disc else None
     ema = averages(named, devices) if args.ema else {}
+    heads = disc.heads.state_dict(keep_vars=True) if disc else {}   # and spectral norms' vectors
+    disc_params = list(disc.heads.parameters()) if disc else []
+    adamw = functools.partial(parallel.adamw, devices=devices, betas=args.betas, weight_decay=0.0)
+    optimizer = adamw(list(named.values()), lr=args.lr)
+    d_optimizer = adamw(disc_params, lr=args.lr_disc) if disc else None
     d_loss = {"hinge": d_loss_hinge, "vanilla": d_loss_vanilla}[args.disc_loss]
+
+    def update(optimizer, parameters):
+        """Step, unless the gradient is not finite, and return its norm. The recipe has no clip."""
+        norm = parallel.clip_grad(parameters, math.inf, devices)
+        parallel.guarded_step(optimizer, norm, devices)
+        optimizer.zero_grad(set_to_none=True)
+        return norm
 
     # --------------------------------------------------------------------------------------------
     # Resume
     # --------------------------------------------------------------------------------------------
-    if args.bench:                              # time the whole step, with the GAN
-        args.disc_start, args.gan_start = 0, 0
     run.config = dataclasses.asdict(model.config)
     run.skips.records = mixture.records
-    run.load({**named, **{f"ema.{k}": v for k, v in ema.items()}, **disc_params, **spectral},
+    run.load({**named, **{f"ema.{k}": v for k, v in ema.items()},
+              **{f"disc.heads.{k}": v for k, v in heads.items()}},
              [optimizer, d_optimizer] if disc else [optimizer])
-    collate = Collate(args.seed, latent_draws(args, latent))
-    batches = data.loader(mixture, collate, args.micro_batch, run.start * args.batch,
-                          args.workers, devices.rank, devices.world)
+    batches = data.loader(mixture, Collate(args.seed, noise), args.micro_batch,
+                          run.start * args.batch, args.workers, devices.rank, devices.world)
     unseen = data.Mixture(args.data, resolution, args.seed + 1000, crop="center", text=False)
-    held_out = next(images(unseen, 64, devices))
-    part = args.micro_batch / args.batch
+    held_out = next(images(unseen, 64, devices))                            # [64,3,S,S]
 
     @torch.no_grad()
     def reconstruct(x, z=None):
@@ -396,7 +322,8 @@ def main():
         PSNR."""
         with averaged(named, ema):
             x_hat = reconstruct(held_out)
-        pairs = parallel.full_tensor(torch.stack([held_out[:16], x_hat[:16]], 1).flatten(0, 1))
+        pairs = torch.stack([held_out[:16], x_hat[:16]], 1).flatten(0, 1)   # [32,3,S,S]
+        pairs = parallel.full_tensor(pairs)
         if run.main:
             save_grid(pairs, run.dir / "samples" / f"step-{step:07d}.png", columns=8)
         return {"psnr": psnr(x_hat, held_out).mean().item()}
@@ -404,17 +331,19 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Loop: data, the decoder's step, the discriminator's step, log, sample, save
     # --------------------------------------------------------------------------------------------
+    part = args.micro_batch / args.batch
     for step in run.steps():
         factor = cosine(step, args.steps, args.warmup, args.lr_final / args.lr)
         set_lr([optimizer], factor, devices)
         train_disc = disc is not None and step >= args.disc_start
         adversarial = disc is not None and step >= args.gan_start
-        kept, values = [], {"lr": args.lr * factor}
+        logged = [k for k in ("l1", "lpips", "gram", "kl") if getattr(args, k)]
+        logged += ["gan", "gan_lambda"] * adversarial
+        seen, values = [], {"lr": args.lr * factor}
         for batch in run.micro_batches(batches):
             x = batch["images"].float() / 255                               # [B,3,S,S]
-            z, off = None, x.new_zeros(())                                  # off: a term not in use
-            lpips = gram = gan = kl = off
-            lam = off + 1
+            lpips = gram = gan = kl = x.new_zeros(())                       # 0 where a term is off
+            z, lam = None, x.new_ones(())
             if vae:
                 mean, logvar = model.posterior(x)                           # [B,c,h,w]
                 x_hat = (model.decoder(mean + (0.5 * logvar).exp() * batch["noise"]) + 1) / 2
@@ -427,23 +356,19 @@ def main():
             if vgg:
                 lpips, gram = (v.mean() for v in vgg(x_hat, x, args.gram_layers))
             rec = args.l1 * l1 + args.lpips * lpips + args.gram * gram
-            terms = {"l1": l1, "lpips": lpips, "gram": gram, "kl": kl}
-            terms = {k: v for k, v in terms.items() if getattr(args, k)}
             if adversarial:
                 gan = g_loss(disc(augment(x_hat, batch["fake_g"])))
-                rec, gan = at_image(rec, x_hat), at_image(gan, x_hat)
+                rec, gan = at_image(rec, x_hat), at_image(gan, x_hat)       # the same values
                 if args.adaptive_gan:
                     lam = adaptive_weight(rec, gan, last_weight,
                                           lambda g: parallel.average(g, devices))
-                terms.update(gan=gan, gan_lambda=lam)
-            loss = rec + args.gan * lam * gan + args.kl * kl
+            loss = rec + args.gan * lam * gan + args.kl * kl                # L
             (loss * part).backward()
-            run.meter.add(part, loss=loss, **terms)
+            terms = dict(l1=l1, lpips=lpips, gram=gram, kl=kl, gan=gan, gan_lambda=lam)
+            run.meter.add(part, loss=loss, **{k: terms[k] for k in logged})
             if train_disc:
-                kept.append((x, z, batch))
-        norm = parallel.clip_grad(named.values(), math.inf, devices)        # the recipe has no clip
-        parallel.guarded_step(optimizer, norm, devices)
-        optimizer.zero_grad(set_to_none=True)
+                seen.append((x, z, batch))
+        norm = update(optimizer, named.values())
         update_ema(ema, named, parallel.scalar(ema_weight(args.ema, step), devices.device))
 
         if train_disc:                  # on fresh images from the decoder that was just updated
@@ -451,19 +376,16 @@ def main():
                             args.lr_disc_final / args.lr_disc)
             set_lr([d_optimizer], factor, devices)
             values["lr_disc"] = args.lr_disc * factor
-            for i, (x, z, batch) in enumerate(kept):
+            for i, (x, z, batch) in enumerate(seen):
                 disc.train(i == 0)      # one power iteration of the spectral norms per step
-                fake = round8(reconstruct(x, z))
+                fake = round8(reconstruct(x, z))                            # [B,3,S,S]
                 pair = [augment(x, batch["real_d"]), augment(fake, batch["fake_d"])]
                 real, fake = disc(torch.cat(pair)).chunk(2)                 # logits, each [B,L*N]
-                d = d_loss(real, fake)
-                (d * part).backward()
-                run.meter.add(part, disc=d, logits_real=real.mean(), logits_fake=fake.mean())
+                loss = d_loss(real, fake)                                   # L_D
+                (loss * part).backward()
+                run.meter.add(part, disc=loss, logits_real=real.mean(), logits_fake=fake.mean())
             disc.eval()
-            d_norm = parallel.clip_grad(disc_params.values(), math.inf, devices)
-            parallel.guarded_step(d_optimizer, d_norm, devices)
-            d_optimizer.zero_grad(set_to_none=True)
-            norm = norm + d_norm                                            # finite if both are
+            norm = norm + update(d_optimizer, disc_params)                  # finite if both are
         work = {k: v for k, v in flops.items() if train_disc or k != "discriminator"}
         run.end_step(step + 1, norm, work, PLOT, sample, **values)
     run.finish()
