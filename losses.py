@@ -1,16 +1,15 @@
-"""The losses of the decoder besides L1: LPIPS, Gram and a GAN with a frozen DINO discriminator.
+"""The decoder's losses besides L1: LPIPS, Gram, and a GAN whose discriminator reads frozen DINO.
 
     lpips(x_hat, x) = sum_l mean_hw sum_c w_l,c (u_l(x_hat) - u_l(x))^2,   u = F / |F| over channels
     gram(x_hat, x)  = sum_l mean_cc' (G_l(x_hat) - G_l(x))^2,              G = F F^T / (c h w)
 
 F_l are the maps relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 of VGG16. LPIPS: arXiv 1801.03924.
-Gram: Gatys et al., CVPR 2016. Scale-RAE (arXiv 2601.16208, section 2) gives it the weight 100 but
-neither its layers nor its normalisation: these are our choice.
-The discriminator is StyleGAN-T's (arXiv 2301.09515) in the form of the RAE code (arXiv 2510.11690).
+Gram: Gatys et al., CVPR 2016. Scale-RAE (arXiv 2601.16208, section 2) gives Gram the weight 100 but
+neither its layers nor its normalisation, so these are our choice. The discriminator is StyleGAN-T's
+(arXiv 2301.09515) in the form of the RAE code (arXiv 2510.11690). It computes in fp32 throughout.
 
 Parameter names are the keys of the published files: `features.*` as in torchvision's VGG16,
-`lin{0..4}.model.1.weight` as in LPIPS v0.1, `dino.*` and `heads.{i}.*` as in the RAE code (a DINO
-file has no prefix). The discriminator computes in fp32 throughout.
+`lin{0..4}.model.1.weight` as in LPIPS v0.1, `dino.*` and `heads.{i}.*` as in the RAE code.
 
 B batch, N patches (196), d trunk width (384), L number of heads of the discriminator (5).
 """
@@ -32,11 +31,11 @@ TINY_WIDTH = 1 / 8                          # the tiny preset: 8, 16, 32, 64, 64
 
 
 class Perceptual(nn.Module):
-    """A frozen VGG16 with the LPIPS weights. width: factor on all channels. dtype: of the
-    convolutions; the losses are in fp32.
+    """A frozen VGG16 with the weights of LPIPS.
 
-    LPIPS weights start at 1/C: uncalibrated (without human judgements) until a file is loaded. The
-    tiny network keeps them.
+    width: factor on the number of channels. dtype: of the convolutions; the losses are in fp32. The
+    LPIPS weights are 1/C, which knows no human judgement, until a file replaces them. The tiny
+    network keeps 1/C.
     """
 
     def __init__(self, width=1.0, dtype=torch.float32):
@@ -66,7 +65,7 @@ class Perceptual(nn.Module):
         x, out = (2 * images - 1 - self.shift) / self.scale, []
         x = x.to(self.features[0].weight.dtype)
         for i, layer in enumerate(self.features):
-            x = layer(x)
+            x = layer(x)                                                    # [B, c_l, h, w]
             if i in self.taps:
                 out.append(x)
         return out
@@ -75,8 +74,8 @@ class Perceptual(nn.Module):
         """Two lists of maps -> LPIPS distance [B], fp32."""
         total = 0.0
         for i, (a, b) in enumerate(zip(maps_a, maps_b)):
-            a, b = unit(a.float()), unit(b.float())
-            w = self.get_submodule(f"lin{i}")["model"][1].weight.float()
+            a, b = unit(a.float()), unit(b.float())                         # [B, c, h, w]
+            w = self.get_submodule(f"lin{i}")["model"][1].weight.float()    # [1, c, 1, 1]
             total = total + F.conv2d((a - b).square(), w).mean(dim=(1, 2, 3))   # [B]
         return total
 
@@ -120,21 +119,14 @@ def unit(f):
 
 @dataclass(frozen=True)
 class DiscConfig:
-    """The discriminator's sizes; the defaults are DINO ViT-S/16 with the RAE code's heads."""
+    """The discriminator's sizes. The defaults are DINO ViT-S/16 with the RAE code's heads."""
     dim: int = 384                          # d
     depth: int = 12
     num_heads: int = 6
-    key_depths: tuple = (2, 5, 8, 11)       # blocks whose outputs get a head, besides the last
+    key_depths: tuple = (2, 5, 8, 11)       # blocks whose output gets a head, besides the last
     patch: int = 16
-    kernel_size: int = 9                    # of the heads' residual convolution
+    kernel_size: int = 9                    # of the heads' residual convolution; odd
     image_size: int = 224
-
-    def __post_init__(self):
-        if self.dim % self.num_heads or self.image_size % self.patch or self.kernel_size % 2 == 0:
-            raise ValueError(f"num_heads must divide dim, patch must divide image_size, and "
-                             f"kernel_size must be odd: {self}")
-        if max(self.key_depths) >= self.depth:
-            raise ValueError(f"key_depths {self.key_depths} with only {self.depth} blocks")
 
 
 TINY_DISC = DiscConfig(dim=64, depth=4, num_heads=4, key_depths=(1, 3), patch=8, image_size=64)
@@ -152,17 +144,18 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(d, 4 * d), "fc2": nn.Linear(4 * d, d)})
 
     def forward(self, x):
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # [B, heads, 1+N, d/heads]
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.attn["proj"](y)                            # [B, 1+N, d]
-        y = self.mlp["fc1"](self.norm2(x))                      # [B, 1+N, 4d]
-        # the tanh GELU, as in the RAE code; DINO itself was trained with the exact (erf) one
+        qkv = self.attn["qkv"](self.norm1(x))                           # [B, 1+N, 3d]
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)                     # [B, heads, 1+N, d/heads]
+        x = x + self.attn["proj"](y.transpose(1, 2).flatten(2))         # [B, 1+N, d]
+        y = self.mlp["fc1"](self.norm2(x))                              # [B, 1+N, 4d]
+        # the tanh GELU, as in the RAE code; DINO itself was trained with the exact (erf) GELU
         return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
 
 
 class Dino(nn.Module):
-    """A DINO ViT (arXiv 2104.14294). Its files hold the final `norm`, which no activation uses."""
+    """A DINO ViT (arXiv 2104.14294). Its files hold the last `norm`, which the discriminator does
+    not use. (The RAE code zeroes the bias of every key, which changes no softmax.)"""
 
     def __init__(self, config):
         super().__init__()
@@ -173,7 +166,7 @@ class Dino(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side ** 2, d))
         self.blocks = nn.ModuleList(Block(d, config.num_heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(d, eps=1e-6)
-        # from [-1,1] to ImageNet's normalisation: x * scale + shift; on the CPU in meta builds too
+        # From [-1,1] to ImageNet's normalisation: x * scale + shift. On the CPU in meta builds too.
         mean, std = (torch.tensor(v, device="cpu").view(1, 3, 1, 1) for v in (MEAN, STD))
         self.register_buffer("x_scale", 0.5 / std)
         self.register_buffer("x_shift", (0.5 - mean) / std)
@@ -185,8 +178,8 @@ class Dino(nn.Module):
         if x.shape[2:] != size:
             x = F.interpolate(x, size, mode="bilinear", align_corners=False)
         x = self.patch_embed["proj"](x * self.x_scale + self.x_shift)           # [B, d, n, n]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], 1)
-        x, out = x + self.pos_embed, []                                         # [B, 1+N, d]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], 1)  # [B, 1+N, d]
+        x, out = x + self.pos_embed, []
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in self.key_depths:
@@ -199,10 +192,10 @@ class Dino(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 class SpectralConv1d(nn.Module):
-    """Circular conv1d with the weight W / sigma_max(W) (arXiv 1802.05957); the length stays.
+    """A circular conv1d with the weight W / sigma_max(W) (arXiv 1802.05957). The length stays.
 
     sigma = u^T W v, with one power iteration per call in train mode and none in eval mode. The
-    triplet weight_orig, weight_u, weight_v is that of torch.nn.utils.spectral_norm.
+    names weight_orig, weight_u and weight_v are those of torch.nn.utils.spectral_norm.
     """
 
     def __init__(self, c_in, c_out, kernel):
@@ -212,12 +205,16 @@ class SpectralConv1d(nn.Module):
         self.register_buffer("weight_u", torch.zeros(c_out))
         self.register_buffer("weight_v", torch.zeros(c_in * kernel))
 
-    def forward(self, x):
+    @torch.no_grad()
+    def power_iteration(self):
         W = self.weight_orig.flatten(1)                         # [c_out, c_in * kernel]
+        self.weight_v.copy_(F.normalize(W.mT @ self.weight_u, dim=0, eps=1e-12))
+        self.weight_u.copy_(F.normalize(W @ self.weight_v, dim=0, eps=1e-12))
+
+    def forward(self, x):                                       # [B, c_in, N] -> [B, c_out, N]
         if self.training:
-            with torch.no_grad():
-                self.weight_v.copy_(F.normalize(W.mT @ self.weight_u, dim=0, eps=1e-12))
-                self.weight_u.copy_(F.normalize(W @ self.weight_v, dim=0, eps=1e-12))
+            self.power_iteration()
+        W = self.weight_orig.flatten(1)                         # [c_out, c_in * kernel]
         # clones: the next call changes the buffers in place, and backward needs these values
         sigma = self.weight_u.clone() @ (W @ self.weight_v.clone())
         pad = self.weight_orig.shape[2] // 2
@@ -226,14 +223,14 @@ class SpectralConv1d(nn.Module):
 
 
 class LocalNorm(nn.Module):
-    """Batch norm over a virtual batch of one: each sample's own statistics per channel, over N."""
+    """Batch norm over a virtual batch of one: the statistics of each image and channel, over N."""
 
     def __init__(self, c):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c))
 
     def forward(self, x):                                       # [B, c, N]
-        var, mean = torch.var_mean(x, dim=2, keepdim=True, correction=0)
+        var, mean = torch.var_mean(x, dim=2, keepdim=True, correction=0)        # [B, c, 1]
         return (x - mean) * torch.rsqrt(var + 1e-6) * self.weight[:, None] + self.bias[:, None]
 
 
@@ -255,7 +252,8 @@ class Residual(nn.Module):
 class Discriminator(nn.Module):
     """A frozen trunk and L = 1 + len(key_depths) trained heads.
 
-    Call `train()` for its own step (power iterations) and `eval()` for the decoder's step.
+    Call `train()` for the discriminator's step, which takes power iterations, and `eval()` for the
+    decoder's step.
     """
 
     def __init__(self, config=DiscConfig()):
@@ -268,9 +266,9 @@ class Discriminator(nn.Module):
 
     def forward(self, images):
         """images [B,3,H,W] in [0,1] -> logits [B, L*N], high for real images."""
-        features = self.dino(images)
+        features = self.dino(images)                                            # L of [B, d, N]
         logits = [head(f).flatten(1) for head, f in zip(self.heads, features)]  # L of [B, N]
-        return torch.cat(logits, 1)
+        return torch.cat(logits, 1)                                             # [B, L*N]
 
     def forward_flops(self):
         """Return the FLOPs of one image, 2 per multiply-add, as (frozen trunk, trained heads)."""
@@ -286,32 +284,32 @@ class Discriminator(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 def augment(images, draws):
-    """Augment images [B,3,H,W] in [0,1] differentiably (arXiv 2006.10738), by draws [B,5] that are
-    uniform in [0,1): two of translation, brightness, saturation, contrast.
+    """Augment images [B,3,H,W] in [0,1] differentiably (DiffAug, arXiv 2006.10738).
 
-    Translation is by up to 1/8 of the side, with grey fill. There is no cutout, as in the RAE code.
-    Its numbers are for [-1,1], so this function goes there and back: fill 0, brightness +-0.5.
+    draws: uniform numbers [B,5] in [0,1): two for the translation, then brightness, saturation and
+    contrast. The translation is at most 1/8 of the side and fills with grey. There is no cutout, as
+    in the RAE code. That code's numbers are for [-1,1], so this function goes there and back.
     """
     x, (_, _, H, W) = 2 * images - 1, images.shape
     r = draws.mT[..., None, None, None]                                 # [5, B, 1, 1, 1]
     dy, dx = round(H / 8), round(W / 8)
     x = F.pad(x, (dx, dx, dy, dy))                                      # [B, 3, H+2dy, W+2dx]
     top = (r[0, :, 0, 0, 0] * (2 * dy + 1)).long()                      # [B], 0..2dy
-    left = (r[1, :, 0, 0, 0] * (2 * dx + 1)).long()
+    left = (r[1, :, 0, 0, 0] * (2 * dx + 1)).long()                     # [B], 0..2dx
     rows = top[:, None] + torch.arange(H, device=x.device)              # [B, H]
     cols = left[:, None] + torch.arange(W, device=x.device)             # [B, W]
     x = x.gather(2, rows[:, None, :, None].expand(-1, 3, -1, x.shape[3]))       # [B, 3, H, W+2dx]
     x = x.gather(3, cols[:, None, None, :].expand(-1, 3, H, -1))                # [B, 3, H, W]
     x = x + (r[2] - 0.5)                                                # brightness
-    grey = x.mean(dim=1, keepdim=True)
+    grey = x.mean(dim=1, keepdim=True)                                  # [B, 1, H, W]
     x = grey + (x - grey) * (2 * r[3])                                  # saturation
-    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)                          # [B, 1, 1, 1]
     x = mean + (x - mean) * (r[4] + 0.5)                                # contrast
     return (x + 1) / 2
 
 
 def d_loss_hinge(real, fake):
-    """Logits of real and fake images -> the discriminator's loss, a scalar."""
+    """Logits [B, L*N] of real and of fake images -> the discriminator's loss, a scalar."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -321,16 +319,16 @@ def d_loss_vanilla(real, fake):
 
 
 def g_loss(fake):
-    """Logits of the decoder's images -> the decoder's loss, a scalar."""
+    """Logits [B, L*N] of the decoder's images -> the decoder's loss, a scalar."""
     return -fake.mean()
 
 
 def adaptive_weight(rec_loss, gan_loss, last_weight, average=lambda gradient: gradient):
     """Return |d rec / d W| / (|d gan / d W| + 1e-6), clamped to [0, 1e4] and detached (arXiv
     2012.09841): the factor that balances the two losses at W = `last_weight`, the decoder's last
-    layer. Keeps both graphs for the backward pass.
+    layer. Both graphs stay for the backward pass.
 
-    average: averages a gradient over the processes that share a batch.
+    average: a function that averages a gradient over the processes that share a batch.
     """
     rec, gan = (average(torch.autograd.grad(loss, last_weight, retain_graph=True)[0])
                 for loss in (rec_loss, gan_loss))
@@ -338,49 +336,50 @@ def adaptive_weight(rec_loss, gan_loss, last_weight, average=lambda gradient: gr
 
 
 # ------------------------------------------------------------------------------------------------
-# Initial weights, drawn on the CPU
+# Initial weights
 # ------------------------------------------------------------------------------------------------
 
+def initial(name, shape, seed):
+    """Return the initial value of one tensor of the discriminator.
+
+    Heads: uniform +-1/sqrt(fan in), PyTorch's default for convolutions, as in the RAE code. Trunk,
+    where no file replaces it: N(0, 0.02), as DINO begins. Biases: zero. Norms: one. Vectors of the
+    spectral norms: a random unit u, from which `start_spectral_norms` goes on.
+    """
+    from data import rng
+    draw = rng(seed, f"init discriminator {name.replace('weight_u', 'u')}")
+    if name.endswith("weight_u"):
+        return F.normalize(torch.from_numpy(draw.standard_normal(shape, np.float32)), dim=0)
+    if len(shape) == 1:
+        value = np.full(shape, float(name.endswith("weight")))
+    elif name.startswith("heads."):
+        value = (2 * draw.random(shape, np.float32) - 1) * math.prod(shape[1:]) ** -0.5
+    else:
+        value = draw.standard_normal(shape, np.float32) * 0.02
+    return torch.from_numpy(value).float()
+
+
+def start_spectral_norms(model):
+    """Take 15 power iterations, so that the first steps have a correct norm."""
+    for module in model.heads.modules():
+        if isinstance(module, SpectralConv1d):
+            for _ in range(15):
+                module.power_iteration()
+
+
+def init_discriminator(model, seed):
+    """Give a discriminator on the CPU its initial weights."""
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("dino.x_"):              # ImageNet's statistics
+            tensor.copy_(initial(name, tensor.shape, seed))
+    start_spectral_norms(model)
+
+
 def init_perceptual(model, seed):
-    """Draw He-normal convolutions with zero biases (VGG has no norms) to train a network of one's
-    own. LPIPS weights stay 1/C."""
+    """Draw He-normal convolutions with zero biases, to train a VGG of one's own. (VGG has no
+    norms.) The LPIPS weights stay 1/C."""
     from data import rng
     for name, p in model.features.named_parameters():
         std = (2 / p[0].numel()) ** 0.5 if p.dim() > 1 else 0.0
         draw = rng(seed, f"init vgg {name}").standard_normal(p.shape, np.float32)
         p.data.copy_(torch.from_numpy(draw) * std)
-
-
-def init_discriminator(model, seed):
-    """Draw the heads, and the trunk for the case that no file replaces it.
-
-    Heads: uniform +-1/sqrt(fan in), PyTorch's default for convolutions, as in the RAE code, with
-    zero biases; u and v are random unit vectors after 15 power iterations, so that the first steps
-    have a correct norm. Trunk: N(0, 0.02) for matrices and zero biases, as DINO begins.
-    """
-    from data import rng
-    for name, p in model.named_parameters():
-        draw, heads = rng(seed, f"init discriminator {name}"), name.startswith("heads.")
-        if p.dim() > 1 and heads:
-            value = (2 * draw.random(p.shape, np.float32) - 1) * p[0].numel() ** -0.5
-        elif p.dim() > 1:
-            value = draw.standard_normal(p.shape, np.float32) * 0.02
-        else:
-            value = np.full(p.shape, float(name.endswith("weight")), np.float32)
-        p.data.copy_(torch.from_numpy(value))
-    for name, module in model.heads.named_modules():
-        if isinstance(module, SpectralConv1d):
-            W = module.weight_orig.data.flatten(1)
-            u = rng(seed, f"init discriminator heads.{name}.u").standard_normal(len(W), np.float32)
-            u = F.normalize(torch.from_numpy(u), dim=0)
-            for _ in range(15):
-                v = F.normalize(W.mT @ u, dim=0)
-                u = F.normalize(W @ v, dim=0)
-            module.weight_u, module.weight_v = u, v
-
-
-def zero_k_bias(model):
-    """Zero the key third of every qkv bias of the trunk, as the RAE code does on loading."""
-    for block in model.dino.blocks:
-        block.attn["qkv"].bias.data.view(3, -1)[1] = 0
-    return model

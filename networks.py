@@ -15,7 +15,8 @@ import parallel
 from cli import UserError, parsing
 from decoder import Decoder, DecoderConfig
 from encoder import ENCODERS, SO400M, WEBSSL_300M, ViT, our_key
-from losses import DiscConfig, Discriminator, Perceptual, init_discriminator, zero_k_bias
+from losses import DiscConfig, Discriminator, Perceptual, start_spectral_norms
+from losses import initial as init_discriminator
 from training import start_table, state_gb
 from vae import VAE, VAEConfig, from_ldm
 from weights import (TINY, TINY_ENCODER, Weights, check_config, load, locate, open_weights,
@@ -200,8 +201,8 @@ def load_perceptual(vgg, lpips, devices, needed=True):
 
 
 def load_discriminator(path, devices, seed=0):
-    """Load a DINO trunk with new heads, or a whole discriminator. Without a config it is DINO
-    ViT-S/16. The k biases become zero, as in the RAE code."""
+    """Load a DINO trunk with new heads, or a whole discriminator. A file without a config is DINO
+    ViT-S/16."""
     source = open_weights(path, "--dino")
     config = read_fields(DiscConfig, source.config, source.what)
     whole = any(k.startswith("dino.") for k in source.shapes)
@@ -209,15 +210,15 @@ def load_discriminator(path, devices, seed=0):
         source = source.renamed(lambda key: f"dino.{key}")
     check_config(asdict(config), dict(depth=source.depth("dino.blocks"),
                                       dim=source.size("dino.cls_token", 2)), source.what)
-    twin = Discriminator(config)
-    init_discriminator(twin, seed)
-    fallback = {} if whole else {k: v for k, v in twin.state_dict().items()
-                                 if k.startswith(("heads.", "dino.x_"))}
     with torch.device("meta"):
         model = Discriminator(config)
-    rows = rows_for(model, source, fallback.get, fallback.__contains__)
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    rows = rows_for(model, source, lambda key: init_discriminator(key, shapes[key], seed),
+                    lambda key: key.startswith("heads.") and not whole)
     parallel.build(model, rows, devices)
-    return zero_k_bias(model)
+    if not whole:
+        start_spectral_norms(model)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from chat import chat, encode_text, load_tokenizer  # noqa: E402
 from decoder import Decoder, DecoderConfig  # noqa: E402
 from dit import DiT, DiTConfig  # noqa: E402
 from encoder import LayerNorm, ViT, our_key, vit_config  # noqa: E402
-from losses import DiscConfig, Discriminator, Perceptual, zero_k_bias  # noqa: E402
+from losses import DiscConfig, Discriminator, Perceptual  # noqa: E402
 from stage2 import llm_config  # noqa: E402
 from text_model import TextModel  # noqa: E402
 from tiny.train_encoder import SiglipHead, released_key  # noqa: E402
@@ -178,7 +178,7 @@ def rae_decoder(config, weights, inputs):
 
 
 def dino_disc(config, weights, inputs):
-    model = zero_k_bias(load(Discriminator(known_fields(DiscConfig, config)), weights))
+    model = load(Discriminator(known_fields(DiscConfig, config)), weights)
     images = (inputs["images_pm1"] + 1) / 2
     activations = {f"activation.{i}": a for i, a in enumerate(model.dino(images))}
     return {**activations, "logits": model(images)}
