@@ -175,6 +175,11 @@ def draw(numbers, seed, purpose, one):
     return torch.from_numpy(np.stack([one(data.rng(seed, purpose, n)) for n in numbers]))
 
 
+def uniform(numbers, seed, purpose):
+    """Draw the numbers [B,5] that losses.augment needs."""
+    return draw(numbers, seed, purpose, lambda g: g.random(5, np.float32))
+
+
 def latent_noise(numbers, seed, shape, dist, tau=1.0):
     """Draw noise [B,*shape] for the latent. posterior: the VAE's, standard normal. half-normal,
     uniform: with one strength per image, for noise-augmented decoding (paper section 3.3)."""
@@ -203,10 +208,9 @@ class Collate:
         images = [torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records]       # [3,S,S]
         batch = {"images": torch.stack(images), "keys": [r["key"] for r in records],
                  "skipped": [s for r in records for s in r["skipped"]]}
-        for key, purpose in (("fake_g", "augment the decoder's fake"),
-                             ("fake_d", "augment the discriminator's fake"),
-                             ("real_d", "augment the real image")):
-            batch[key] = draw(n, self.seed, purpose, lambda g: g.random(5, np.float32))
+        batch["fake_g"] = uniform(n, self.seed, "augment the decoder's fake")           # [B,5]
+        batch["fake_d"] = uniform(n, self.seed, "augment the discriminator's fake")
+        batch["real_d"] = uniform(n, self.seed, "augment the real image")
         if self.noise:
             batch["noise"] = self.noise(n, self.seed)
         return batch

@@ -187,9 +187,7 @@ def test_schedules_of_decoder_and_discriminator(gan_run, long_run):
 
 def test_draws_belong_to_the_image():
     """They do not depend on the rest of the batch; purposes and seeds differ."""
-    def uniform(numbers, seed, purpose):
-        return train_decoder.draw(numbers, seed, purpose, lambda g: g.random(5))
-
+    uniform = train_decoder.uniform
     a = uniform([5, 6, 7], 3, "a")
     assert torch.equal(a[1:], uniform([6, 7], 3, "a"))
     others = [uniform([5], 3, "b"), uniform([5], 4, "a"), uniform([3], 5, "a")]
