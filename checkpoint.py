@@ -306,17 +306,17 @@ class Run:
     # --------------------------------------------------------------------------------------------
 
     def steps(self):
-        """Return the iterator over the remaining steps, with a bar on the main process. From here
-        on a signal asks the loop to stop; before, there is nothing to save."""
+        """Yield the remaining steps, with a bar on the main process. From here on a signal asks the
+        loop to stop; before, there is nothing to save."""
         if not self.args.bench:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._ask_to_stop)
         parallel.step_done(self.devices)    # what was only recorded so far is not part of a step
-        self.bar = tqdm(total=self.args.steps, initial=self.start, disable=not self.main,
-                        dynamic_ncols=True, mininterval=1, bar_format="{percentage:3.0f}%|{bar}| "
-                        "{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
-        self.meter.start()
-        return range(self.start, self.args.steps)
+        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        with tqdm(total=self.args.steps, initial=self.start, disable=not self.main,
+                  dynamic_ncols=True, mininterval=1, bar_format=form) as self.bar:
+            self.meter.start()
+            yield from range(self.start, self.args.steps)
 
     def _ask_to_stop(self, number, _):
         self.signal = number

@@ -166,7 +166,7 @@ class Meter:
 
     def loss(self):
         """Return the mean loss of this process, without starting again."""
-        known = [(w, v["loss"]) for w, v in self.values if "loss" in v]
+        known = [(w, v["loss"].item()) for w, v in self.values if "loss" in v]
         return sum(w * v for w, v in known) / sum(w for w, _ in known)
 
     def read(self, devices):
