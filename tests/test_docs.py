@@ -142,7 +142,7 @@ def test_lines_that_make_the_images(tmp_path):
                           env={**ENV, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "docs/samples.png").width == 8 + 8 * 136
-    assert Image.open(tmp_path / "docs/training.png").width == 8 + 4 * 274
+    assert Image.open(tmp_path / "docs/training.png").width == 8 + 4 * 272
 
 
 def test_the_notebook_s_contents_list_every_entry():
