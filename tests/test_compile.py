@@ -43,7 +43,7 @@ def of_llm(remat=False):
 def of_encoder(kind):
     config = encoder.ViTConfig(kind, 32, 48, 3, 2, image_size=16, patch_size=4)
     model, images = encoder.ViT(config), normal(1, 4, 3, 16, 16)
-    return model, model.blocks, lambda: (model(images) * normal(2, 4, 16, 32)).mean()
+    return model, model.blocks, lambda: (model(images) - normal(2, 4, 16, 32)).square().mean()
 
 
 def of_decoder():
