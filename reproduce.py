@@ -4,6 +4,7 @@
     python reproduce.py width              # run what is missing, then write results/width.*
     python reproduce.py width --quick      # a smoke test of a minute, in runs/reproduce-quick
     python reproduce.py width --plot       # only draw results/width.png and .md again
+    python reproduce.py figure-method      # a picture of the README
 
 A row holds its claim, the paper's numbers, the arms (commands that differ in one thing), the seeds,
 what to measure, and the rule that turns the numbers into a verdict. The rule is written before the
@@ -15,6 +16,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ from cli import UserError
 from results.rows import ROWS
 
 ROOT = Path(__file__).parent
+FIGURES = ("method", "latents", "trajectory", "ranking", "training")
 # What --quick adds to each command. argparse keeps the last value of a flag.
 TRAIN = "--steps 4 --batch 4 --log-every 1 --sample-every 0 --save-every 4"
 QUICK = {"train_dit.py": f"{TRAIN} --sample-steps 1", "train_decoder.py": TRAIN,
@@ -64,8 +67,13 @@ def output_of(command, root):
     start, line = time.time(), ""
     process = subprocess.Popen([sys.executable, str(ROOT / script), *words], text=True,
                                stdout=subprocess.PIPE)
-    for line in process.stdout:
-        print(line, end="", flush=True)
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+    except KeyboardInterrupt:
+        process.terminate()             # a training saves and stops
+        process.communicate()
+        raise
     if process.wait():
         raise UserError(f"python {command} ended with status {process.returncode}; the same "
                         "reproduce.py command goes on from there")
@@ -110,6 +118,9 @@ def reproduce(row, quick):
         "hours": round(sum(out["seconds"] for out in used.values()) / 3600, 2),
         "machine": machine(), "commits": sorted({out["commit"] for out in used.values()}),
         "date": time.strftime("%Y-%m-%d")}, root / "results" if quick else ROOT / "results")
+    if row.name == "expected" and not quick:
+        from results.figures import draw
+        draw("training")
 
 
 def commit():
@@ -234,7 +245,9 @@ def panel(axis, row, metric, points):
 def main():
     p = cli.Parser(description=__doc__.split("\n")[0])
     names = [row.name for row in ROWS]
-    p.add_argument("name", nargs="?", choices=names, metavar="NAME", help=", ".join(names))
+    figures = [f"figure-{name}" for name in FIGURES]
+    p.add_argument("name", nargs="?", choices=names + figures, metavar="NAME",
+                   help=", ".join(names + figures))
     a = p.add_mutually_exclusive_group().add_argument
     a("--list", action="store_true", help="list the rows with their verdicts")
     a("--plot", action="store_true", help="only draw again what results/NAME.json holds")
@@ -244,7 +257,11 @@ def main():
         return print(table(ROOT / "results"))
     if not args.name:
         p.error("give the NAME of a row, or --list")
+    if args.name in figures:
+        from results.figures import draw                # it imports torch and matplotlib
+        return draw(args.name.removeprefix("figure-"))
     row = ROWS[names.index(args.name)]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not args.plot:
         return reproduce(row, args.quick)
     path = ROOT / "results" / f"{row.name}.json"

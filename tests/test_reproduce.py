@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -89,3 +90,20 @@ def test_quick(row, tmp_path):
     assert {point["arm"] for point in result["points"]} == set(row.arms)
     assert (folder / f"{row.name}.png").is_file() and (folder / f"{row.name}.md").is_file()
     assert sorted((p, p.stat().st_mtime) for p in RESULTS.iterdir()) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in reproduce.FIGURES if name != "training"])
+def test_figures(name, tmp_path, monkeypatch):
+    from results import figures
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    figures.draw(name)
+    assert Image.open(tmp_path / f"{name}.png").width > 1000
+
+
+def test_figure_of_the_default_run(tmp_path):
+    from results import figures
+    for k, step in enumerate((300, 600, 900, 1800)):
+        Image.new("RGB", (530, 134), (60 * k, 0, 0)).save(tmp_path / f"step-{step:07d}.png")
+    figures.training(tmp_path, tmp_path)
+    assert Image.open(tmp_path / "training.png").width > 1000
