@@ -53,24 +53,119 @@ def test_commands(row):
                 assert "--workers 1" in command and "--seed" in command, command
 
 
-@pytest.mark.parametrize("narrow, wide, clean, verdict", [
-    (0.40, 0.05, 0.05, YES), (0.40, 0.20, 0.05, PARTLY), (0.40, 0.20, 0.20, NO),
-    (0.20, 0.05, 0.05, NO)])
-def test_width_rule(narrow, wide, clean, verdict):
-    m = {"v, D 64": {"flow loss": [narrow]}, "v, D 160": {"flow loss": [wide]},
-         "x, D 64": {"flow loss": [clean]}}
-    assert rows.width_rule(m)[0] == verdict
+def of(metric, **arms):
+    """Return what a rule gets: {arm: {metric: values of the seeds}}."""
+    return {arm: {metric: values} for arm, values in arms.items()}
 
 
-@pytest.mark.parametrize("small, large, verdict", [
-    ([0.02, 0.03], [0.00, 0.01], YES), ([0.05, -0.01], [0.00, 0.01], PARTLY),
-    ([0.01, 0.01], [0.02, 0.03], NO), ([-0.01, -0.01], [-0.02, -0.02], NO)])
-def test_head_rule(small, large, verdict):
-    m = {}
-    for D, gains in ((112, small), (224, large)):
-        for arm, loss in (("depth", [0.3] * 2), ("head", [0.3 - g for g in gains])):
-            m[f"D {D}, {arm}"] = {"flow loss, unseen images": loss}
-    assert rows.head_rule(m)[0] == verdict
+def width(narrow, wide, clean):
+    return of("flow loss", **{"v, D 64": [narrow], "v, D 160": [wide], "x, D 64": [clean]})
+
+
+def shift(none, base, auto):
+    return {arm: {"background right, %": [back], "colour right, %": [colour]} for arm, back, colour
+            in (("none (1)", *none), ("base 4096 (1.22)", *base), ("auto (6.93)", *auto))}
+
+
+def decoder(text, lpips, web):
+    """The second arm by its changes; two seeds."""
+    first = {"PSNR of text, dB": [20, 20], "LPIPS of text": [0.2, 0.2], "PSNR of web, dB": [25, 25],
+             "PSNR of synthetic, dB": [30, 30]}
+    second = {"PSNR of text, dB": [20 + x for x in text], "LPIPS of text": [0.2 + lpips] * 2,
+              "PSNR of web, dB": [25 + web] * 2, "PSNR of synthetic, dB": [30, 30]}
+    return {"web + synthetic": first, "+ text": second}
+
+
+def best(right, low):
+    curves = {"best 1 of N: right": [[[2 ** k, y] for k, y in enumerate(right)]],
+              "best 1 of N: gain": [[[2 ** k, y - right[0]] for k, y in enumerate(right)]],
+              "best 1 of N: low": [[[2 ** k, low] for k in range(len(right))]]}
+    return {"prompt": curves, "yes": curves}
+
+
+def noise(*gains):
+    """The gain at each stage, for each seed."""
+    curve = lambda ys: [[x, y] for x, y in zip(rows.STAGES, ys)]
+    return of("FD-enc of generated images", **{
+        "tau 0": [curve([1.0] * 5) for _ in gains],
+        "tau 0.2": [curve([1 - g for g in seed]) for seed in gains]})
+
+
+def heads(small, large):
+    """The gains at D 112 and D 224 by seed."""
+    return of(rows.LOSS, **{f"D {D}, {arm}": [0.3 - g * (arm == "head") for g in gains]
+                            for D, gains in ((112, small), (224, large))
+                            for arm in ("depth", "head")})
+
+
+def need(rae, vae, plain):
+    return of("images until right", **{
+        "RAE": [rae], "VAE, shift auto (5.66)": [vae + 5000], "VAE, shift 3": [vae],
+        "VAE, shift 10": [vae + 1000], "no captions": [plain], "random encoder": [40_000]})
+
+
+def rise(rae, vae):
+    curve = lambda x: [[0, 1.0], [64, 1.0], [256, 1 + x]]
+    return of(rows.LOSS, **{"RAE, LLM + DiT": [curve(x) for x in rae],
+                            "VAE, LLM + DiT": [curve(x) for x in vae]})
+
+
+def mixture(*values):
+    arms = ("clean, 1x", "alt text, 1x", "half, 1x", "clean, 2x", "alt text, 2x", "half, 2x")
+    return of("right, %", **dict(zip(arms, ([v] for v in values))))
+
+
+CASES = [
+    (rows.width_rule, width(0.40, 0.05, 0.05), YES),
+    (rows.width_rule, width(0.40, 0.20, 0.05), PARTLY),
+    (rows.width_rule, width(0.40, 0.20, 0.20), NO),
+    (rows.width_rule, width(0.20, 0.05, 0.05), NO),
+    (rows.shift_rule, shift((20, 10), (25, 10), (96, 91)), YES),
+    (rows.shift_rule, shift((40, 10), (25, 10), (96, 91)), PARTLY),
+    (rows.shift_rule, shift((20, 10), (25, 10), (96, 80)), PARTLY),
+    (rows.shift_rule, shift((80, 10), (25, 10), (96, 91)), NO),
+    (rows.decoder_rule, decoder((1, 2), -0.1, -0.2), YES),
+    (rows.decoder_rule, decoder((1, 2), -0.1, -0.6), PARTLY),
+    (rows.decoder_rule, decoder((1, -0.1), -0.1, 0), NO),
+    (rows.best_rule, best([0.5, 0.6, 0.6, 0.7], 0.02), YES),
+    (rows.best_rule, best([0.5, 0.6, 0.55, 0.7], 0.02), PARTLY),
+    (rows.best_rule, best([0.5, 0.6, 0.6, 0.7], -0.02), PARTLY),
+    (rows.best_rule, best([0.5, 0.5, 0.5, 0.49], -0.02), NO),
+    (rows.noise_rule, noise([0, 0.3, 0.2, 0.1, 0.1], [0, 0.2, 0.2, 0.1, -0.1]), YES),
+    (rows.noise_rule, noise([0, 0.3, 0.2, 0.1, 0.1], [0, 0.05, 0.2, 0.1, 0.1]), PARTLY),
+    (rows.noise_rule, noise([0, 0.1, 0.2, 0.1, 0.2], [0, 0.1, 0.2, 0.1, 0.2]), NO),
+    (rows.noise_rule, noise([0, -0.1, 0.2, 0.1, -0.2]), NO),
+    (rows.understanding_rule, of("questions right, %", a=[60], b=[58], c=[59]), YES),
+    (rows.understanding_rule, of("questions right, %", a=[60], b=[58], c=[50]), PARTLY),
+    (rows.understanding_rule, of("questions right, %", a=[60], b=[64], c=[60]), NO),
+    (rows.sizes_rule, of(rows.LOSS, a=[0.4], b=[0.3], c=[0.2]), YES),
+    (rows.sizes_rule, of(rows.LOSS, a=[0.4], b=[0.2], c=[0.3]), PARTLY),
+    (rows.sizes_rule, of(rows.LOSS, a=[0.4], b=[0.2], c=[0.4]), NO),
+    (rows.head_rule, heads([0.02, 0.03], [0.00, 0.01]), YES),
+    (rows.head_rule, heads([0.05, -0.01], [0.00, 0.01]), PARTLY),
+    (rows.head_rule, heads([0.01, 0.01], [0.02, 0.03]), NO),
+    (rows.head_rule, heads([-0.01, -0.01], [-0.02, -0.02]), NO),
+    (rows.vae_rule, need(10_000, 20_000, 15_000), YES),
+    (rows.vae_rule, need(10_000, 20_000, 25_000), PARTLY),
+    (rows.vae_rule, need(20_000, 20_000, 15_000), NO),
+    (rows.finetune_rule, rise([0.01, 0.04], [0.02, 0.3]), YES),
+    (rows.finetune_rule, rise([0.10, 0.10], [0.2, 0.3]), PARTLY),
+    (rows.finetune_rule, rise([0.03, 0.00], [0.02, 0.3]), PARTLY),
+    (rows.finetune_rule, rise([0.2, 0.2], [0.1, 0.1]), NO),
+    (rows.mixture_rule, mixture(70, 60, 75, 80, 70, 82), YES),
+    (rows.mixture_rule, mixture(70, 60, 75, 82, 70, 82), PARTLY),
+    (rows.mixture_rule, mixture(82, 60, 75, 82, 70, 82), NO)]
+
+
+@pytest.mark.parametrize("rule, found, verdict", CASES,
+                         ids=[f"{rule.__name__}-{k}" for k, (rule, *_) in enumerate(CASES)])
+def test_rules(rule, found, verdict):
+    assert rule(found)[0] == verdict
+
+
+def test_every_rule_has_all_its_verdicts_tested():
+    assert {(rule, verdict) for rule, _, verdict in CASES} == {
+        (row.rule, verdict) for row in ROWS if row.rule for verdict in (YES, PARTLY, NO)}
 
 
 def quick(name, folder):
