@@ -1,12 +1,12 @@
-"""The data stream: sources of images with text, mixed, shuffled and loaded; all random numbers.
+"""The data stream: sources of images with text, mixed, shuffled and loaded. All random numbers.
 
     python data.py show photos/ --out sheet.png     # draw a contact sheet with captions
     python data.py check shards/                    # read every record and name the broken ones
 
-The stream is random access: sample n of a mixture is a pure function of (sources, resolution, seed,
-n). n decides the source and the place in it, and these decide the record, its caption and its crop.
-The whole state of the stream is the integer n, for any number of ranks and workers, so a run does
-not change with its mesh. files.py reads the user's files, tiny/world.py makes the `builtin:` ones.
+Sample n of a mixture is a pure function of (sources, resolution, seed, n): n decides the source and
+the place in it, and these decide the record, its caption and its crop. So the state of the stream
+is the integer n, for any number of ranks and workers, and a run does not change with its mesh.
+files.py reads the user's files, and tiny/world.py makes the `builtin:` sources.
 """
 import argparse
 import atexit
@@ -26,8 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import cli
 from cli import DataError, UserError, parsing, printable
-from files import (CROPS, BrokenRecord, broken_records, expand, file_record, load_image,
-                   make_square, open_image, open_source)
+from files import CROPS, BrokenRecord, broken_records, expand, file_record, open_source
 
 # ------------------------------------------------------------------------------------------------
 # Randomness
@@ -39,17 +38,15 @@ def hash64(*parts) -> int:
 
 
 def random_stream(*key):
-    """Return a function that gives floats in [0, 1). Python promises that random() keeps its
-    sequence; choice() and shuffle() may change, so nothing here uses them."""
+    """Return a function that gives floats in [0, 1). Python keeps the sequence of random() in all
+    versions, but not those of choice() and shuffle()."""
     return random.Random(hash64(*key)).random
 
 
 def rng(seed: int, purpose: str, n: int = 0) -> np.random.Generator:
-    """Return numpy's Philox generator keyed by the three: the source of all noise and weights.
-
-    purpose: what the numbers are for, such as "noise"; n: number of the sample or step. The 128-bit
-    key is blake2b of the text "seed/purpose/n", so another framework can repeat the numbers.
-    """
+    """Return numpy's Philox generator for a seed, a purpose such as "noise", and the number n of
+    the sample or step: the source of all noise and weights. Its 128-bit key is blake2b of the text
+    "seed/purpose/n", so that another framework can repeat the numbers."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{n}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
@@ -58,12 +55,13 @@ def rng(seed: int, purpose: str, n: int = 0) -> np.random.Generator:
 # The stream
 # ------------------------------------------------------------------------------------------------
 
-CHUNK, WINDOW = 1024, 4096     # records that stay neighbours in a shuffle; records shuffled as one
-BLOCK = 1000                   # samples in which every source has exactly its share
+CHUNK, WINDOW = 1024, 4096     # records that a shuffle keeps together; records shuffled at once
+BLOCK = 1000                   # number of samples in which every source has exactly its share
 
 
 def permutation(n: int, *key) -> np.ndarray:
-    """int64 [n]: the order that sorts splitmix64 of a counter (numpy's may change by version)."""
+    """Return a permutation, int64 [n]: the order that sorts splitmix64 of a counter. (numpy's own
+    permutations may change with its version.)"""
     x = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x += np.uint64(hash64(*key))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -76,17 +74,17 @@ _window = functools.lru_cache(maxsize=BLOCK)(permutation)      # at most one per
 
 @functools.lru_cache(maxsize=BLOCK)
 def _chunks(size: int, *key) -> tuple:
-    """The chunks of a source in the order of an epoch, and where each starts in it."""
+    """Return the chunks of a source in the order of an epoch, and the place where each starts."""
     order = permutation(-(-size // CHUNK), *key)
     lengths = np.where(order == len(order) - 1, size - CHUNK * (len(order) - 1), CHUNK)
     return order, np.cumsum(lengths) - lengths
 
 
 def shuffled(size: int, i: int, *key) -> int:
-    """Return which of `size` records comes i-th in an endless stream of epochs.
+    """Return the number of the i-th record in an endless stream of epochs over `size` records.
 
     Each epoch has its own order: chunks of consecutive records (pieces of shards) are shuffled,
-    then the records within a window, so that reads stay local. Random access in O(log size).
+    then the records within a window, so that reads stay local. The cost is O(log size).
     """
     epoch, p = divmod(i, size)
     start = p - p % WINDOW
@@ -97,9 +95,9 @@ def shuffled(size: int, i: int, *key) -> int:
 
 
 def parse_spec(spec: str) -> tuple:
-    """(source, weight) of `source[=weight]`. Raises DataError."""
+    """Return (source, weight) of `source[=weight]`. Raises DataError."""
     name, _, number = spec.rpartition("=")
-    if not name or "/" in number or os.path.exists(spec):               # date=2026/*.tar
+    if not name or "/" in number or os.path.exists(spec):               # such as date=2026/*.tar
         return spec, 1.0
     try:
         weight = float(number)
@@ -116,11 +114,6 @@ def parse_specs(specs: list) -> tuple:
     return names, [w / sum(weights) for w in weights]
 
 
-def planned(specs: list) -> list:
-    """Return `Mixture.describe` without reading the sources."""
-    return [{"source": name, "weight": w, "size": None} for name, w in zip(*parse_specs(specs))]
-
-
 def world():
     """Return the module of the toy world; nothing else here needs the folder tiny/."""
     from tiny import world
@@ -128,7 +121,7 @@ def world():
 
 
 def is_builtin(name: str) -> bool:
-    """Tell whether the toy world makes this source. Raises DataError for an unknown name."""
+    """Return whether the toy world makes this source. Raises DataError for an unknown name."""
     if name.startswith("builtin:") and name not in world().BUILTIN:
         known = ", ".join(world().BUILTIN)
         raise DataError(f"{printable(name)}: expected one of {known}, or a path")
@@ -140,9 +133,9 @@ class Mixture:
 
     A record is a dict: n; key; source; task ("t2i" or "qa"); image uint8 [R, R, 3]; caption or
     None; conversations [{"from": "human"|"gpt", "value": ...}] with `<image>` in one turn; scene
-    (a Scene, None for files); skipped [(key, reason)], the broken records that this one replaces;
-    for built-in questions also question, its kind. `text=False` takes images without a caption.
-    Raises DataError, before long work, for sources that cannot be used.
+    (a Scene, None for files); skipped [(key, reason)], the broken records that this one replaces.
+    A built-in question has its kind as `question`. text: leave out images without a caption. Raises
+    DataError for sources that cannot be used.
     """
 
     def __init__(self, specs: list, resolution: int, seed: int = 0, crop: str = "squash",
@@ -160,8 +153,8 @@ class Mixture:
             self.files = [None if is_builtin(n) else open_source(n, text) for n in self.names]
         except DataError as e:
             raise DataError(f"--data {e}") from e
-        # Every block of 1,000 samples has the same plan: each source gets its share (by largest
-        # remainder), one sample in each of as many equal stretches, so short windows are fair too.
+        # Every block of samples has the same plan. A source with a share of c samples (by largest
+        # remainder) has one in each of c equal stretches, so that short windows are fair too.
         shares = [w * BLOCK for w in self.weights]
         self.counts = list(map(int, shares))
         for s in sorted(range(len(shares)), key=lambda s: self.counts[s] - shares[s]):
@@ -170,28 +163,24 @@ class Mixture:
         slots = sorted(((k + rand()) / c, s, k)
                        for s, c in enumerate(self.counts) for k in range(c))
         self.plan = [(s, k) for _, s, k in slots]
-        for s, files in enumerate(self.files):            # is there a record that can be read?
+        first = {s: n for n, (s, _) in reversed(list(enumerate(self.plan)))}
+        for s, files in enumerate(self.files):
             if files is not None:
-                self[next(n for n, (source, _) in enumerate(self.plan) if source == s)]
+                self[first[s]]                            # raises if no record can be read
 
     def size(self, s: int):
-        """Return the number of records of source s, None for an endless one."""
+        """Return the number of records of source s, or None for an endless one."""
         files, name = self.files[s], self.names[s]
         return world().BUILTIN[name] if files is None else len(files)
 
     def endless(self) -> bool:
-        """Does another seed give other images from every source?"""
+        """Return whether another seed gives other images from every source."""
         return all(self.size(s) is None for s in range(len(self.names)))
 
     @property
     def records(self) -> int:
         """The number of records in the user's files."""
         return sum(len(f) for f in self.files if f is not None)
-
-    def broken(self):
-        """Read all of the user's files; yield (key, reason) for each broken record."""
-        for files in self.files:
-            yield from broken_records(files, self.text) if files is not None else ()
 
     def __len__(self):
         sizes = [self.size(s) for s in range(len(self.names))]
@@ -200,7 +189,7 @@ class Mixture:
         return sum(sizes)
 
     def describe(self) -> list:
-        """[{source, weight, size}] for the start-up table; the weights sum to 1."""
+        """Return [{source, weight, size}] for the start table. The weights sum to 1."""
         return [{"source": name, "weight": w, "size": self.size(s) or "endless"}
                 for s, (name, w) in enumerate(zip(self.names, self.weights))]
 
@@ -227,11 +216,11 @@ class Mixture:
 
 
 class SkipCounter:
-    """Name each broken record once, and end the run when there are too many.
+    """Names each broken record once, and ends the run if there are too many.
 
     records: number of records in the user's files (Mixture.records), if known. More than 10
     distinct broken records end the run if they are more than 10 % of the records (1 % of 10,000 or
-    more), or if their share of the samples so far is larger beyond chance (three deviations).
+    more), or if their share of the samples so far exceeds that by three standard deviations.
     """
 
     def __init__(self, records: int = 0):
@@ -239,8 +228,8 @@ class SkipCounter:
         self.broken, self.named = set(), set()
 
     def update(self, skipped: list, seen: int, rejected: list = ()):
-        """Count the broken records [(key, reason)] among the last `seen` samples. rejected: the
-        same for intact records that are of no use, such as too long ones. Raises DataError."""
+        """Count the broken records [(key, reason)] among the last `seen` samples. rejected: intact
+        records that cannot be used, such as too long ones. Raises DataError."""
         self.count, self.seen = self.count + len(skipped) + len(rejected), self.seen + seen
         for key, why in (*skipped, *rejected):
             if key not in self.named:
@@ -257,17 +246,17 @@ class SkipCounter:
 
 
 class WorkerDied(UserError):
-    """A loader's worker ended before its work was done."""
+    """A worker of the loader ended early."""
 
 
-# Forked workers start at once and notice when kill -9 takes the trainer. From Python 3.14 on Linux'
-# default is a server that forks them, and then they would not.
+# Forked workers start at once, and end when kill -9 ends the trainer. Those of a fork server, the
+# default on Linux from Python 3.14 on, would not.
 FORK = "fork" if sys.platform == "linux" else None
 
 
 class Batches:
-    """A dataset of collated batches: batches[range of n]. A UserError is returned, not raised, so
-    that it comes from a worker without torch's traceback."""
+    """A dataset of collated batches: batches[range of n]. It returns a UserError instead of raising
+    it, because torch would add the worker's traceback."""
 
     def __init__(self, mixture, collate):
         self.mixture, self.collate = mixture, collate
@@ -286,7 +275,7 @@ def unchanged(batch):
 def start_worker(_):
     import torch
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)          # the trainer gets the signal and saves
+    signal.signal(signal.SIGINT, signal.SIG_IGN)          # the trainer gets the signal, and saves
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -294,9 +283,9 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
            rank: int = 0, ranks: int = 1):
     """Return an iterator over collate([records]).
 
-    batch: samples of all ranks together. Micro-batch k of a rank holds samples start + k*batch +
-    rank*(batch//ranks) and the batch//ranks - 1 after it. With workers, collate runs in them, on
-    the CPU. The iterator raises DataError, and WorkerDied when the system kills a worker.
+    batch: number of samples of all ranks together. Micro-batch k of a rank holds batch//ranks
+    samples, from start + k*batch + rank*(batch//ranks) on. collate runs in the workers, if there
+    are any. The iterator raises DataError, and WorkerDied if the system kills a worker.
     """
     from torch.utils.data import DataLoader
     if batch < 1 or batch % ranks:
@@ -310,20 +299,20 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
         num_workers=workers, worker_init_fn=start_worker,
         multiprocessing_context=FORK if workers else None, prefetch_factor=4 if workers else None))
     started = [p for p in multiprocessing.active_children() if p not in before]
-    if signal.getsignal(signal.SIGCHLD) != handler:         # torch's would raise in the middle of
-        signal.signal(signal.SIGCHLD, handler)              # a step when a worker dies
+    if signal.getsignal(signal.SIGCHLD) != handler:         # torch's raises in the middle of a step
+        signal.signal(signal.SIGCHLD, handler)              # when a worker dies
     atexit.register(kill, started)
     return copied(batches, started)
 
 
 def kill(processes):
-    """End workers, which ignore SIGTERM: otherwise Python would wait for them as it ends."""
+    """Kill workers, which ignore SIGTERM. Python would wait for them as it ends."""
     for process in processes:
         process.kill()
 
 
 def copied(batches, workers):
-    """Yield batches; copy the tensors of workers, each of which would stay an open file."""
+    """Yield batches. Those of workers are copied: each of their tensors is an open file."""
     while True:
         try:
             batch = next(batches)
@@ -334,10 +323,11 @@ def copied(batches, workers):
             raise WorkerDied(f"a loader worker died (exit code {codes[0]}); the system kills one "
                              "when memory or /dev/shm runs out; use fewer --workers") from e
         if isinstance(batch, UserError):
-            batches = None              # ends the workers; the traceback would keep them
+            batches = None              # ends the workers, which the traceback would keep alive
             raise batch
-        yield {k: v.clone() if hasattr(v, "clone") else v for k, v in batch.items()} \
-            if workers and isinstance(batch, dict) else batch
+        if workers and isinstance(batch, dict):
+            batch = {k: v.clone() if hasattr(v, "clone") else v for k, v in batch.items()}
+        yield batch
 
 
 # ------------------------------------------------------------------------------------------------
@@ -361,7 +351,7 @@ def contact_sheet(images: list, texts: list, columns: int, side: int = 128) -> I
 
 def show(args):
     """draw the first samples of a stream with their captions"""
-    sources = args.sources or args.source or ["builtin:web"]
+    sources = args.sources or ["builtin:web"]
     mixture = Mixture(sources, args.resolution, args.seed, args.crop, text=False)
     with parsing(f"--out {args.out}"):
         out = open(args.out, "wb")
@@ -416,7 +406,6 @@ def main():
     commands = p.add_subparsers(dest="command", required=True)
     q = commands.add_parser("show", help=show.__doc__, **form)
     q.add_argument("sources", nargs="*", metavar="SOURCE", help="as in --data of the trainers")
-    q.add_argument("--source", nargs="+", help=argparse.SUPPRESS)
     q.add_argument("--out", type=image_name, default="sheet.png", help="image file to write")
     q.add_argument("--count", type=cli.positive(), default=24, help="number of samples")
     q.add_argument("--columns", type=cli.positive(), default=6, help="images in a row")

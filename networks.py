@@ -19,8 +19,8 @@ from losses import DiscConfig, Discriminator, Perceptual, start_spectral_norms
 from losses import initial as init_discriminator
 from training import start_table, state_gb
 from vae import VAE, VAEConfig, from_ldm
-from weights import (TINY, TINY_ENCODER, Weights, check_config, load, locate, open_weights,
-                     portable_path, read_fields, read_json, rows_for, weights_of)
+from weights import (TINY, TINY_ENCODER, Weights, check_config, in_memory, load, locate,
+                     open_weights, portable_path, read_fields, read_json, rows_for, weights_of)
 
 
 def load_encoder(path, devices):
@@ -154,13 +154,7 @@ def load_vae(path, devices, flag="--vae"):
 def from_ldm_pieces(source):
     """Give a file in ae.safetensors' layout diffusers' keys and shapes."""
     state = from_ldm({key: source.rows(key) for key in source.shapes})
-    pieces = {key: [(0, tuple(v.shape), v.is_floating_point(), partial(torch_rows, v), None)]
-              for key, v in state.items()}
-    return Weights(source.what, source.config, pieces)
-
-
-def torch_rows(tensor, first, last):
-    return tensor[first:last] if tensor.dim() else tensor
+    return Weights(source.what, source.config, in_memory(state))
 
 
 def vgg_files(args, tiny, lpips=True):

@@ -1,9 +1,8 @@
 """Weight files: found, opened, checked, and read row by row.
 
-Files are safetensors, or a .pt, .pth or .bin that holds tensors alone (a file with code in it is
-refused). An opened file knows its shapes and gives rows on demand, so that no process reads more
-than its share (`parallel.build`). networks.py loads the frozen networks, stage2.py the LLM and the
-DiT.
+A file is safetensors, or a .pt, .pth or .bin that holds only tensors (one with code in it is
+refused). An opened file knows its shapes and reads rows on demand, so that each process reads its
+own share (`parallel.build`). networks.py loads the frozen networks, stage2.py the LLM and the DiT.
 """
 import json
 import re
@@ -22,16 +21,16 @@ from encoder import ENCODERS
 
 HERE = Path(__file__).parent
 TINY = HERE / "tiny"
-TINY_ENCODER, TINY_VAE = "tiny/encoder.safetensors", "tiny/vae.safetensors"     # as configs say it
+TINY_ENCODER, TINY_VAE = "tiny/encoder.safetensors", "tiny/vae.safetensors"     # names in configs
 TINY_PAIR = (TINY_ENCODER, "tiny/decoder.safetensors")
 FLUX_VAE = "black-forest-labs/FLUX.1-dev"               # its vae/ folder
 HUB = {"siglip2": ("google/siglip2-so400m-patch14-224", "nyu-visionx/siglip2_decoder"),
        "webssl": ("facebook/webssl-dino300m-full2b-224", "nyu-visionx/webssl300m_decoder")}
-HUB["vae"] = HUB["siglip2"]                             # the encoder that understands there
+HUB["vae"] = HUB["siglip2"]                             # its encoder is for understanding
 FILES = ("model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
          "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 DIT = "diff_head.model."                                # the DiT's prefix in the released keys
-# prefixes that FSDP (of torch and torch_xla), torch.compile and DDP leave anywhere in a key
+# Prefixes that FSDP (of torch and torch_xla), torch.compile and DDP leave anywhere in a key
 WRAPPERS = re.compile(r"(?<![^.])((_orig_|_fsdp_wrapped_|_fpw_)?module|_orig_mod)[.]")
 
 
@@ -40,11 +39,11 @@ WRAPPERS = re.compile(r"(?<![^.])((_orig_|_fsdp_wrapped_|_fpw_)?module|_orig_mod
 # ------------------------------------------------------------------------------------------------
 
 def locate(wanted):
-    """Find [(what, path or hub id, flag), ...] -> paths that exist.
+    """Find [(what, path or hub id, flag), ...] -> existing paths, or names in ENCODERS.
 
-    A name is looked for here and beside this file, as it is and in weights/; then, as a hub id, it
-    is downloaded into the local hub cache. Raises one UserError that lists every missing one, the
-    places that were searched, and its flag.
+    Each name is searched in the working folder and beside this file, as it is and in weights/. A
+    hub id is then downloaded into the local hub cache. Raises one UserError for all missing files,
+    with the places that were searched and the flag to set.
     """
     paths, missing = [], []
     for what, name, flag in wanted:
@@ -61,10 +60,10 @@ def locate(wanted):
         if re.fullmatch(r"(?!(weights|runs|tiny)/)[\w.-]+/[\w.-]+", name):
             from huggingface_hub import snapshot_download
             part = ["vae/*"] if what == "vae" else None         # FLUX's other files are 50 GB
-            try:                                        # without a network: what is in the cache
+            try:                                                # without a network, from the cache
                 paths.append(Path(snapshot_download(name, allow_patterns=part)))
                 continue
-            except Exception as error:                  # the hub's client raises many kinds
+            except Exception as error:                          # the hub's client raises many kinds
                 searched += f", the hub cache, the hub ({type(error).__name__})"
         missing.append(f"  {what}: {flag} {printable(name)}\n      searched {printable(searched)}; "
                        f"give {flag} PATH")
@@ -74,8 +73,8 @@ def locate(wanted):
 
 
 def portable_path(name):
-    """Return a name for configs, which are read from any folder: an absolute path for files and
-    folders; tiny/, hub ids, built-in names and None stay as they are."""
+    """Return a name that a config can hold, which is read from any folder: an absolute path for
+    files and folders. Leave tiny/, hub ids, built-in names and None unchanged."""
     if not name or not Path(name).exists():
         return name
     path = Path(name).resolve()
@@ -83,15 +82,15 @@ def portable_path(name):
 
 
 def checkpoints(folder):
-    """Return the checkpoints of a run folder, oldest first. A folder without meta.json is none."""
+    """Return the checkpoints of a run folder, oldest first. Each has a meta.json."""
     return sorted((p for p in (Path(folder) / "checkpoints").glob("*")
                    if re.fullmatch(r"step-\d+", p.name) and (p / "meta.json").is_file()),
                   key=lambda p: int(p.name[5:]))
 
 
 def weights_of(path):
-    """Return the place of a model's weights: a run folder stands for its final/ (EMA where there is
-    one), or, before it ends, for its newest checkpoint."""
+    """Return the file or folder with a model's weights. For a run folder this is its final/ (the
+    EMA if there is one), or before the run ends its newest checkpoint."""
     final = Path(path) / "final"
     if final.is_dir():
         ema = final / "ema.safetensors"
@@ -104,9 +103,9 @@ def weights_of(path):
 # ------------------------------------------------------------------------------------------------
 
 class Weights:
-    """An opened weight file or folder. `config`: the dict of its config.json or metadata; `shapes`:
-    {key: shape}. `pieces`: {key: [(first row, shape, is it floating point, read(first, last),
-    checksum or None)]}, because processes save a checkpoint in pieces."""
+    """An opened weight file or folder. what: its name in errors. config: the dict of config.json or
+    of the metadata. shapes: {key: shape}. pieces: {key: [(first row, shape, whether it is floating
+    point, read(first, last), checksum or None)]}; a checkpoint of several processes has several."""
 
     def __init__(self, what, config, pieces):
         self.what, self.config, self.pieces = what, config, pieces
@@ -118,8 +117,8 @@ class Weights:
             self.shapes[key] = (*rows, *shape[1:])
 
     def rows(self, key, first=0, last=None):
-        """Read rows of a tensor. Raises UserError for damaged values and values that are not
-        finite."""
+        """Read rows of a tensor, by default all. Raises UserError for damaged bytes, and for values
+        that are not finite."""
         last = self.shapes[key][0] if last is None and self.shapes[key] else last
         found = []
         for start, shape, floating, read, checksum in self.pieces[key]:
@@ -140,34 +139,35 @@ class Weights:
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def renamed(self, rename):
-        """Return the same weights under other keys; those for which rename(key) is None are left
-        out."""
+        """Return the same weights under other keys, without those for which rename(key) is None."""
         pieces = {rename(key): parts for key, parts in self.pieces.items()}
         pieces.pop(None, None)
         return Weights(self.what, self.config, pieces)
 
     def depth(self, blocks):
-        """Count the blocks `blocks`.0, .1, ... among the keys."""
+        """Return the number of blocks `blocks`.0, .1, ... among the keys."""
         numbers = (k[len(blocks) + 1:].split(".")[0] for k in self.shapes
                    if k.startswith(blocks + "."))
         return 1 + max((int(n) for n in numbers if n.isdigit()), default=-1)
 
     def size(self, key, axis=0):
-        """Return one side of a tensor, 0 where the key is missing."""
+        """Return one dimension of a tensor, 0 if the key is missing."""
         return self.shapes[key][axis] if len(self.shapes.get(key, ())) > axis else 0
 
 
 def crc32(tensor):
+    """Return the checksum of a tensor's bytes."""
     return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def read_slice(file, key, first, last):
+    """Return rows of a tensor in an opened safetensors file; a scalar has none."""
     part = file.get_slice(key)
     return part[first:last] if part.get_shape() else file.get_tensor(key)
 
 
 def open_safetensors(path, what):
-    """Return the pieces of one file, and its metadata."""
+    """Return the pieces of one file and its metadata."""
     with parsing(f"{what}: {path.name}", path):
         file = safe_open(path, "pt")
         meta = file.metadata() or {}
@@ -182,12 +182,12 @@ def open_safetensors(path, what):
 
 
 def open_pickle(path, what):
-    """Return the pieces of one file that torch.save wrote. Of several state dicts the average's is
-    taken, and a line says so."""
+    """Return the pieces of a file that torch.save wrote, and no metadata. If it holds several state
+    dicts, take the average's and print a note."""
     with parsing(f"{what}: {path.name}", path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if torch.is_tensor(state):
-        state = {path.stem: state}                      # the authors' --save-latent
+        state = {path.stem: state}                      # from the authors' --save-latent
     is_state = lambda v: isinstance(v, dict) and v and all(map(torch.is_tensor, v.values()))
     if not is_state(state):
         inside = [k for k, v in state.items() if is_state(v)] if isinstance(state, dict) else []
@@ -199,13 +199,17 @@ def open_pickle(path, what):
             print(f"note: {printable(path)} holds {', '.join(map(str, inside))}; {known[0]} is "
                   "taken", file=sys.stderr)
         state = state[known[0]]
-    read = lambda v, first, last: v[first:last] if v.dim() else v
-    return {str(k): [(0, tuple(v.shape), v.is_floating_point(), partial(read, v), None)]
-            for k, v in state.items()}, {}
+    return in_memory(state), {}
+
+
+def in_memory(state):
+    """Return the pieces of {key: tensor}."""
+    return {str(k): [(0, tuple(v.shape), v.is_floating_point(), partial(parallel.cut, v), None)]
+            for k, v in state.items()}
 
 
 def open_checkpoint(path):
-    """Open a checkpoint with everything in it -> Weights."""
+    """Open a checkpoint -> Weights of all its tensors, those of the optimizers too."""
     pieces = {}
     for part in sorted(path.glob("state*.safetensors")):
         for key, parts in open_safetensors(part, f"checkpoint {path}")[0].items():
@@ -213,43 +217,47 @@ def open_checkpoint(path):
     return Weights(f"checkpoint {path}", {}, pieces)
 
 
-def open_weights(path, flag="--init"):
-    """Open a run, one of its checkpoints, a released folder or a file -> Weights.
-
-    A config in a file's metadata comes before the config.json beside it; a checkpoint has its
-    run's, and its averages come before its weights. Raises UserError.
-    """
-    what, file = f"{flag} {printable(path)}", weights_of(path)
-    if not file.exists():
-        raise UserError(f"{what}: no such file or folder")
-    folder, saved = (file if file.is_dir() else file.parent), (file / "meta.json").is_file()
-    if saved:
-        files = sorted(file.glob("state*.safetensors"))
-        folder = file.parent.parent                                 # the run has the config
-    elif file.is_dir():
-        packed = [*folder.glob("*.zst"), *folder.glob("*.zstd")]
-        files = [p for p in (folder / n for n in FILES) if p.is_file()][:1] or packed[:1]
-    else:
-        files = [file]
+def weight_files(path, what):
+    """Return the weight files in a folder, or the file itself. Raises UserError."""
+    files = [path]
+    if path.is_dir():
+        files = (sorted(path.glob("state*.safetensors"))
+                 or [path / name for name in FILES if (path / name).is_file()][:1]
+                 or sorted(path.glob("*.zst*")))
     if not files:
         raise UserError(f"{what}: no weights; expected one of {', '.join(FILES)}, or a run folder "
                         "with a checkpoint")
     if files[0].suffix in (".zst", ".zstd"):
         raise UserError(f"{what}: {files[0].name} is compressed; unpack it: zstd -d {files[0]}")
-    config, pieces = {}, {}
+    if not files[0].name.endswith(".index.json"):
+        return files
+    index = read_json(files[0], what).get("weight_map")
+    if not isinstance(index, dict):
+        raise UserError(f"{what}: {files[0].name} has no weight_map")
+    files = [files[0].parent / str(name) for name in sorted(set(index.values()))]
+    if absent := [f.name for f in files if not f.is_file()]:
+        raise UserError(f"{what} names {len(files)} shards, {len(absent)} are not there "
+                        f"(first: {absent[0]})")
+    return files
+
+
+def open_weights(path, flag="--init"):
+    """Open a run, one of its checkpoints, a released folder or a file -> Weights.
+
+    The config in a file's metadata comes before the config.json beside it. A checkpoint has the
+    config of its run, and gives averages instead of weights if it has them. Raises UserError.
+    """
+    what, file = f"{flag} {printable(path)}", weights_of(path)
+    if not file.exists():
+        raise UserError(f"{what}: no such file or folder")
+    saved = (file / "meta.json").is_file()              # a checkpoint
+    folder = file.parent.parent if saved else file if file.is_dir() else file.parent
+    files, config, pieces = weight_files(file, what), {}, {}
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json", what)
-    if files[0].name.endswith(".index.json"):
-        index = read_json(files[0], what).get("weight_map")
-        if not isinstance(index, dict):
-            raise UserError(f"{what}: {files[0].name} has no weight_map")
-        files = [folder / str(name) for name in sorted(set(index.values()))]
-        if absent := [f.name for f in files if not f.is_file()]:
-            raise UserError(f"{what} names {len(files)} shards, {len(absent)} are not there "
-                            f"(first: {absent[0]})")
     for part in files:
-        found, meta = (open_safetensors if part.suffix == ".safetensors" else
-                       open_pickle)(part, what)
+        open_file = open_safetensors if part.suffix == ".safetensors" else open_pickle
+        found, meta = open_file(part, what)
         for key, parts in found.items():
             pieces.setdefault(WRAPPERS.sub("", key), []).extend(parts)
         if "config" in meta:
@@ -260,13 +268,14 @@ def open_weights(path, flag="--init"):
 
 
 def read_json(path, what):
-    """Read an object of a JSON file. Raises UserError."""
+    """Return the object in a JSON file. Raises UserError."""
     with parsing(f"{what}: {path.name}", path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def exported_key(keys, key):
-    """Return the name of a checkpoint's tensor in final/, or None. The average comes first."""
+    """Return the key in final/ of a checkpoint's tensor, None if it has none. keys: all keys of the
+    checkpoint; an average replaces its weight."""
     if key.startswith(("optimizer.", "disc.")) or f"ema.{key}" in keys:
         return None
     key = key.removeprefix("ema.")
@@ -274,7 +283,7 @@ def exported_key(keys, key):
 
 
 def stage2_key(name):
-    """Return the released key of a parameter of ScaleRAE (train_dit.py), None for REPA's."""
+    """Return the released key of a parameter of train_dit.ScaleRAE, None for REPA's projector."""
     if name.startswith("repa."):
         return None
     return DIT + name[4:] if name.startswith("dit.") else name.removeprefix("llm.")
@@ -285,7 +294,7 @@ def stage2_key(name):
 # ------------------------------------------------------------------------------------------------
 
 def check_keys(want, have, what):
-    """Compare {key: shape} of a model and a file. Raises UserError with the first of each kind."""
+    """Raise UserError if {key: shape} of a file differs from that of a model."""
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
     wrong = [f"{k} is {list(have[k])}, expected {list(want[k])}"
              for k in sorted(want.keys() & have.keys()) if list(have[k]) != list(want[k])]
@@ -296,11 +305,11 @@ def check_keys(want, have, what):
 
 
 def rows_for(model, source, initial=None, optional=lambda key: False, ignore=()):
-    """Check that a file fits a model -> its rows, for `parallel.build`.
+    """Check that a file fits a model -> `rows` for `parallel.build`.
 
-    The file may lack keys for which optional(key) is true, whose values initial(key) gives, and
-    tables of positions, which are not on the meta device. ignore: parts of keys that are not read,
-    because they are recomputed; their shapes must fit all the same.
+    The file may lack keys for which optional(key) is true, whose values initial(key) returns, and
+    tensors that are not on the meta device (tables of positions). ignore: parts of keys that are
+    recomputed instead of read; their shapes must fit too.
     """
     own, skip = model.state_dict(), lambda k: any(i in k for i in ignore)
     table = lambda k: not own[k].is_meta
@@ -322,7 +331,7 @@ def rows_for(model, source, initial=None, optional=lambda key: False, ignore=())
 
 def load(model, source, devices, fallback=(), ignore=()):
     """Fill a model that is on the meta device -> the frozen model, in eval mode, on its device.
-    fallback: {key: tensor} for keys that the file may lack."""
+    fallback: {key: tensor} for keys that the file may lack. ignore: see `rows_for`."""
     fallback = dict(fallback)
     rows = rows_for(model, source, fallback.get, fallback.__contains__, ignore)
     parallel.build(model, rows, devices)
@@ -330,7 +339,7 @@ def load(model, source, devices, fallback=(), ignore=()):
 
 
 def check_config(config, found, what):
-    """Compare fields of a config with what the tensors' shapes say. Raises UserError with both."""
+    """Raise UserError if fields of a config differ from `found`, what the tensors' shapes say."""
     wrong = [f"{k} is {config[k]!r} in the config, {v!r} in the weights"
              for k, v in found.items() if v and config.get(k) is not None and config[k] != v]
     if wrong:
@@ -342,8 +351,8 @@ def read_fields(cls, values, what):
     of another type."""
     known = {f.name: f for f in fields(cls)}
     if unknown := sorted(values.keys() - known.keys()):
-        raise UserError(f"{what}: unknown field {', '.join(unknown)}; this code does not know what "
-                        "it asks for")
+        raise UserError(f"{what}: its config has the unknown field {', '.join(unknown)}; expected "
+                        f"{', '.join(known)}")
     lacks = [k for k, f in known.items() if f.default is MISSING and k not in values]
     if lacks:
         raise UserError(f"{what}: its config lacks {', '.join(lacks)}")

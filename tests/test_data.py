@@ -96,7 +96,6 @@ def test_proportions():
     mixture = Mixture(ALL, 64)
     share = {s["source"]: s["weight"] for s in mixture.describe()}
     assert sum(share.values()) == pytest.approx(1)
-    assert data.planned(ALL) == [{**s, "size": None} for s in mixture.describe()]
     for start in (0, 950, 12_340):
         seen = collections.Counter(mixture.names[mixture.plan[n % data.BLOCK][0]]
                                    for n in range(start, start + 100))
@@ -219,7 +218,8 @@ def make(form, folder):
 @pytest.mark.parametrize("form", ["txt", "metadata", "jsonl", "tars", "glob", "braces"])
 def test_formats(form, tmp_path):
     mixture = Mixture([make(form, tmp_path)], 16)
-    assert len(mixture) == mixture.records == 12 and not list(mixture.broken())
+    assert len(mixture) == mixture.records == 12
+    assert not list(files.broken_records(mixture.files[0], text=True))
     for epoch in range(2):
         records = [mixture[n] for n in range(12 * epoch, 12 * epoch + 12)]
         assert {r["caption"] for r in records} == {f"image number {k}" for k in range(12)}
@@ -306,7 +306,8 @@ def test_lines_of_a_jsonl(tmp_path, run):
     mixture = Mixture([str(tmp_path / "a.jsonl")], 8)
     good = {r["caption"]: r["key"].split(":")[-1] for r in map(mixture.__getitem__, range(40))}
     assert good == {"image 0": "1", "image 1": "13"}
-    reasons = {int(k.split(":")[-1]): why for k, why in mixture.broken()}
+    reasons = {int(k.split(":")[-1]): why for k, why in
+               files.broken_records(mixture.files[0], text=True)}
     assert sorted(reasons) == list(range(4, 13)) and len(mixture) == 11
     for number, words in {5: "expected a JSON object", 6: 'expected "image"', 7: "one path",
                           8: "absent.png: no such file", 9: "no such file", 11: "Git LFS pointer",
@@ -373,7 +374,7 @@ def test_crops(tmp_path):
 
 def test_adm_s_centre_crop_and_the_last_place_of_a_random_one():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (264, 300, 3), np.uint8))
-    seen = data.make_square(image, 32, "center")
+    seen = files.make_square(image, 32, "center")
     small = image
     while min(small.size) >= 64:
         small = small.resize([v // 2 for v in small.size], Image.BOX)
@@ -383,7 +384,7 @@ def test_adm_s_centre_crop_and_the_last_place_of_a_random_one():
     assert np.abs(want - seen).mean() < 1
     image = image.crop((0, 0, 30, 30))                      # of 30 pixels, 20 begin at 0 to 10
     for value, at in ((0.0, 0), (0.9999, 10)):
-        seen = data.make_square(image, 20, "random", lambda: value)
+        seen = files.make_square(image, 20, "random", lambda: value)
         assert np.array_equal(seen, np.asarray(image)[at:at + 20, at:at + 20])
 
 
@@ -404,26 +405,26 @@ def test_every_orientation_of_a_camera(turn, tmp_path):
     image.save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as opened:
         want = np.array(ImageOps.exif_transpose(opened))
-    assert np.array_equal(np.array(data.open_image(tmp_path / "a.png")), want)
+    assert np.array_equal(np.array(files.open_image(tmp_path / "a.png")), want)
 
 
 def test_modes_become_rgb(tmp_path):
     """Transparent pixels on white, also of a palette; 16 bits; a JPEG decoded at a fraction."""
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "b.png")
-    assert np.array(data.open_image(str(tmp_path / "b.png"))).min() == 255
+    assert np.array(files.open_image(str(tmp_path / "b.png"))).min() == 255
     image = Image.new("P", (8, 8), 0)
     image.putpalette([0, 0, 0, 255, 0, 0])
     image.paste(1, (0, 0, 4, 8))
     image.save(tmp_path / "a.png", transparency=0)
-    seen = data.open_image(str(tmp_path / "a.png"))
+    seen = files.open_image(str(tmp_path / "a.png"))
     assert (seen.getpixel((0, 0)), seen.getpixel((7, 0))) == ((255, 0, 0), (255, 255, 255))
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(256, 0)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
-    seen = data.load_image((tmp_path / "deep.png").read_bytes(), 16, "squash")
+    seen = files.load_image((tmp_path / "deep.png").read_bytes(), 16, "squash")
     assert 120 < seen.mean() < 136 and seen[0, 0, 0] < 20 and seen[0, -1, 0] > 235
     Image.new("CMYK", (900, 700), (0, 255, 255, 0)).save(tmp_path / "c.jpg")
-    assert data.open_image(str(tmp_path / "c.jpg"), short=64).size == (113, 88)
-    assert data.open_image(str(tmp_path / "c.jpg")).size == (900, 700)
+    assert files.open_image(str(tmp_path / "c.jpg"), short=64).size == (113, 88)
+    assert files.open_image(str(tmp_path / "c.jpg")).size == (900, 700)
 
 
 PIXELS = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
@@ -484,7 +485,7 @@ METADATA = {
 
 @pytest.mark.parametrize("kind", METADATA)
 def test_metadata_never_condemns_whole_pixels(kind):
-    seen = np.asarray(data.open_image(METADATA[kind]())).astype(int)
+    seen = np.asarray(files.open_image(METADATA[kind]())).astype(int)
     assert np.abs(seen - np.asarray(PIXELS)).max() < (9 if kind.startswith("jpeg") else 1)
     assert seen.shape == (30, 40, 3)
 
@@ -496,7 +497,7 @@ def test_without_metadata_the_pixels_stay():
         for content in (plain, full):
             a, b = (Image.open(io.BytesIO(c)) for c in (content, files.without_metadata(content)))
             assert np.array_equal(np.asarray(a), np.asarray(b)) and not b.getexif()
-        assert data.open_image(full).size == (30, 40)       # turned, so the tag was read
+        assert files.open_image(full).size == (30, 40)       # turned, so the tag was read
     out, image = io.BytesIO(), PIXELS.convert("RGBA")
     image.putalpha(99)
     image.save(out, "WEBP", lossless=True, exif=EXIF)
@@ -514,7 +515,7 @@ def test_a_photo_with_a_tag_of_a_wrong_type_is_turned(tmp_path):
     content[tag + 2:tag + 4] = struct.pack(order, 2)        # a number that claims to be text
     with pytest.raises(Exception):
         ImageOps.exif_transpose(Image.open(io.BytesIO(bytes(content))))
-    assert data.open_image(bytes(content)).size == (30, 40)
+    assert files.open_image(bytes(content)).size == (30, 40)
 
 
 def test_what_is_no_image_is_named(tmp_path):
@@ -526,24 +527,24 @@ def test_what_is_no_image_is_named(tmp_path):
             ("page.jpg", b"<!DOCTYPE html><html>", "web page")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(files.BrokenRecord, match=words) as error:
-            data.open_image(tmp_path / name)
+            files.open_image(tmp_path / name)
         assert name in str(error.value)
     os.mkfifo(tmp_path / "fifo.png")
     for path, words in (("/dev/zero", "not a regular file"), (tmp_path / "fifo.png", "regular"),
                         (tmp_path, "not a regular file"), (tmp_path / "absent", "no such file")):
         with pytest.raises(DataError, match=words):
-            data.open_image(path)
+            files.open_image(path)
     with pytest.raises(DataError, match="--image x"):
-        data.open_image(tmp_path / "lfs.png", "--image x")
+        files.open_image(tmp_path / "lfs.png", "--image x")
 
 
 def test_memory_is_bounded(tmp_path):
     """A line of 65,500 pixels under every crop, and a PNG that claims 4 gigapixels."""
-    code = ("import data\n"
+    code = ("import data, files\n"
             "for crop in data.CROPS:\n"
             "    for name in sys.argv[1:3]:\n"
-            "        assert data.load_image(name, 256, crop, float).shape == (256, 256, 3)\n"
-            "try:\n    data.open_image(sys.argv[3])\n"
+            "        assert files.load_image(name, 256, crop, float).shape == (256, 256, 3)\n"
+            "try:\n    files.open_image(sys.argv[3])\n"
             "except data.DataError as e:\n    print(e)\n"
             "status = open('/proc/self/status').read()\n"
             "print(int(status.split('VmHWM:')[1].split()[0]) // 1024)")
@@ -783,7 +784,7 @@ def test_show(tmp_path, run):
     assert run("show", "builtin:text", "--out", sheet, "--count", 5)[0] == 0
     assert Image.open(sheet).size == (5 * 232 + 8, 224 + 82 + 8)
     one = sheet.read_bytes()
-    assert run("show", "--source", "builtin:text", "--out", sheet, "--count", 5)[0] == 0
+    assert run("show", "builtin:text", "--out", sheet, "--count", 5)[0] == 0
     assert sheet.read_bytes() == one
     source = images(tmp_path / "many", 30, texts=True)
     for k in range(0, 30, 2):                               # it shows what can be shown

@@ -173,10 +173,12 @@ def test_steps_of_questions_alone_leave_the_dit_out_on_every_process(curve):
 def test_stage_one_on_two_processes(curve):
     """Reconstruction, VGG terms, the discriminator, and its adaptive weight."""
     (out, found), (whole, expected) = curve("train_decoder", 2), curve("train_decoder", 1)
-    same(found, expected, ("l1", "lpips", "gram", "loss", "disc"))
+    same(found, expected, ("l1", "lpips", "gram", "disc"))
+    same(found[:4], expected[:4], ("loss",))            # up to the first step with the GAN term
     # the heads have stepped by then, and Adam's first steps follow the sign of rounded gradients:
     # 1.3e-3 apart here, 5e-6 with heads that have not stepped (LOG.md, 2026-11-28)
     same(found, expected, ("gan_lambda",), 5e-3)
+    same(found, expected, ("loss",), 1e-3)
     assert "gan_lambda" in expected[-1]
     close(out, whole)
 

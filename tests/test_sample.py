@@ -24,7 +24,6 @@ import best_of                                                          # noqa: 
 import checkpoint                                                       # noqa: E402
 import training
 import cli                                                              # noqa: E402
-import data                                                             # noqa: E402
 import flow                                                             # noqa: E402
 import parallel                                                         # noqa: E402
 import prompts                                                          # noqa: E402
@@ -34,6 +33,7 @@ import weights                                                          # noqa: 
 import stage2
 from chat import IMAGE, encode_text, load_tokenizer                     # noqa: E402
 from dit import DiT, DiTConfig                                          # noqa: E402
+from files import load_image, open_image                                # noqa: E402
 from text_model import TINY, LLMConfig, TextModel, direct_condition     # noqa: E402
 
 torch.set_num_threads(1)
@@ -503,12 +503,12 @@ def test_images_are_read_as_in_training(tmp_path):
     Image.linear_gradient("L").resize((40, 20)).save(tmp_path / "phone.jpg", exif=exif)
     encoder = SimpleNamespace(image_size=64, crop="squash", resample=Image.BICUBIC)
     for name, size in (("clear.png", (40, 20)), ("phone.jpg", (20, 40))):
-        image = data.open_image(tmp_path / name)
+        image = open_image(tmp_path / name)
         assert image.size == size
-        seen = data.load_image((tmp_path / name).read_bytes(), 64, "squash", None)
+        seen = load_image((tmp_path / name).read_bytes(), 64, "squash", None)
         x = sample.to_tensor(image, encoder)[0].permute(1, 2, 0).numpy() * 255
         assert np.abs(x - seen).max() <= 1.001
-    assert data.open_image(tmp_path / "clear.png").getpixel((39, 0)) == (255, 255, 255)
+    assert open_image(tmp_path / "clear.png").getpixel((39, 0)) == (255, 255, 255)
 
 
 def test_images_are_made_square_as_the_encoder_s_processor_does():
