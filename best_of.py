@@ -15,8 +15,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from chat import IGNORE, encode_text, insert_image_tokens, prompt_ids
-from cli import UserError
+from chat import encode_text
+from prompts import check_finite
+from text_model import greedy, question
 
 DESCRIBE = "Describe this image."
 QUESTION = "Does this image align with the prompt: {}?"
@@ -28,53 +29,9 @@ KEYS = {"prompt": lambda r: (-r["prompt_conf"], -r["yes_logit"], r["no_logit"]),
         "loss": lambda r: r["prompt_loss"]}
 
 
-def check_finite(name, tensor):
-    """Return the tensor. Raises UserError, with its name, when it holds NaN or infinity."""
-    bad = int((~tensor.isfinite()).sum())
-    if bad:
-        raise UserError(f"{name}: {bad:,} of {tensor.numel():,} values are not finite (NaN or "
-                        "infinity); what it was computed from is finite")
-    return tensor
-
-
 # ------------------------------------------------------------------------------------------------
 # Questions and greedy answers
 # ------------------------------------------------------------------------------------------------
-
-def question(llm, tokenizer, z, words, more=()):
-    """Embed a chat up to the assistant's header, then the ids `more` -> [B,L,H].
-
-    z [B,N,C]: the image that the chat is about, or None. words: the user's words, one text for all
-    B, or a list of B texts of equal length in tokens.
-    """
-    rows = [prompt_ids(tokenizer, w, image=z is not None) + list(more)
-            for w in ([words] if isinstance(words, str) else words)]
-    rows = [insert_image_tokens(ids, [IGNORE] * len(ids), llm.tokens) for ids in rows]
-    ids = torch.tensor([ids for ids, *_ in rows])                                       # [B,L]
-    if z is None:
-        return llm.embed(ids.to(llm.head_weight().device))
-    start = torch.full((len(z),), rows[0][2], device=z.device)
-    return llm.embed(ids.to(z.device).expand(len(z), -1), start, start < 0, z)
-
-
-def greedy(llm, tokenizer, x, limit, cache):
-    """Decode greedily after the embeddings x [B,L,H], at most `limit` tokens.
-
-    Yields at each step the logits [B,V], the tokens [B], and which answers go on [B]; ends when
-    none does. cache: an empty list.
-    """
-    ends = torch.tensor([tokenizer.token_to_id(s) for s in ("<|im_end|>", "<im_start>")],
-                        device=x.device)
-    alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for _ in range(limit):
-        logits = llm.logits(llm(x, cache)[:, -1])                                       # [B,V]
-        token = logits.argmax(-1)                                                       # [B]
-        alive = alive & ~torch.isin(token, ends)
-        yield logits, token, alive
-        if not alive.any():
-            return
-        x = llm.embed(token[:, None])
-
 
 def decode(tokenizer, steps):
     """Turn the tokens [B] of each step, -1 after an answer's end, into B strings."""
@@ -163,13 +120,3 @@ def scores(llm, tokenizer, z, prompt):
 def rank(rows, verifier):
     """Return the indices of the rows of `scores`, best first; ties keep their order."""
     return sorted(range(len(rows)), key=lambda i: KEYS[verifier](rows[i]))
-
-
-def table(rows, order, seeds, keep):
-    """Format the rows in order as text; `*` marks the first `keep`."""
-    names = [k for k in rows[0] if k != "answer"]
-    lines = [f"  {'seed':>6} " + "".join(f"{k:>13}" for k in names) + "  answer"]
-    for place, i in enumerate(order):
-        lines.append(f"{'*' if place < keep else ' '} {seeds[i]:>6} "
-                     + "".join(f"{rows[i][k]:>13.4f}" for k in names) + f"  {rows[i]['answer']}")
-    return "\n".join(lines)

@@ -1,5 +1,5 @@
-"""Files of prompts, the prompts of a trainer's samples, and image folders as the official scorers
-read them.
+"""What sample.py reads and writes: prompts, images, latents and PNG files; and the checks of them.
+Also the prompts of a trainer's samples.
 
     lines.txt    one prompt per line
     x.jsonl      one {"prompt": ...} per line (GenEval's); DPG-Bench's layout reads "item_id" too
@@ -9,12 +9,22 @@ import contextlib
 import json
 import math
 import os
+import tempfile
+from pathlib import Path
 
-from chat import ANSWER, ROLES
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+
+import weights
+from chat import ANSWER, ROLES, SPECIAL, prompt_ids
 from cli import UserError, parsing, printable
 from files import BrokenRecord, is_system, read_fields
 from training import image_sheet
 
+# ------------------------------------------------------------------------------------------------
+# Prompts
+# ------------------------------------------------------------------------------------------------
 
 def read_prompts(path, layout=None, flag="--prompts"):
     """Read the file or folder of a flag -> [(name, prompt, record)]. Raises UserError."""
@@ -89,6 +99,136 @@ def sample_prompts(file, mixture, collate, count=16):
     return [prompt for prompt in dict.fromkeys(prompts) if not fault(prompt)]
 
 
+def check_text(words, flag, model):
+    """Raise UserError for words that break the chat format or leave no room in the context."""
+    if any("\ud800" <= c <= "\udfff" for c in words):
+        raise UserError(f"{flag} is not valid Unicode: {words[:40]!r}")
+    for s in (*SPECIAL, "<image>"):
+        if s in words:
+            raise UserError(f"{flag} holds {s}, which the chat format uses; leave it out")
+    length = len(prompt_ids(model.tokenizer, words)) + model.llm.tokens + 10    # 10: the answer's
+    if length > model.config.context:
+        raise UserError(f"{flag} is too long: {length} tokens with the image's {model.llm.tokens}, "
+                        f"the context has {model.config.context}; shorten it ({words[:40]!r}...)")
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags that would be ignored, and files that cannot be written
+# ------------------------------------------------------------------------------------------------
+
+def check_arguments(parser, args, drawing):
+    """Refuse flags of sample.py that would be ignored. drawing: the flags that only draw."""
+    mode = next((k for k in ("image", "reconstruct", "latent", "prompts") if getattr(args, k)), "")
+    if args.text and mode in ("prompts", "reconstruct"):
+        parser.error(f"{args.text!r} and --{mode}: give one of them")
+    if not args.text and mode in ("", "image"):
+        parser.error("the prompt (or question) is missing; give some words in quotes")
+    for action in drawing:
+        if mode not in ("", "prompts") and getattr(args, action.dest) != action.default:
+            parser.error(f"{action.option_strings[0]} is for drawing prompts, not for --{mode}")
+    if args.layout and not args.prompts:
+        parser.error(f"--layout {args.layout} needs --prompts FILE")
+    if (args.keep or args.verifier) and not args.best_of:
+        parser.error("--keep and --verifier need --best-of N")
+    if args.out and (args.image or args.latent and args.text):
+        parser.error(f"--out {args.out}: the answer to a question is printed, not written")
+
+
+def check_sampler(args):
+    """Raise UserError for fewer steps than the schedule needs, and for impossible times."""
+    if args.schedule == "authors" and args.steps < 3:
+        raise UserError(f"--steps {args.steps}: --schedule authors needs at least 3")
+    lo, hi = args.guidance_interval = tuple(args.guidance_interval)
+    if not 0 <= lo <= hi <= 1:
+        raise UserError(f"--guidance-interval {lo:g} {hi:g}: expected 0 <= LO <= HI <= 1")
+
+
+def check_out(path, flag, suffix=None):
+    """Raise UserError unless `path` can be written: a file that ends in `suffix`, or a folder if
+    suffix is None. What the attempt makes is removed again."""
+    if suffix and path.suffix.lower() != suffix:
+        raise UserError(f"{flag} {printable(path)}: expected a file name that ends in {suffix}")
+    made = [p for p in (path, *path.parents) if not os.path.lexists(p)]     # innermost first
+    try:
+        (path.parent if suffix else path).mkdir(parents=True, exist_ok=True)
+        (open(path, "ab") if suffix else tempfile.TemporaryFile(dir=path)).close()
+    except OSError as error:
+        raise UserError(f"{flag} {printable(path)} cannot be written as a "
+                        f"{'file' if suffix else 'folder'}: {error.strerror}") from error
+    finally:
+        for p in made:
+            if os.path.lexists(p):
+                p.unlink() if p.is_file() else p.rmdir()
+
+
+def check_finite(name, tensor):
+    """Return the tensor. Raises UserError, with its name, if it holds NaN or infinity."""
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise UserError(f"{name}: {bad:,} of {tensor.numel():,} values are not finite (NaN or "
+                        "infinity); what it was computed from is finite")
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------
+# Images and latents
+# ------------------------------------------------------------------------------------------------
+
+def to_tensor(image, encoder):
+    """Pillow image -> [1,3,S,S] in [0,1], made square as the encoder's processor does it."""
+    S, (W, H) = encoder.image_size, image.size
+    w, h = S, S
+    if encoder.crop != "squash":                        # the short side becomes S, then the middle
+        w, h = (max(S, int(S * v / min(W, H))) for v in (W, H))
+    left, top = (w - S) // 2, (h - S) // 2
+    if max(w, h) > 20 * S:              # a strip: cut first, or the resized image fills the memory
+        image = image.crop((left * W // w, top * H // h, (left + S) * W // w, (top + S) * H // h))
+        w, h, left, top = S, S, 0, 0
+    image = image.resize((w, h), encoder.resample)
+    image = np.asarray(image.crop((left, top, left + S, top + S)))          # [S,S,3]
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def read_latent(path, tokens, channels):
+    """Read a file of --save-latent, ours or the authors' -> [n,N,C]. Raises UserError."""
+    source = weights.open_weights(path, "--latent")
+    key, shape = next(iter(source.shapes.items()), ("", ()))
+    if shape[-2:] != (tokens, channels) or len(shape) > 3 or not math.prod(shape):
+        raise UserError(f"{source.what}: a tensor of {list(shape)}; this model's latents are n x "
+                        f"{[tokens, channels]}, n at least 1")
+    return source.rows(key).float().reshape(-1, tokens, channels)           # [n,N,C]
+
+
+def save_png(image, path, **info):
+    """Write an image [3,H,W] in [0,1] as a PNG with the settings in its metadata. Values are
+    rounded to 8 bits; with the schedule `authors` they are cut off, as in the authors' code."""
+    check_finite("the decoded image", image)
+    meta = PngImagePlugin.PngInfo()
+    for key, value in info.items():
+        meta.add_itxt(key, str(value))
+    x = image.float().cpu().clamp(0, 1) * 255
+    x = (x if info.get("schedule") == "authors" else x.round()).byte()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(x.permute(1, 2, 0).numpy()).save(path, pnginfo=meta)    # [H,W,3]
+
+
+def settings(args, prompt, guidance, dtype, forced):
+    """Return what the metadata of a drawn image say besides its seed. forced: whether the model was
+    made to open the image. The last four are left out at their default."""
+    info = dict(prompt=prompt, steps=args.steps, guidance=guidance, schedule=args.schedule,
+                model=printable(Path(args.run).name), dtype=str(dtype).removeprefix("torch."))
+    for key, value, default in (("guidance_interval", args.guidance_interval, (0.0, 1.0)),
+                                ("solver", args.solver, "euler"), ("direct", forced, False),
+                                ("template", args.template, None)):
+        if value != default:
+            info[key] = value
+    return {**info, "best_of": args.best_of, "verifier": args.verifier} if args.best_of else info
+
+
+# ------------------------------------------------------------------------------------------------
+# Layouts of the official scorers
+# ------------------------------------------------------------------------------------------------
+
 def check_geneval(args, names):
     """Raise UserError if --out holds images that GenEval's scorer would count besides the ones of
     the prompts with these names."""
@@ -115,3 +255,13 @@ def png_files(args, name, record, images, seeds):
     if args.grid or n == 1:
         return [(args.out, grid, all_seeds)]
     return [(args.out.with_stem(f"{args.out.stem}-{i}"), images[i], seeds[i]) for i in range(n)]
+
+
+def table(rows, order, seeds, keep):
+    """Format the rows of best_of.scores in order as text; `*` marks the first `keep`."""
+    names = [k for k in rows[0] if k != "answer"]
+    lines = [f"  {'seed':>6} " + "".join(f"{k:>13}" for k in names) + "  answer"]
+    for place, i in enumerate(order):
+        lines.append(f"{'*' if place < keep else ' '} {seeds[i]:>6} "
+                     + "".join(f"{rows[i][k]:>13.4f}" for k in names) + f"  {rows[i]['answer']}")
+    return "\n".join(lines)

@@ -10,24 +10,19 @@
 
     cond = LLM(prompt, queries);  z = flow.sample(dit, cond, noise);  image = decoder(z)
 
-The schedule `euler` walks from t = 1 to 0. `authors` is the authors' sampler with its stray last
-step and their noise, to repeat their numbers; guidance does nothing in their code, so it is off
-with this schedule unless it is given. The same prompt and seed give the same image in any batch, up
-to rounding (one of 255 levels).
+The schedule `euler` walks from t = 1 to 0. `authors` is the authors' sampler, with their noise and
+their stray last step, to repeat their numbers. Guidance does nothing in their code, so it is off
+with this schedule unless you give it. The same prompt and seed give the same image in any batch, up
+to rounding (one of 255 levels). prompts.py holds the prompt files, the checks and the PNG files.
 """
 import argparse
 import json
-import math
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import cli               # before torch: it sets how threads wait
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -35,117 +30,17 @@ from tqdm import tqdm
 import best_of
 import flow
 import parallel
-import weights
 import stage2
-from best_of import check_finite
-from chat import IMAGE, SPECIAL, prompt_ids
-from training import image_sheet
+import weights
+from chat import IMAGE
 from cli import UserError, printable
 from files import open_image
-from prompts import check_geneval, png_files, read_prompts
-from text_model import direct_condition
-
-
-# ------------------------------------------------------------------------------------------------
-# Text
-# ------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def answer(llm, tokenizer, question, z=None, limit=512):
-    """Answer greedily: yield the text as it is written and, if the model opens an image, its
-    condition [1,N,Z] at the end. The model writes `<im_start>` itself; the queries follow.
-
-    question: the user's words. z [1,N,C]: the image that they are about, or None.
-    """
-    opens = tokenizer.token_to_id("<im_start>")
-    cache, written, shown = [], [], ""
-    x = best_of.question(llm, tokenizer, z, question)
-    for _, token, alive in best_of.greedy(llm, tokenizer, x, limit, cache):             # [1]
-        if token == opens:                              # then the queries, in one forward pass
-            start = torch.ones_like(token)
-            ids = F.pad(token[None], (0, llm.tokens), value=IMAGE)                      # [1,1+N]
-            yield llm.condition(llm(llm.embed(ids, start), cache), start)
-        if not alive:
-            return
-        written.append(token.item())
-        now = tokenizer.decode(written)
-        if not now.endswith("\ufffd"):                  # half of a character: wait for the rest
-            yield now[len(shown):]
-            shown = now
-
-
-def check_text(words, flag, model):
-    """Raise UserError for words that break the chat format or leave no room in the context."""
-    if any("\ud800" <= c <= "\udfff" for c in words):
-        raise UserError(f"{flag} is not valid Unicode: {words[:40]!r}")
-    for s in (*SPECIAL, "<image>"):
-        if s in words:
-            raise UserError(f"{flag} holds {s}, which the chat format uses; leave it out")
-    length = len(prompt_ids(model.tokenizer, words)) + model.llm.tokens + 10    # 10: its own words
-    if length > model.config.context:
-        raise UserError(f"{flag} is too long: {length} tokens with the image's {model.llm.tokens}, "
-                        f"the context has {model.config.context}; shorten it ({words[:40]!r}...)")
-
-
-# ------------------------------------------------------------------------------------------------
-# Images and files
-# ------------------------------------------------------------------------------------------------
-
-def to_tensor(image, encoder):
-    """Pillow image -> [1,3,S,S] in [0,1], made square as the encoder's processor does it."""
-    S, (W, H) = encoder.image_size, image.size
-    w, h = S, S
-    if encoder.crop != "squash":                        # the short side becomes S, then the middle
-        w, h = (max(S, int(S * v / min(W, H))) for v in (W, H))
-    left, top = (w - S) // 2, (h - S) // 2
-    if max(w, h) > 20 * S:              # a strip: cut first, or the resized image fills the memory
-        image = image.crop((left * W // w, top * H // h, (left + S) * W // w, (top + S) * H // h))
-        w, h, left, top = S, S, 0, 0
-    image = image.resize((w, h), encoder.resample)
-    image = np.asarray(image.crop((left, top, left + S, top + S)))
-    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
-
-
-def save_png(image, path, **info):
-    """Write an image [3,H,W] in [0,1] as a PNG with the settings in its metadata. Values are
-    rounded to 8 bits; with the schedule `authors` they are cut off, as in the authors' code."""
-    check_finite("the decoded image", image)
-    meta = PngImagePlugin.PngInfo()
-    for key, value in info.items():
-        meta.add_itxt(key, str(value))
-    x = image.float().cpu().clamp(0, 1) * 255
-    x = (x if info.get("schedule") == "authors" else x.round()).byte().permute(1, 2, 0).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(x).save(path, pnginfo=meta)
-
-
-def read_latent(path, tokens, channels):
-    """Read a file of --save-latent, ours or the authors' -> [n,N,C]. Raises UserError."""
-    source = weights.open_weights(path, "--latent")
-    key, shape = next(iter(source.shapes.items()), ("", ()))
-    if shape[-2:] != (tokens, channels) or len(shape) > 3 or not math.prod(shape):
-        raise UserError(f"{source.what}: a tensor of {list(shape)}; this model's latents are n x "
-                        f"{[tokens, channels]}, n at least 1")
-    return source.rows(key).float().reshape(-1, tokens, channels)
-
-
-def check_out(path, flag, suffix=None):
-    """Raise UserError unless `path` can be written: a file that ends in `suffix`, or a folder when
-    suffix is None. Tries it, and removes again what it made."""
-    if suffix and path.suffix.lower() != suffix:
-        raise UserError(f"{flag} {printable(path)}: expected a file name that ends in {suffix}")
-    made = [p for p in (path, *path.parents) if not os.path.lexists(p)]     # innermost first
-    try:
-        (path.parent if suffix else path).mkdir(parents=True, exist_ok=True)
-        (open(path, "ab") if suffix else tempfile.TemporaryFile(dir=path)).close()
-    except OSError as error:
-        raise UserError(f"{flag} {printable(path)} cannot be written as a "
-                        f"{'file' if suffix else 'folder'}: {error.strerror}") from error
-    finally:
-        for p in made:
-            if os.path.lexists(p):
-                p.unlink() if p.is_file() else p.rmdir()
-
+from metrics import psnr
+from prompts import (
+    check_arguments, check_finite, check_geneval, check_out, check_sampler, check_text, png_files,
+    read_latent, read_prompts, save_png, settings, table, to_tensor)
+from text_model import direct_condition, greedy, question
+from training import image_sheet
 
 # ------------------------------------------------------------------------------------------------
 # Arguments
@@ -217,50 +112,77 @@ def arguments(argv=None):
         a("--grid", action="store_true", help="put the images of a prompt into one PNG"),
         a("--save-latent", type=Path, help="save the latents [n,N,C] as safetensors")]
     args = p.parse_args(argv)
+    args.text = args.text if (args.text or "").strip() else None
     check_arguments(p, args, drawing)
+    check_sampler(args)
     default = min(4, args.best_of or 4) if args.layout else 1
     args.n = (args.keep if args.best_of else args.n) or default
     if args.best_of and args.n > args.best_of or args.layout == "dpg" and args.n not in (1, 4):
         p.error(f"{args.n} images per prompt ({'--keep' if args.best_of else '--n'}): expected at "
                 f"most --best-of {args.best_of}; and 1 or 4 for DPG-Bench's scorer")
     args.verifier = args.verifier or "prompt"
-    if args.image or args.latent and args.text:
-        if args.out:
-            p.error(f"--out {args.out}: the answer to a question is printed, not written")
-    else:
+    if not (args.image or args.latent and args.text):   # an answer is printed
         args.out = args.out or Path("out" if args.prompts else "out.png")
     return args
 
 
-def check_arguments(parser, args, drawing):
-    """Refuse flags that would be ignored. drawing: the actions of flags for drawing prompts."""
-    mode = next((k for k in ("image", "reconstruct", "latent", "prompts") if getattr(args, k)), "")
-    args.text = (args.text or "").strip() and args.text
-    if args.text and mode in ("prompts", "reconstruct"):
-        parser.error(f"{args.text!r} and --{mode}: give one of them")
-    if not args.text and mode in ("", "image"):
-        parser.error("the prompt (or question) is missing; give some words in quotes")
-    for action in drawing:
-        if mode not in ("", "prompts") and getattr(args, action.dest) != action.default:
-            parser.error(f"{action.option_strings[0]} is for drawing prompts, not for --{mode}")
-    if args.layout and not args.prompts:
-        parser.error(f"--layout {args.layout} needs --prompts FILE")
-    if (args.keep or args.verifier) and not args.best_of:
-        parser.error("--keep and --verifier need --best-of N")
-    check_sampler(args)
+# ------------------------------------------------------------------------------------------------
+# Text
+# ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def answer(llm, tokenizer, words, z=None, limit=512):
+    """Answer greedily: yield the text as it is written and, if the model opens an image, its
+    condition [1,N,Z] at the end. The model writes `<im_start>` itself; the queries follow.
+
+    words: the user's. z [1,N,C]: the image that they are about, or None.
+    """
+    opens = tokenizer.token_to_id("<im_start>")
+    cache, written, shown = [], [], ""
+    x = question(llm, tokenizer, z, words)                                              # [1,L,H]
+    for _, token, alive in greedy(llm, tokenizer, x, limit, cache):                     # [1]
+        if token == opens:                              # then the queries, in one forward pass
+            start = torch.ones_like(token)
+            ids = F.pad(token[None], (0, llm.tokens), value=IMAGE)                      # [1,1+N]
+            yield llm.condition(llm(llm.embed(ids, start), cache), start)               # [1,N,Z]
+        if not alive:
+            return
+        written.append(token.item())
+        now = tokenizer.decode(written)
+        if not now.endswith("\ufffd"):                  # half of a character: wait for the rest
+            yield now[len(shown):]
+            shown = now
 
 
-def check_sampler(args):
-    """Raise UserError for fewer steps than the schedule needs, and for impossible times."""
-    if args.schedule == "authors" and args.steps < 3:
-        raise UserError(f"--steps {args.steps}: --schedule authors needs at least 3")
-    lo, hi = args.guidance_interval = tuple(args.guidance_interval)
-    if not 0 <= lo <= hi <= 1:
-        raise UserError(f"--guidance-interval {lo:g} {hi:g}: expected 0 <= LO <= HI <= 1")
+def ask(args, model, z):
+    """Print the answer about each latent of z [n,N,C] as it is written."""
+    for i, row in enumerate(z):
+        print(f"{i}: " if len(z) > 1 else "", end="", flush=True)
+        for piece in answer(model.llm, model.tokenizer, args.text, row[None], args.max_tokens):
+            print(piece if isinstance(piece, str) else "(it opens an image)", end="", flush=True)
+        print()
+
+
+def condition(args, model, words, device):
+    """Let the LLM read a prompt -> cond [1,N,Z], and whether it was forced to open the image.
+
+    --direct forces it. Without, an answer in words is an error for a single prompt. One of many
+    prompts is then forced, and a line says so, because one prompt should not end the run.
+    """
+    if not args.direct:
+        *said, cond = list(answer(model.llm, model.tokenizer, words, limit=args.max_tokens)) or [""]
+        if not isinstance(cond, str):
+            return cond, False
+        said = f"the model answered {''.join(said) + cond!r:.200} instead of drawing"
+        if not args.prompts:
+            raise UserError(f"{said}; ask for an image (\"Can you generate a photo of ...?\") or "
+                            "force one: --direct")
+        tqdm.write(f"{words}: {said}; drawn as with --direct", file=sys.stderr)
+    return direct_condition(model.llm, model.tokenizer, [words], device), True
 
 
 # ------------------------------------------------------------------------------------------------
-# Commands
+# Images
 # ------------------------------------------------------------------------------------------------
 
 def setup(args):
@@ -305,46 +227,6 @@ def sample_latents(args, model, cond, drawn, guidance, devices, progress=lambda:
     return check_finite(f"the latent (made by the DiT with guidance {guidance:g})", z)
 
 
-def reconstruct(args, image, encoder, decode, device):
-    """Encode and decode an image; write both side by side and print the PSNR."""
-    x = to_tensor(image, encoder).to(device)
-    x_hat = decode(check_finite("the latent (made by the encoder)", encoder(x)))
-    x_hat = check_finite("the decoded image", x_hat).clamp(0, 1)
-    x = F.interpolate(x, x_hat.shape[-2:], mode="area")
-    error = ((x * 255).round() - (x_hat * 255).round()).square().mean().item() / 255 ** 2
-    save_png(image_sheet(torch.cat([x, x_hat]), 2), args.out, model=printable(Path(args.run).name),
-             picture=printable(args.reconstruct.name))
-    print(f"{printable(args.out)}  left: the image, right: its reconstruction, "
-          f"PSNR {-10 * math.log10(max(error, 1e-10)):.2f} dB")
-
-
-def ask(args, model, z):
-    """Print the answer about each latent of z [n,N,C] as it is written."""
-    for i, row in enumerate(z):
-        print(f"{i}: " if len(z) > 1 else "", end="", flush=True)
-        for piece in answer(model.llm, model.tokenizer, args.text, row[None], args.max_tokens):
-            print(piece if isinstance(piece, str) else "(it opens an image)", end="", flush=True)
-        print()
-
-
-def condition(args, model, words, device):
-    """Let the LLM read a prompt -> cond [1,N,Z], and whether it was forced to open the image.
-
-    --direct forces it. Without, an answer in words is an error for a single prompt; a prompt of
-    many is then forced, and a line says so, because one prompt should not end the run.
-    """
-    if not args.direct:
-        *said, cond = list(answer(model.llm, model.tokenizer, words, limit=args.max_tokens)) or [""]
-        if not isinstance(cond, str):
-            return cond, False
-        said = f"the model answered {''.join(said) + cond!r:.200} instead of drawing"
-        if not args.prompts:
-            raise UserError(f"{said}; ask for an image (\"Can you generate a photo of ...?\") or "
-                            "force one: --direct")
-        tqdm.write(f"{words}: {said}; drawn as with --direct", file=sys.stderr)
-    return direct_condition(model.llm, model.tokenizer, [words], device), True
-
-
 def draw(args, items, model, decode, guidance, devices):
     """Draw prompts [(name, prompt, record)] and write their PNG files, with one progress bar."""
     count, latents, drawn = args.best_of or args.n, [], []
@@ -356,25 +238,18 @@ def draw(args, items, model, decode, guidance, devices):
         cond, forced = condition(args, model, words, devices.device)        # [1,N,Z]
         seeds = [args.seed + i for i in range(count)]
         z = sample_latents(args, model, cond, [(prompt, seed) for seed in seeds], guidance,
-                           devices, bar.update)                             # [n,N,C]
-        info = dict(prompt=prompt, steps=args.steps, guidance=guidance, schedule=args.schedule,
-                    model=printable(Path(args.run).name), dtype=str(devices.dtype)[len("torch."):])
-        for key, value, default in (("guidance_interval", args.guidance_interval, (0.0, 1.0)),
-                                    ("solver", args.solver, "euler"), ("direct", forced, False),
-                                    ("template", args.template, None)):
-            if value != default:
-                info[key] = value
+                           devices, bar.update)                             # [count,N,C]
         if args.best_of:
             rows = best_of.scores(model.llm, model.tokenizer, z, prompt)
             order = best_of.rank(rows, args.verifier)
             bar.write(f"{prompt}: {count} candidates, best first by {args.verifier}\n"
-                      + best_of.table(rows, order, seeds, args.n))
+                      + table(rows, order, seeds, args.n))
             kept = order[:args.n]
-            z, seeds = z[kept], [seeds[i] for i in kept]
-            info.update(best_of=count, verifier=args.verifier)
+            z, seeds = z[kept], [seeds[i] for i in kept]                    # [n,N,C]
         images = torch.cat([decode(row[None]) for row in z])                # [n,3,H,W]
         latents.append(z.cpu())
         drawn += [[prompt, seed] for seed in seeds]
+        info = settings(args, prompt, guidance, devices.dtype, forced)
         for path, image, seed in png_files(args, name, record, images, seeds):
             save_png(image, path, seed=seed, **info)
             bar.write(printable(path))
@@ -384,6 +259,18 @@ def draw(args, items, model, decode, guidance, devices):
         save_file({"latents": torch.cat(latents)}, args.save_latent,
                   {"prompt, seed": json.dumps(drawn)})
         print(printable(args.save_latent))
+
+
+def reconstruct(args, image, encoder, decode, device):
+    """Encode and decode an image; write both side by side and print the PSNR."""
+    x = to_tensor(image, encoder).to(device)                                # [1,3,S,S]
+    x_hat = decode(check_finite("the latent (made by the encoder)", encoder(x)))
+    x_hat = check_finite("the decoded image", x_hat).clamp(0, 1)            # [1,3,H,W]
+    x = F.interpolate(x, x_hat.shape[-2:], mode="area")                     # [1,3,H,W]
+    save_png(image_sheet(torch.cat([x, x_hat]), 2), args.out, model=printable(Path(args.run).name),
+             picture=printable(args.reconstruct.name))
+    print(f"{printable(args.out)}  left: the image, right: its reconstruction, "
+          f"PSNR {psnr(x_hat, x).item():.2f} dB")
 
 
 def show_latents(args, z, decode):

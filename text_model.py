@@ -286,6 +286,10 @@ def init_weights(model, seed):
             p.data.copy_(initial(name, p.shape, seed))
 
 
+# ------------------------------------------------------------------------------------------------
+# Prompts and questions
+# ------------------------------------------------------------------------------------------------
+
 @torch.no_grad()
 def direct_condition(llm, tokenizer, prompts, device):
     """Prompts -> cond [P,N,Z]: the chat with the fixed answer, in one prefill (no decoding)."""
@@ -295,5 +299,41 @@ def direct_condition(llm, tokenizer, prompts, device):
         turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": chat.ANSWER}]
         rows.append(chat.insert_image_tokens(*chat.chat(tokenizer, turns), llm.tokens))
     ids, _, start, _ = chat.pad_batch(rows, tokenizer.token_to_id("<|endoftext|>"))
-    ids, start = (torch.from_numpy(a).to(device) for a in (ids, start))
+    ids, start = (torch.from_numpy(a).to(device) for a in (ids, start))     # [P,L], [P]
     return llm.condition(llm(llm.embed(ids, start)), start)
+
+
+def question(llm, tokenizer, z, words, more=()):
+    """Embed a chat up to the assistant's header, then the ids `more` -> [B,L,H].
+
+    z [B,N,C]: the image that the chat is about, or None. words: the user's words, one text for all
+    B, or a list of B texts of equal length in tokens.
+    """
+    import chat
+    rows = [chat.prompt_ids(tokenizer, w, image=z is not None) + list(more)
+            for w in ([words] if isinstance(words, str) else words)]
+    rows = [chat.insert_image_tokens(ids, [chat.IGNORE] * len(ids), llm.tokens) for ids in rows]
+    ids = torch.tensor([ids for ids, *_ in rows])                                   # [B or 1,L]
+    if z is None:
+        return llm.embed(ids.to(llm.head_weight().device))
+    start = torch.full((len(z),), rows[0][2], device=z.device)                      # [B]
+    return llm.embed(ids.to(z.device).expand(len(z), -1), start, start < 0, z)
+
+
+def greedy(llm, tokenizer, x, limit, cache):
+    """Decode greedily after the embeddings x [B,L,H], at most `limit` tokens.
+
+    Yields at each step the logits [B,V], the tokens [B], and which answers go on [B]. Ends when
+    none does. cache: an empty list.
+    """
+    ends = torch.tensor([tokenizer.token_to_id(s) for s in ("<|im_end|>", "<im_start>")],
+                        device=x.device)
+    alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for _ in range(limit):
+        logits = llm.logits(llm(x, cache)[:, -1])                                   # [B,V]
+        token = logits.argmax(-1)                                                   # [B]
+        alive = alive & ~torch.isin(token, ends)
+        yield logits, token, alive
+        if not alive.any():
+            return
+        x = llm.embed(token[:, None])                                               # [B,1,H]
