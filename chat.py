@@ -16,7 +16,7 @@ IGNORE = -100          # label of a position without a loss
 IMAGE = -200           # input id of a position that an image token or a query fills
 
 SYSTEM = "You are a helpful assistant."
-ANSWER = "Here you go:\n<image>"                # what the model says when it draws
+ANSWER = "Here you go:\n<image>"                # the model's words when it draws
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "system": "system"}
@@ -29,7 +29,7 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 # ------------------------------------------------------------------------------------------------
 
 def byte_level(tokenizer):
-    """Give a BPE model Qwen2's normalisation, splitting and byte alphabet."""
+    """Give a BPE model the normalisation, splitting and byte alphabet of Qwen2."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -120,8 +120,8 @@ def encode_text(tokenizer, text):
 # ------------------------------------------------------------------------------------------------
 
 def request(caption, rand):
-    """Turn a caption into the user's words: half of the time as it is, else as a request. rand()
-    gives numbers in [0, 1)."""
+    """Turn a caption into the user's words: half of the time the caption itself, else a request.
+    rand() returns numbers in [0, 1)."""
     if rand() < 0.5:
         return caption
     words = re.sub(r"^(an? )?(photo|picture|image) of ", "", caption.rstrip("."), flags=re.I)
@@ -140,10 +140,10 @@ def drawing(caption, rand):
 def chat(tokenizer, conversation, has_image=True):
     """Tokenize [{"from": "human" or "gpt", "value": text}, ...] -> (ids, labels), two lists.
 
-    `<image>` becomes `<im_start><image><im_end>`, with the placeholder IMAGE in the middle. Labels
-    are the assistant's turns with their headers and, anywhere, every newline, <|im_start|> and
-    <|im_end|> (the authors' quirk). The placeholder's label in an assistant's turn is V, the id of
-    the `<image>` that no vocabulary has. A first turn that is not the human's is dropped.
+    `<image>` becomes `<im_start><image><im_end>`, with the placeholder IMAGE in the middle. The
+    assistant's turns have labels, with their headers, and so does every newline, <|im_start|> and
+    <|im_end|> anywhere (the authors' quirk). The label of the placeholder in an assistant's turn is
+    V, because no vocabulary holds `<image>`. A first turn that is not the human's is dropped.
     """
     turns = [(ROLES[turn["from"]], turn["value"]) for turn in conversation]
     if has_image and not any("<image>" in text for _, text in turns):
@@ -166,10 +166,10 @@ def chat(tokenizer, conversation, has_image=True):
 
 
 def insert_image_tokens(ids, labels, tokens):
-    """Repeat the one placeholder `tokens` times -> (ids, labels, start, answer).
+    """Repeat the placeholder `tokens` times -> (ids, labels, start, answer).
 
     start: the first image position, or None without an image. answer: whether the image is to be
-    generated. Raises ValueError on more than one image (the recipe has at most one per sample).
+    generated. Raises ValueError for more than one image (the recipe has at most one per sample).
     """
     places = [i for i, token in enumerate(ids) if token == IMAGE]
     if len(places) > 1:
@@ -193,9 +193,9 @@ def prompt_ids(tokenizer, text, image=False):
 def pad_batch(samples, pad_id, multiple=64):
     """Stack [(ids, labels, start, answer), ...] -> ids, labels [B,L], start, answer [B], numpy.
 
-    L is the longest of the batch, rounded up to `multiple`, instead of the recipe's fixed 512:
-    right padding is invisible under a causal mask and only costs time. Rounding keeps the number
-    of different shapes, and so of compiled programs, small.
+    L is the largest length of the batch, rounded up to `multiple`, not the recipe's fixed 512:
+    right padding is invisible under a causal mask and only costs time. Rounding keeps the number of
+    shapes, and so of compiled programs, small.
     """
     L = max(len(s[0]) for s in samples)
     L = -(-L // multiple) * multiple
@@ -209,9 +209,9 @@ def pad_batch(samples, pad_id, multiple=64):
 def labelled(labels, K=None):
     """Find the positions whose next token has a label: labels [B,L] -> where, targets [B,K].
 
-    Rows with fewer than K of them are filled with other positions, whose target is IGNORE. K: a
-    fixed number, for equal shapes; by default the most in a row, rounded up to 16. Raises
-    ValueError when a row has more than K.
+    A row with fewer than K of them is filled with other positions, whose target is IGNORE. K: a
+    fixed number, for equal shapes; the default is the largest count of a row, rounded up to 16.
+    Raises ValueError if a row has more than K.
     """
     targets = np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)           # [B,L]
     known = targets != IGNORE

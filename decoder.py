@@ -1,6 +1,6 @@
 """The decoder of the representation autoencoder: latent tokens become an image (a ViT-MAE decoder).
 
-    z [B,N,C]  ->  embed, class token, fixed 2-D sin-cos positions, blocks, norm, pixels of a patch
+    z [B,N,C]  ->  embed, class token, fixed 2-D sin-cos positions, blocks, norm, pixels per patch
 
 The patch size is free: 16 x 16 tokens give 224 px with patch 14 and 256 px with patch 16. Parameter
 names are the keys of the released files. Paper (arXiv 2601.16208) section 2; arXiv 2510.11690.
@@ -79,20 +79,20 @@ class LayerNorm(nn.LayerNorm):
 def sincos_positions(width, side):
     """Return the fixed table [side*side, width]: the first half of the channels encodes the column,
     the second half the row."""
-    # On the CPU and in fp64 whatever the default device is, so that every device has the same table
+    # On the CPU and in fp64, so that every device has the same table
     exponent = torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4)
     position = torch.arange(side, dtype=torch.float64, device="cpu")
     angle = position[:, None] * 10000.0 ** -exponent                        # [side, width/4]
     axis = torch.cat([angle.sin(), angle.cos()], 1)                         # [side, width/2]
-    column = axis[None, :, :].expand(side, side, -1)
+    column = axis[None, :, :].expand(side, side, -1)                        # [row,column,width/2]
     row = axis[:, None, :].expand(side, side, -1)
-    return torch.cat([column, row], 2).flatten(0, 1).float()
+    return torch.cat([column, row], 2).flatten(0, 1).float()                # [side*side, width]
 
 
 def attention(q, k, v):
     """Softmax attention from all tokens to all tokens, each [B,H,L,W/H]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # torch's fused kernel is three to five times slower here
+        # torch's fused kernel is three to five times slower here (LOG.md, 2026-11-23)
         return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -116,7 +116,7 @@ class Block(nn.Module):
         y, qkv = self.layernorm_before(x), self.attention.attention
         q, k, v = (qkv[n](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for n in ("query", "key", "value"))                      # [B,H,1+N,W/H]
-        y = attention(q, k, v).transpose(1, 2).flatten(2)
+        y = attention(q, k, v).transpose(1, 2).flatten(2)                   # [B,1+N,W]
         x = x + self.attention.output["dense"](y)
         y = self.intermediate["dense"](self.layernorm_after(x))             # [B,1+N,MLP]
         y = F.gelu(y, approximate="none")                                   # the exact (erf) GELU
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
         """[B,N,p*p*3] -> [B,3,S,S], S = p*sqrt(N)."""
         g, p = self.grid, self.patch
         x = x.view(-1, g, g, p, p, 3).permute(0, 5, 1, 3, 2, 4)             # [B,3,row,py,col,px]
-        return x.reshape(-1, 3, g * p, g * p)
+        return x.reshape(-1, 3, g * p, g * p)                               # [B,3,S,S]
 
     def forward(self, z):
         """z [B,N,C] -> images [B,3,S,S] in fp32. The range is about [0,1] and not clamped, because

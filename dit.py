@@ -1,15 +1,15 @@
-"""The diffusion transformer: velocity of the latent from x_t, the time and a condition per token.
+"""The diffusion transformer: the velocity of the latent from x_t, the time and a condition.
 
     s   = x_embedder(x_t) + pos_embed                                   # [B,N,D]
     c   = SiLU(t_embedder(t) + cond)                                    # [B,N,Z], one per token
-    shift, scale, gate, ... = Linear(SiLU(c))                           # a second SiLU, as theirs
+    shift, scale, gate, ... = Linear(SiLU(c))                           # the authors' second SiLU
     s  += gate * Attn(modulate(RMSNorm(s)));  s += gate * SwiGLU(modulate(RMSNorm(s)))   # depth x
     v   = linear(modulate(RMSNorm(s)))                                  # [B,N,C]
 
 This is LightningDiT (arXiv 2501.01423) with AdaLN per token: condition token i modulates latent
-token i; there is no cross-attention. Module names are the keys of the released checkpoints under
-`diff_head.model.`. With `head_width` the last blocks form the wide head of DiT-DH
-(arXiv 2510.11690): they run on a second embedding of x_t and are modulated by the trunk's output.
+token i, and there is no cross-attention. With `head_depth` the last blocks form the wide head of
+DiT-DH (arXiv 2510.11690): they run on a second embedding of x_t and are modulated by the trunk's
+output. Module names are the keys of the released checkpoints under `diff_head.model.`.
 
 B batch, N latent tokens (256), C latent channels (1152), D width, H heads, Z condition channels.
 """
@@ -31,8 +31,8 @@ class Size:
     llm: str         # default language model
 
 
-# Paper, Table 10. Parameters and training FLOPs count the DiT alone with N = 256, C = 1152 (tiny:
-# 64 tokens of 96 channels); tests/test_ladder.py recomputes both from 0.5b on.
+# Paper, Table 10. Parameters and training FLOPs are the DiT's alone, with N = 256 and C = 1152
+# (tiny: 64 tokens of 96 channels). tests/test_ladder.py recomputes both from 0.5b on.
 #                     D depth  H  LLM
 SIZES = {
     "tiny": Size(    160,  6,  5, "tiny"),                          # 0.003 B    0.001 TFLOP/image
@@ -53,24 +53,24 @@ class DiTConfig:
     depth: int
     heads: int               # H
     cond_width: int = 0      # Z; 0: D
-    head_width: int = 0      # width of the wide head (equal to D: the single-width DDT); 0: D
-    head_depth: int = 0      # its blocks; 0: no wide head
-    head_heads: int = 0      # 0: as the trunk
+    head_width: int = 0      # D2, width of the wide head; 0: D (the single-width DDT)
+    head_depth: int = 0      # number of its blocks; 0: no wide head
+    head_heads: int = 0      # its attention heads; 0: H
     qk_norm: bool = False    # RMSNorm on queries and keys
-    null: bool = True        # whether there is a learned null condition
-    predict: str = "v"       # what the last layer gives: "v", or "x", the clean latent
+    null: bool = True        # a learned null condition, for guidance
+    predict: str = "v"       # output of the last layer: "v", or "x", the clean latent
     eps: float = 1e-6        # of the norms
 
 
 class Linear(nn.Linear):
-    """fp32 weights, product in the dtype of x (bf16 on accelerators); no autocast needed."""
+    """Keep fp32 weights and multiply in the dtype of x (bf16 on accelerators), without autocast."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
-    """Statistics in fp32, cast back, then the weight (the authors' order)."""
+    """Compute statistics in fp32, cast back, then multiply by the weight (the authors' order)."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -91,36 +91,35 @@ def modulate(x, shift, scale):
 # ------------------------------------------------------------------------------------------------
 
 def sincos_positions(D, side):
-    """Fixed table [side*side, D]: the first half of the channels codes the column, the second the
-    row."""
+    """Return the fixed table [side*side, D]: the first half of the channels encodes the column, the
+    second half the row."""
     omega = 10000.0 ** (-torch.arange(D // 4, dtype=torch.float64, device="cpu") / (D // 4))
-    angle = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega
+    angle = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega  # [side, D/4]
     axis = torch.cat([angle.sin(), angle.cos()], 1)                         # [side, D/2]
-    col = axis[None, :, :].expand(side, side, -1)
+    col = axis[None, :, :].expand(side, side, -1)                           # [row, col, D/2]
     row = axis[:, None, :].expand(side, side, -1)
-    return torch.cat([col, row], 2).flatten(0, 1).float()
+    return torch.cat([col, row], 2).flatten(0, 1).float()                   # [N, D]
 
 
 class RoPE(nn.Module):
-    """2-D rotary angles over one head: its first half turns with the row, its second with the
-    column (the additive table does the opposite). Adjacent channels form a pair (a, b) -> (-b, a).
-    """
+    """Rotate one head's channels in 2-D: the first half by the row, the second half by the column
+    (the additive table does the opposite). Adjacent channels form a pair (a, b) -> (-b, a)."""
 
     def __init__(self, head_dim, side):
         super().__init__()
         d = head_dim // 2
         f = 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64, device="cpu") / d)   # [hd/4]
-        angle = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * f
+        angle = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * f  # [side, hd/4]
         angle = angle.repeat_interleave(2, 1)                               # [side, hd/2]
-        row = angle[:, None, :].expand(side, side, -1)
+        row = angle[:, None, :].expand(side, side, -1)                      # [row, col, hd/2]
         col = angle[None, :, :].expand(side, side, -1)
         angle = torch.cat([row, col], 2).flatten(0, 1)                      # [N, hd]
         self.register_buffer("freqs_cos", angle.cos().float())
         self.register_buffer("freqs_sin", angle.sin().float())
 
     def forward(self, x):                                                   # [B,H,N,hd]
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-b, a], -1).flatten(-2)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)                          # [B,H,N,hd/2]
+        turned = torch.stack([-b, a], -1).flatten(-2)                       # [B,H,N,hd]
         return x * self.freqs_cos.to(x.dtype) + turned * self.freqs_sin.to(x.dtype)
 
 
@@ -129,9 +128,10 @@ class RoPE(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 def attention(q, k, v):
-    """Softmax attention of all tokens to all, each [B,H,N,hd]."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # the fused kernel is 3 to 5 times
-        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v   # slower (LOG.md, 2026-11-23)
+    """Softmax attention from all tokens to all tokens, each [B,H,N,hd]."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # torch's fused kernel is three to five times slower here (LOG.md, 2026-11-23)
+        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -147,11 +147,11 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                # [B,N,3,H,hd]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # [B,H,N,hd]
         q, k = rope(self.q_norm(q)), rope(self.k_norm(k))
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))     # [B,N,D]
 
 
 class SwiGLU(nn.Module):
-    MULTIPLE = {"cuda": 128}        # of the hidden width, by device; XLA's compiler pads by itself
+    MULTIPLE = {"cuda": 128}        # multiple to pad h to, by device; XLA's compiler pads by itself
 
     def __init__(self, D):
         super().__init__()
@@ -162,23 +162,23 @@ class SwiGLU(nn.Module):
         if more := -self.hidden % self.MULTIPLE.get(x.device.type, 1):
             return self.padded(x, more)
         a, b = self.w12(x).chunk(2, -1)                                     # [B,N,h]
-        return self.w3(F.silu(a) * b)
+        return self.w3(F.silu(a) * b)                                       # [B,N,D]
 
     def padded(self, x, more):
-        """The same with `more` hidden channels of zeros. At D = 2048 h is 5461: odd, so no row of a
-        bf16 matrix is aligned as tensor cores want it. The zeros join the weights as these are
-        cast and add silu(0) * 0 = 0; parameters, gradients and files keep h."""
+        """Compute the same with `more` hidden channels of zeros. At D = 2048 h is 5461, which is
+        odd, so no row of a bf16 matrix is aligned as tensor cores want it. The zeros join the cast
+        weights and add silu(0) * 0 = 0. Parameters, gradients and files keep h."""
         w12, b12 = self.w12.weight.to(x.dtype), self.w12.bias.to(x.dtype)
         w12 = F.pad(w12.unflatten(0, (2, -1)), (0, 0, 0, more)).flatten(0, 1)       # [2(h+more),D]
-        b12 = F.pad(b12.unflatten(0, (2, -1)), (0, more)).flatten()
+        b12 = F.pad(b12.unflatten(0, (2, -1)), (0, more)).flatten()                 # [2(h+more)]
         a, b = F.linear(x, w12, b12).chunk(2, -1)                           # [B,N,h+more]
         w3 = F.pad(self.w3.weight.to(x.dtype), (0, more))                   # [D,h+more]
         return F.linear(F.silu(a) * b, w3, self.w3.bias.to(x.dtype))
 
 
 def adaLN(Z, out):
-    """SiLU, then Linear. The SiLU is the same in every block, so `DiT.forward` applies it once and
-    blocks call only `[1]`; the Sequential keeps the released key `adaLN_modulation.1`."""
+    """Return SiLU, then Linear. The SiLU is the same in every block, so `DiT.forward` applies it
+    once and blocks call only `[1]`. The Sequential keeps the released key `adaLN_modulation.1`."""
     return nn.Sequential(nn.SiLU(), Linear(Z, out))
 
 
@@ -191,7 +191,7 @@ class Block(nn.Module):
 
     def forward(self, x, c, rope):                  # x [B,N,D], c [B or 1, N or 1, Z]
         m = self.adaLN_modulation[1](c)                                     # [B,N,6D]
-        shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, -1)       # each [B,N,D]
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -209,8 +209,8 @@ class FinalLayer(nn.Module):
 
 
 class TokenEmbedder(nn.Module):
-    """A 1x1 convolution on the latent grid, which is one Linear for each token. The key and the
-    shape [D,C,1,1] are the released ones."""
+    """Embed each token with one Linear. The released key and shape [D,C,1,1] are those of a 1x1
+    convolution on the latent grid."""
 
     def __init__(self, C, D):
         super().__init__()
@@ -221,8 +221,8 @@ class TokenEmbedder(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """Random Fourier features of t in [0,1], then an MLP, in fp32. The 256 frequencies are in no
-    checkpoint: the authors draw them with torch after the seed 114514."""
+    """Turn t in [0,1] into random Fourier features, then an MLP, in fp32. The 256 frequencies are
+    in no checkpoint: the authors draw them with torch after the seed 114514."""
 
     def __init__(self, Z):
         super().__init__()
@@ -231,12 +231,12 @@ class TimeEmbedder(nn.Module):
         self.register_buffer("frequencies", torch.from_numpy(frequencies), persistent=False)
 
     def forward(self, t):                                                   # [B] -> [B,Z]
-        angle = t.float()[:, None] * self.frequencies * (2 * torch.pi)
+        angle = t.float()[:, None] * self.frequencies * (2 * torch.pi)      # [B,256]
         return self.mlp(torch.cat([angle.sin(), angle.cos()], -1))
 
 
 class NullCondition(nn.Module):
-    """The learned condition for no prompt: one vector [Z], the same for all tokens."""
+    """Hold the learned condition for no prompt: one vector [Z], the same for all tokens."""
 
     def __init__(self, Z):
         super().__init__()
@@ -244,13 +244,13 @@ class NullCondition(nn.Module):
 
 
 class DiT(nn.Module):
-    """Paper section 3, Table 10; reference classes LightningDiT and, with a wide head,
-    LightningDDT.
+    """The network of paper section 3 and Table 10. The reference classes are LightningDiT and, with
+    a wide head, LightningDDT.
 
-    dtype: of the token stream (tokens, positions, modulation, residuals). fp32 are the weights,
-    which are cast as they are used, the norms' statistics, and the time with its SiLUs. remat:
-    recompute each block's activations in the backward pass. Raises ValueError for sizes that do
-    not divide.
+    dtype: of the token stream (tokens, positions, modulation, residuals). The weights, which are
+    cast where they are used, the statistics of the norms, and the time with its SiLUs are fp32. Set
+    `remat` to recompute each block's activations in the backward pass. Raises ValueError for sizes
+    that do not divide.
     """
 
     def __init__(self, config, dtype=torch.float32):
@@ -299,7 +299,7 @@ class DiT(nn.Module):
         """x_t [B,N,C], t [B] or [1], cond [B or 1, N or 1, Z] -> velocity [B,N,C]."""
         k = self.config
         c = F.silu(self.t_embedder(t)[:, None] + cond.float())              # [B,N,Z], fp32
-        c = F.silu(c).to(self.dtype)                # the SiLU in front of every adaLN, hoisted
+        c = F.silu(c).to(self.dtype)                # the SiLU of every adaLN, hoisted
         x = x_t.to(self.dtype)
         s = self.x_embedder(x) + self.pos_embed.to(self.dtype)              # [B,N,D]
         if not k.head_depth:
@@ -307,12 +307,12 @@ class DiT(nn.Module):
             out = self.final_layer(s, c)                                    # [B,N,C]
         else:
             s = self.run(self.dit_blocks[:k.depth], s, c, self.enc_rope)    # trunk
-            s = F.silu(self.s_projector(F.silu(s)))     # [B,N,D2]; the outer one is each adaLN's
-            h = self.s_embedder(x)                      # no additive positions here, only RoPE
+            s = F.silu(self.s_projector(F.silu(s)))     # [B,N,D2]; the outer SiLU is every adaLN's
+            h = self.s_embedder(x)                      # [B,N,D2]; RoPE is its only position
             h = self.run(self.dit_blocks[k.depth:], h, s, self.dec_rope)    # wide head
-            out = self.final_layer(h, s)
-        if k.predict == "x":        # the network gives the clean latent (JiT, arXiv 2511.13720),
-            t = t.float().clamp(min=0.05)[:, None, None]            # x_t - z = t v; their clamp
+            out = self.final_layer(h, s)                                    # [B,N,C]
+        if k.predict == "x":        # the output is z (JiT, arXiv 2511.13720), and x_t - z = t v
+            t = t.float().clamp(min=0.05)[:, None, None]                    # [B,1,1]; JiT's clamp
             out = (x_t.float() - out.float()) / t
         return out
 
@@ -321,10 +321,10 @@ class DiT(nn.Module):
         return self.y_embedder.dropout_embedding[None, None]
 
     def train_flops(self):
-        """Training FLOPs per image: 2 per multiply-add forward, twice as many backward.
+        """Return the training FLOPs per image: 2 per multiply-add forward, twice as many backward.
 
-        Per token and block: attention 4 D^2 + 2 N D, SwiGLU 3 h D, per-token AdaLN 6 Z D, a third
-        of the whole. Embedders and final layer come at the ends. A test compares torch's counter.
+        Multiply-adds per token and block: attention 4 D^2 + 2 N D, SwiGLU 3 h D, AdaLN 6 Z D, which
+        is a third of the whole. A test compares the sum with torch's counter.
         """
         def block(D, Z):
             hidden = int(2 / 3 * int(4 * D))
@@ -342,11 +342,11 @@ class DiT(nn.Module):
 
 
 def initial(name, shape, seed):
-    """Return the initial value of one parameter: any rank or framework can make one alone.
+    """Return the initial value of one parameter, which any rank or framework can make alone.
 
-    Linear (the embedders count): Xavier-uniform, zero bias. Time MLP: N(0, 0.02). AdaLN and the
-    last layer: zero, so that every block starts as the identity and v as 0 (DiT's adaLN-zero).
-    Norms: one. Null condition: zero.
+    Linears and embedders: Xavier-uniform with zero bias. Time MLP: N(0, 0.02). AdaLN and the last
+    layer: zero, so that every block starts as the identity and v as 0 (adaLN-zero of DiT). Norms:
+    one. Null condition: zero.
     """
     from data import rng
     draw = rng(seed, f"init dit {name}")

@@ -2,7 +2,7 @@
 
     images [B,3,H,W] in [0,1]  ->  latent z [B,N,C],  z = LayerNorm(ViT(x))
 
-One ViT serves both published encoders. They differ in five places, each marked below:
+One ViT serves both published encoders. They differ in five places:
 
                 SigLIP-2 (google/siglip2-so400m-patch14-224)    WebSSL-DINO (facebook/webssl-dino*)
     latent      C = 1152, N = 16 x 16                           C = 1024, N = 16 x 16
@@ -42,33 +42,34 @@ TINY = ViTConfig("siglip_vision_model", 96, 384, 5, 4, image_size=64, patch_size
 
 
 class Linear(nn.Linear):
-    """fp32 weights, product in the dtype of x (bf16 on accelerators); no autocast needed."""
+    """Keep fp32 weights and multiply in the dtype of x (bf16 on accelerators), without autocast."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class LayerNorm(nn.LayerNorm):
-    """Statistics in fp32, result in the dtype of x."""
+    """Compute statistics in fp32 and return the dtype of x."""
 
     def forward(self, x):
-        w, b = self.weight, self.bias
-        return F.layer_norm(x.float(), self.normalized_shape, w, b, self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias,
+                            self.eps).to(x.dtype)
 
 
 def attention(q, k, v, heads):
     """Softmax attention over all tokens; q [B,L,C], k and v [B,N,C] -> [B,L,C]."""
     q, k, v = (a.unflatten(-1, (heads, -1)).transpose(1, 2) for a in (q, k, v))  # [B,H,.,C/H]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # the fused kernel is 3 to 5 times
-        y = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v  # slower (LOG.md, 2026-11-23)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # torch's fused kernel is three to five times slower here (LOG.md, 2026-11-23)
+        y = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
     else:
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v)                         # [B,H,L,C/H]
     return y.transpose(1, 2).flatten(2)
 
 
 def resize(images, size):
-    """Resize to size x size, bicubic, only if it differs (the RAE code's rule). Pillow and
-    jax.image give other numbers: a = -0.5 instead of -0.75, and antialiasing."""
+    """Resize images [B,3,H,W] of another size to size x size, bicubic, as the RAE code does. Pillow
+    and jax.image give other numbers: a = -0.5 instead of -0.75, and antialiasing."""
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode="bicubic", align_corners=False)
@@ -90,8 +91,8 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1, self.fc2, self.gelu = Linear(C, hidden), Linear(hidden, C), gelu
 
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+    def forward(self, x):                                                   # [B,L,C]
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))         # "tanh", "none": erf
 
 
 class Block(nn.Module):
@@ -112,10 +113,11 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A frozen vision transformer; references: transformers' SiglipVisionModel and Dinov2Model.
+    """A frozen vision transformer. The references are transformers' SiglipVisionModel and
+    Dinov2Model.
 
-    dtype: of the token stream. In fp32 are the weights, which are cast as they are used, the
-    images, the norms' statistics and z. Raises ValueError for sizes that do not divide.
+    dtype: of the token stream. The weights, which are cast where they are used, the images, the
+    statistics of the norms and z are fp32. Raises ValueError for sizes that do not divide.
     """
 
     def __init__(self, config, dtype=torch.float32):
@@ -129,9 +131,9 @@ class ViT(nn.Module):
         self.image_size, self.patch_size = k.image_size, k.patch_size
         self.grid = k.image_size // k.patch_size
         self.tokens, self.channels = self.grid ** 2, C                      # N, C
-        # How the published processors normalise an image, and make it square: SigLIP's squashes it,
-        # DINO's cuts the middle out. resample: Pillow's number, bicubic (weights.py reads the
-        # folder's own).
+        # The published processors normalise an image and make it square. SigLIP's squashes it,
+        # DINO's cuts out the middle. resample: Pillow's number of the bicubic filter (networks.py
+        # reads the number of a published folder).
         self.mean = (0.485, 0.456, 0.406) if dino else (0.5, 0.5, 0.5)
         self.std = (0.229, 0.224, 0.225) if dino else (0.5, 0.5, 0.5)
         self.crop, self.resample = "center" if dino else "squash", 3
@@ -141,7 +143,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, C)) if dino else None
         self.blocks = nn.ModuleList(Block(k) for _ in range(k.num_hidden_layers))
         self.norm = LayerNorm(C, eps=k.layer_norm_eps) if dino else None
-        for name in ("mean", "std"):                    # in no file; on the CPU for meta builds too
+        for name in ("mean", "std"):            # no file stores them; on the CPU in meta builds too
             value = torch.tensor(getattr(self, name), device="cpu").view(1, 3, 1, 1)
             self.register_buffer(f"image_{name}", value, False)
 
@@ -150,10 +152,11 @@ class ViT(nn.Module):
         front [B,1+N,C]."""
         x = (resize(images.float(), self.image_size) - self.image_mean) / self.image_std
         w, b = self.patch_embed.weight.to(self.dtype), self.patch_embed.bias.to(self.dtype)
-        x = F.conv2d(x.to(self.dtype), w, b, stride=self.patch_size)
+        x = F.conv2d(x.to(self.dtype), w, b, stride=self.patch_size)        # [B,C,grid,grid]
         x = x.flatten(2).transpose(1, 2)                                    # [B,N,C], row-major
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
+            token = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
+            x = torch.cat([token, x], 1)                                    # [B,1+N,C]
         return self.run(self.blocks, x + self.pos_embed.to(x.dtype))
 
     def run(self, blocks, x):
@@ -165,13 +168,13 @@ class ViT(nn.Module):
     def forward(self, images):
         """images [B,3,H,W] in [0,1] -> latent z [B,N,C], fp32. SigLIP's tokens have mean 0 and
         variance 1."""
-        x = self.last_block(images).float()
+        x = self.last_block(images).float()                                 # [B,N or 1+N,C]
         if self.norm is None:
             return F.layer_norm(x, (self.channels,), eps=1e-6)
-        return self.norm(x)[:, 1:]
+        return self.norm(x)[:, 1:]                                          # [B,N,C]
 
     def forward_flops(self):
-        """FLOPs per image, 2 per multiply-add of projections, attention and MLP."""
+        """Return the FLOPs per image, 2 per multiply-add of projections, attention and MLP."""
         k, C, L = self.config, self.channels, self.pos_embed.shape[-2]
         block = 4 * C * C + 2 * L * C + 2 * C * k.intermediate_size
         return 2 * L * (k.num_hidden_layers * block + 3 * k.patch_size ** 2 * C)
@@ -215,7 +218,7 @@ DINOV2_KEYS = [
     (r"\.attention\.output\.dense\.", ".attn.out_proj."),
     (r"\.layer_scale([12])\.lambda1$", r".scale\1"), (r"^layernorm\.", "norm."),
 ]
-# What the files hold besides the network: the text model, SigLIP's pooled head, DINO's mask token
+# Keys that the network does not use: the text model, SigLIP's pooled head, DINO's mask token
 UNUSED = ("text_model.", "logit_", "post_layernorm.", "head.", "embeddings.mask_token")
 
 # transformers leaves a field out of a config when it has its class's default
@@ -226,15 +229,15 @@ HF_DINOV2 = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, 
 
 
 def our_key(key, dino):
-    """Return our name of a published key, or None for what the network does not use."""
+    """Return our name of a published key, or None for a key that the network does not use."""
     for pattern, words in DINOV2_KEYS if dino else SIGLIP_KEYS:
         key = re.sub(pattern, words, key)
     return None if key.startswith(UNUSED) else key
 
 
 def vit_config(config):
-    """Read a published config.json -> ViTConfig. The full SigLIP file nests the vision part; an
-    empty config is SO400M's. Raises ValueError for another network."""
+    """Read a published config.json -> ViTConfig. The full SigLIP file nests the vision part. An
+    empty config is that of SO400M. Raises ValueError for another network."""
     config = config.get("vision_config", config)
     kind = config.get("model_type", "siglip_vision_model")
     if kind.startswith("siglip"):

@@ -19,12 +19,12 @@ SHIFT_BASE = 4096      # the paper's; the tiny preset takes 128 (train_dit.py sa
 # ------------------------------------------------------------------------------------------------
 
 def shift_alpha(tokens, channels, base=SHIFT_BASE):
-    """a = sqrt(N C / base), 8.485 for 256 x 1152: more dimensions need more noise."""
+    """Return a = sqrt(N C / base), 8.485 for 256 x 1152: more dimensions need more noise."""
     return math.sqrt(tokens * channels / base)
 
 
 def time_shift(t, alpha):
-    """Shift times in [0,1]. alpha = 1 changes nothing. (The form is arXiv 2403.03206's.)"""
+    """Shift times in [0,1]. alpha = 1 changes nothing. The form is that of arXiv 2403.03206."""
     return alpha * t / (1 + (alpha - 1) * t)
 
 
@@ -34,14 +34,14 @@ def sample_time(normal, alpha):
 
 
 def interpolate(z, eps, t):
-    """x_t [B,N,C] from the latent z, noise eps [B,N,C] and times t [B]. fp32."""
-    t = t[:, None, None]
+    """Mix the latent z and noise eps, [B,N,C], at times t [B] -> x_t [B,N,C]. fp32."""
+    t = t[:, None, None]                                                    # [B,1,1]
     return (1 - t) * z + t * eps
 
 
 def flow_loss(v, z, eps):
-    """|v - (eps - z)|^2 averaged over N and C: one value per image [B]. fp32."""
-    return (v.float() - (eps - z)).square().mean(dim=(1, 2))
+    """Average |v - (eps - z)|^2 over N and C: one value per image [B]. fp32."""
+    return (v.float() - (eps - z)).square().mean(dim=(1, 2))                # [B]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -51,10 +51,10 @@ def flow_loss(v, z, eps):
 def sampling_times(schedule, steps, alpha):
     """Return the steps of a schedule, [(t_from, t_to), ...], as numbers.
 
-    euler: `steps` steps over the shifted uniform grid from 1 to 0. authors: `steps` - 1 steps, as
-    the authors' code walks. Their grid ascends while their loop takes it to descend, so the walk
-    starts at the label 0.9976 (on pure noise), ends at 0.0084, and a stray last step uses the
-    noise end's label again on the almost clean latent. The published figures come from it.
+    euler: `steps` steps over the shifted uniform grid from 1 to 0. authors: `steps` - 1 steps, those
+    of the authors' code, which made the published figures. Their grid ascends while their loop
+    takes it to descend. So the walk starts with the label 0.9976 on pure noise, ends at 0.0084, and then
+    takes one stray step with the label of the noise end on the almost clean latent.
     """
     if schedule == "euler":
         t = time_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).tolist()
@@ -65,7 +65,7 @@ def sampling_times(schedule, steps, alpha):
 
 
 def guide(v_cond, v_null, scale):
-    """Classifier-free guidance (arXiv 2207.12598). scale = 1 is the condition alone."""
+    """Apply classifier-free guidance (arXiv 2207.12598). scale = 1 is the condition alone."""
     return v_null + scale * (v_cond - v_null)
 
 
@@ -73,8 +73,8 @@ def guide(v_cond, v_null, scale):
 def integrate(velocity, noise, times, solver="euler", on_step=None):
     """Solve dx = v dt from noise [B,N,C] to a latent, in fp32.
 
-    velocity(x, t) returns [B,N,C] for a number t; times come from `sampling_times`. heun takes the
-    mean of the velocities at both ends, except at t = 0, where no noise is left to remove.
+    velocity(x, t) returns [B,N,C] for a number t. times: the steps of `sampling_times`. heun takes
+    the mean of the velocities at both ends, except at t = 0, where no noise is left to remove.
     on_step() is called after each step.
     """
     x = noise.float()
@@ -93,7 +93,7 @@ def sample(dit, cond, noise, alpha, steps=50, guidance=1.0, schedule="euler", so
            interval=(0.0, 1.0), on_step=None):
     """Draw latents [B,N,C] from noise [B,N,C].
 
-    cond: [B,N,Z], or [1,N,Z] for one prompt, which broadcasts, so that its modulation is computed
+    cond: [B,N,Z], or [1,N,Z] for one prompt. That form broadcasts, so its modulation is computed
     once for all images. interval: the times at which guidance acts (arXiv 2404.07724).
     """
     def velocity(x, t):
@@ -108,11 +108,11 @@ def sample(dit, cond, noise, alpha, steps=50, guidance=1.0, schedule="euler", so
 
 
 def noise_for(prompt, seed, tokens, channels, schedule="euler", device="cpu"):
-    """Noise [N,C] that depends on prompt and seed alone, so that the batch never changes an image.
-    The authors' sampler draws on its device, from the seed alone."""
+    """Draw noise [N,C] that depends on prompt and seed alone, so that the batch never changes an
+    image. The authors' sampler draws on its device, from the seed alone."""
     if schedule == "authors":
         generator = torch.Generator(device).manual_seed(seed)
-        return torch.randn(channels, tokens, generator=generator, device=device).T
+        return torch.randn(channels, tokens, generator=generator, device=device).T      # [N,C]
     from data import rng
     draw = rng(seed, f"noise {prompt}").standard_normal((tokens, channels), np.float32)
     return torch.from_numpy(draw)

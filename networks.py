@@ -18,7 +18,7 @@ from encoder import ENCODERS, SO400M, WEBSSL_300M, ViT, our_key
 from losses import DiscConfig, Discriminator, Perceptual, start_spectral_norms
 from losses import initial as init_discriminator
 from training import start_table, state_gb
-from vae import VAE, VAEConfig, from_ldm
+from vae import VAE, VAEConfig
 from weights import (TINY, TINY_ENCODER, Weights, check_config, in_memory, load, locate,
                      open_weights, portable_path, read_fields, read_json, rows_for, weights_of)
 
@@ -155,6 +155,41 @@ def from_ldm_pieces(source):
     """Give a file in ae.safetensors' layout diffusers' keys and shapes."""
     state = from_ldm({key: source.rows(key) for key in source.shapes})
     return Weights(source.what, source.config, in_memory(state))
+
+
+# Names in ae.safetensors (latent diffusion's) -> diffusers' names
+FROM_LDM = [
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
+    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.mid\.block_1\.", r".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", r".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", r".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", r".mid_block.attentions.0.to_out.0."),
+    (r"\.nin_shortcut\.", r".conv_shortcut."),
+    (r"\.norm_out\.", r".conv_norm_out."),
+]
+
+
+def from_ldm(state):
+    """Give the state dict of `ae.safetensors` diffusers' keys and shapes."""
+    levels = 1 + max(int(m[1]) for m in (re.match(r"decoder\.up\.(\d+)\.", k) for k in state) if m)
+    out = {}
+    for key, value in state.items():
+        for pattern, words in FROM_LDM:
+            key = re.sub(pattern, words, key)
+        # the original numbers the decoder's levels by resolution, diffusers in running order
+        key = re.sub(r"(up_blocks\.)(\d+)", lambda m: m[1] + str(levels - 1 - int(m[2])), key)
+        if ".attentions." in key and value.dim() == 4:          # 1x1 convolution -> Linear
+            value = value[:, :, 0, 0]
+        out[key] = value
+    return out
+
+
+def torch_rows(tensor, first, last):
+    return tensor[first:last] if tensor.dim() else tensor
 
 
 def vgg_files(args, tiny, lpips=True):

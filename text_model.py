@@ -2,12 +2,12 @@
 
     h    = LLM([chat(prompt), <im_start>, q_1..q_N, <im_end>])      # causal, also among the queries
     cond = diff_head_projector(h at the queries)                    # [B,N,Z], conditions the DiT
-    an image in the question enters as mm_projector(z) [B,N,H] in the place of the queries
 
-Paper section 3.1; reference ScaleRAEQwenForCausalLM. Keys are those of the released checkpoints
-(and, without the additions, of Qwen2ForCausalLM). chat.py makes the ids and the labels.
+An image in a question enters as mm_projector(z) [B,N,H] in the place of the queries. Paper section
+3.1; the reference is ScaleRAEQwenForCausalLM. Parameter names are the keys of the released
+checkpoints and, without the additions, of Qwen2ForCausalLM. chat.py makes the ids and the labels.
 
-B batch, L text length, N image tokens, V vocabulary, H the model's width (heads are spelled out).
+B batch, L text length, N image tokens, V vocabulary, H width of the model (heads are spelled out).
 """
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ TINY      = LLMConfig( 128,  3,  4, 2,   384,   1024, True)
 
 
 class Linear(nn.Linear):
-    """fp32 weights, product in the dtype of x (bf16 on accelerators); no autocast needed."""
+    """Keep fp32 weights and multiply in the dtype of x (bf16 on accelerators), without autocast."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype),
@@ -47,7 +47,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Statistics in fp32, cast back, then the weight."""
+    """Compute statistics in fp32, cast back, then multiply by the weight."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -60,16 +60,17 @@ class RMSNorm(nn.Module):
 
 
 def rope(x, cos, sin):
-    """Rotary positions in Qwen's form: channel i pairs with i + hd/2. x [B,heads,L,hd]."""
-    a, b = x.chunk(2, -1)
+    """Rotate x [B,heads,L,hd] by its positions in Qwen's form: channel i pairs with i + hd/2."""
+    a, b = x.chunk(2, -1)                                                   # [B,heads,L,hd/2]
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
 def attention(q, k, v, mask=None):
     """Causal softmax attention, each [B,heads,L,hd]. mask [L,T] bool: q continues a cache."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:    # the fused kernel is 3 to 5 times
-        if mask is None:                                        # slower (LOG.md, 2026-11-23)
-            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # torch's fused kernel is three to five times slower here (LOG.md, 2026-11-23)
+        if mask is None:
+            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()      # [L,L]
         scores = (q * q.shape[-1] ** -0.5) @ k.mT                           # [B,heads,L,T]
         return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.heads * hd, H, bias=False)
 
     def forward(self, x, cos, sin, cache=None):
-        """x [B,L,H]. cache: [], or [k, v] of the positions before; it is extended in place."""
+        """x [B,L,H]. cache: [], or [k, v] of the positions before. It is extended in place."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)      # [B,heads,L,hd]
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)   # [B,kv,L,hd]
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
@@ -93,15 +94,15 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             if cache:
-                k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+                k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)     # [B,kv,T,hd]
             cache[:] = [k, v]
             L, T = q.shape[2], k.shape[2]                   # queries are the last L of T positions
             mask = torch.ones(L, T, dtype=torch.bool, device=x.device).tril(T - L)
         group = self.heads // self.kv_heads
         if group > 1:                                       # grouped queries share keys and values
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        y = attention(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)     # [B,heads,T,hd]
+        y = attention(q, k, v, mask)                                            # [B,heads,L,hd]
+        return self.o_proj(y.transpose(1, 2).flatten(2))                        # [B,L,H]
 
 
 class MLP(nn.Module):
@@ -128,21 +129,22 @@ class Layer(nn.Module):
 
 
 def gather_rows(x, index):
-    """Rows index [B,M] of x [B,K,H] -> [B,M,H]; zeros where there is no such row.
+    """Gather rows index [B,M] of x [B,K,H] -> [B,M,H]. A row that x does not have is zero.
 
     The product with ones and zeros is exact where fp32 products are (`parallel.setup` sees to it).
-    The backward pass of `gather` is a scatter, for which the TPU's compiler sums the whole batch on
-    every chip (LOG.md, 2026-11-25).
+    The backward pass of torch.gather is a scatter, for which the TPU's compiler sums the whole
+    batch on every chip (LOG.md, 2026-11-24).
     """
-    rows = torch.arange(x.shape[1], device=x.device)
+    rows = torch.arange(x.shape[1], device=x.device)                        # [K]
     return (index[..., None] == rows).to(x.dtype) @ x
 
 
 class TextModel(nn.Module):
     """Qwen2, the learned queries and the two projectors.
 
-    tokens N; image_channels: channels of the encoder's features; cond_width: Z of the DiT.
-    tokens = 0 builds plain Qwen2. Raises ValueError for sizes that do not divide.
+    tokens: N; 0 builds plain Qwen2. image_channels: C of the encoder's features. cond_width: Z of
+    the DiT. Set `remat` to recompute each layer's activations in the backward pass. Raises
+    ValueError for sizes that do not divide.
     """
 
     def __init__(self, config, tokens=0, image_channels=0, cond_width=0, dtype=torch.float32):
@@ -162,18 +164,19 @@ class TextModel(nn.Module):
             self.lm_head = nn.Linear(H, V, bias=False)
         if tokens:
             m.latent_queries = nn.Parameter(torch.zeros(tokens, H))
-            m.mm_projector = nn.Sequential(                                 # GELU in its erf form
+            m.mm_projector = nn.Sequential(                                 # the exact (erf) GELU
                 Linear(image_channels, H), nn.GELU(approximate="none"), Linear(H, H))
             self.diff_head_projector = Linear(H, cond_width)
 
     def embed(self, ids, start=None, answer=None, z=None):
         """ids [B,L] (IMAGE where an image stands) -> embeddings [B,L,H].
 
-        start [B]: the first of the N image positions (L or more: no image). answer [B] bool: the
-        image is to be generated, so its positions take the learned queries; otherwise they take
-        mm_projector(z), z [B,N,C]. Without z every image is an answer.
+        start [B]: the first of the N image positions (L or more: no image). answer [B]: whether the
+        image is to be generated. Its positions then take the learned queries, otherwise
+        mm_projector(z), z [B,N,C]. Without z every image is to be generated.
         """
-        x = F.embedding(ids.clamp(min=0), self.model.embed_tokens.weight).to(self.dtype)
+        x = F.embedding(ids.clamp(min=0), self.model.embed_tokens.weight)           # [B,L,H]
+        x = x.to(self.dtype)
         if start is None:
             return x
         rows = self.model.latent_queries.to(self.dtype).expand(len(ids), -1, -1)    # [B,N,H]
@@ -187,8 +190,8 @@ class TextModel(nn.Module):
     def forward(self, x, cache=None):
         """Embeddings [B,L,H] -> hidden states after the last norm [B,L,H]; causal.
 
-        cache: a list, empty at first, with one entry per layer; x continues it and extends it.
-        Right padding needs no mask: under a causal mask no real token sees it.
+        cache: a list, empty at first, with one entry per layer. x continues and extends it. Right
+        padding needs no mask of its own: under a causal mask no real token sees it.
         """
         layers = self.model.layers
         if cache is not None and not cache:
@@ -222,18 +225,18 @@ class TextModel(nn.Module):
         return F.linear(h, self.head_weight().to(h.dtype)).float()
 
     def condition(self, h, start):
-        """Project hidden states [B,L,H] at the N query positions: cond [B,N,Z]. Rows without an
-        image (start L) project zeros."""
+        """Project the hidden states h [B,L,H] at the N query positions -> cond [B,N,Z]. A sample
+        without an image (start L) projects zeros."""
         index = start[:, None] + torch.arange(self.tokens, device=h.device)         # [B,N]
         return self.diff_head_projector(gather_rows(h, index))
 
     def text_loss(self, h, where, targets):
-        """Sum the cross-entropy of the labelled next tokens; h [B,L,H]; where, targets [B,K] of
-        chat.labelled. Only labelled positions go through the head: most of L are queries and the
-        user's words.
+        """Sum the cross-entropy of the labelled next tokens. h [B,L,H]; where, targets [B,K] of
+        chat.labelled: most of L are queries and the user's words, which have no label.
 
-        A large batch goes 64 positions at a time, recomputed in the backward pass: with V = 151,667
-        all logits would take more memory than the model. K is cut, because B is split over devices.
+        A large batch goes through the head 64 positions at a time and is recomputed in the backward
+        pass, because with V = 151,667 all its logits would take more memory than the model. The cut
+        is along K, because B is split over devices.
         """
         h = gather_rows(h, where)                                                   # [B,K,H]
 
@@ -247,10 +250,10 @@ class TextModel(nn.Module):
                    for i in range(0, h.shape[1], 64))
 
     def train_flops(self, length, labelled, frozen=False):
-        """Training FLOPs of one sequence of `length` tokens, of which `labelled` go through the
-        head: 6 per weight and token, 4 with frozen weights, because the gradient still passes to
-        the queries. Attention counts in full, as is usual, though its causal half is skipped. Both
-        projectors run on every sequence's N positions."""
+        """Return the training FLOPs of a sequence of `length` tokens, of which `labelled` go
+        through the head: 6 per weight and token, or 4 with frozen weights, because the gradient
+        still passes to the queries. Attention counts in full, as is usual, though its causal half is
+        skipped. Both projectors run on the N image positions of every sequence."""
         c, H = self.config, self.width
         hd = H // c.num_attention_heads
         layer = 2 * H * H + 2 * H * hd * c.num_key_value_heads + 3 * H * c.intermediate_size
@@ -262,7 +265,7 @@ class TextModel(nn.Module):
 
 
 def initial(name, shape, seed):
-    """Return the initial value of one parameter: any rank or framework can make one alone.
+    """Return the initial value of one parameter, which any rank or framework can make alone.
 
     Qwen2 from scratch, and the projector to the DiT: N(0, 0.02). Queries: N(0, 1/H). mm_projector:
     uniform +-1/sqrt(fan in), PyTorch's default for a Linear. Biases: zero. Norms: one.

@@ -1,14 +1,15 @@
 """FLUX's VAE (diffusers' AutoencoderKL in the FLUX.1 form): the paper's baseline latent.
 
-It has the methods of the representation autoencoder: encode(images) -> tokens and
-decode(tokens) -> images. Parameter names are diffusers' keys; `from_ldm` renames those of the
-original `ae.safetensors`. Architecture: arXiv 2112.10752.
+    encode: images [B,3,H,W] in [0,1]  ->  mean of the posterior [B,c,h,w]  ->  tokens [B,N,C]
+    decode: tokens [B,N,C]  ->  images
+
+Parameter names are diffusers' keys (networks.py renames those of the original `ae.safetensors`).
+Architecture: arXiv 2112.10752. The VAE computes in fp32, in training too.
 
 B batch, H W pixels, h w latent grid (H/f, W/f), c latent channels (16), N = h/2 * w/2 tokens of
-C = 4c channels (64). The VAE computes in fp32, in training too: --dtype does not change it.
+C = 4c channels (64).
 """
 import math
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,18 +29,13 @@ class VAEConfig:
     layers_per_block: int = 2
     latent_channels: int = 16
     norm_num_groups: int = 32
-    use_quant_conv: bool = False
+    use_quant_conv: bool = False            # FLUX's form has neither of these two convolutions
     use_post_quant_conv: bool = False
     scaling_factor: float = 0.3611
     shift_factor: float | None = 0.1159
 
-    def __post_init__(self):
-        if self.use_quant_conv or self.use_post_quant_conv:
-            raise ValueError("use_quant_conv or use_post_quant_conv is true in the VAE's config: "
-                             "only FLUX's form, without quant convolutions, is built here")
 
-
-# f = 4, 64 px -> 16 x 16 x 16 -> 64 tokens of 64; training measures the scale and the shift
+# f = 4, 64 px -> 16 x 16 x 16 -> 64 tokens of 64 channels. Training measures scale and shift.
 TINY = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8,
                  scaling_factor=1.0, shift_factor=0.0)
 
@@ -69,9 +65,9 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(c, c) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(c, c)])          # diffusers' key is to_out.0
 
-    def forward(self, x):
-        s = self.group_norm(x).flatten(2).mT                    # [B, c, h, w] -> [B, hw, c]
-        q, k, v = (f(s)[:, None] for f in (self.to_q, self.to_k, self.to_v))  # [B, 1, hw, c]
+    def forward(self, x):                                       # [B, c, h, w]
+        s = self.group_norm(x).flatten(2).mT                    # [B, hw, c]
+        q, k, v = (f(s)[:, None] for f in (self.to_q, self.to_k, self.to_v))    # [B, 1, hw, c]
         s = F.scaled_dot_product_attention(q, k, v)[:, 0]       # [B, hw, c]
         return x + self.to_out[0](s).mT.reshape(x.shape)        # [B, c, h, w]
 
@@ -127,9 +123,9 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
+        x = self.conv_in(x)                                     # [B, 128, H, W]
         for block in self.down_blocks:
-            x = block(x)
+            x = block(x)                                        # at last [B, 512, H/f, W/f]
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
@@ -148,33 +144,30 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z):
-        z = self.mid_block(self.conv_in(z))
+        z = self.mid_block(self.conv_in(z))                     # [B, 512, h, w]
         for block in self.up_blocks:
-            z = block(z)
+            z = block(z)                                        # at last [B, 128, f*h, f*w]
         return self.conv_out(F.silu(self.conv_norm_out(z)))
 
 
 def pack(z):
     """[B, c, h, w] -> [B, h/2 * w/2, 4c]: 2x2 patches, row-major, channel = c*4 + dy*2 + dx."""
     z = z.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))           # [B, c, row, dy, col, dx]
-    return z.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return z.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)         # [B, row*col, 4c]
 
 
 def unpack(tokens):
     """Invert `pack` for a square grid: [B, N, 4c] -> [B, c, h, w]."""
     B, N, C = tokens.shape
     side = math.isqrt(N)
-    if side * side != N or C % 4:
-        raise ValueError(f"tokens {list(tokens.shape)}: expected [B, n*n, 4*c] for a square image")
     z = tokens.reshape(B, side, side, C // 4, 2, 2)             # [B, row, col, c, dy, dx]
-    return z.permute(0, 3, 1, 4, 2, 5).reshape(B, C // 4, 2 * side, 2 * side)
+    return z.permute(0, 3, 1, 4, 2, 5).reshape(B, C // 4, 2 * side, 2 * side)   # [B, c, h, w]
 
 
 class VAE(nn.Module):
     """AutoencoderKL with FLUX's packing of the latent into tokens. config: a VAEConfig.
 
-    `channels` is C, `stride` the number of pixels on a token's side (16). A new VAE has PyTorch's
-    default initial weights, as the original.
+    `channels` is C. `stride` is the number of pixels on a token's side (16).
     """
     crop, resample = "squash", 1                    # diffusers' VaeImageProcessor; 1 is Lanczos
 
@@ -189,34 +182,26 @@ class VAE(nn.Module):
 
     def posterior(self, images):
         """images [B,3,H,W] in [0,1] -> mean and log variance, each [B, c, H/f, W/f], before scale
-        and shift."""
-        if images.shape[-1] % self.stride or images.shape[-2] % self.stride:
-            raise ValueError(f"images {list(images.shape)}: sides must divide by {self.stride}")
+        and shift. Training takes draws from this posterior."""
         mean, logvar = self.encoder(2 * images - 1).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)                      # diffusers' clamp: exp stays finite
 
-    def encode(self, images, generator=None, sample=False):
-        """images [B,3,H,W] in [0,1] -> tokens [B,N,4c], shifted and scaled: the posterior's mean,
-        or a draw from it with `sample` or a `generator` (on any device). The paper's baseline
-        trains on draws."""
-        z, logvar = self.posterior(images)
-        if sample or generator is not None:
-            device = getattr(generator, "device", z.device)
-            eps = torch.randn(z.shape, generator=generator, device=device).to(z)
-            z = z + torch.exp(0.5 * logvar) * eps
-        return pack((z - self.shift) * self.scale)
+    def encode(self, images):
+        """images [B,3,H,W] in [0,1] -> tokens [B,N,C]: the posterior's mean, shifted and scaled."""
+        mean, _ = self.posterior(images)                        # [B, c, H/f, W/f]
+        return pack((mean - self.shift) * self.scale)           # [B,N,C]
 
     def decode(self, tokens):
-        """tokens [B,N,4c] of a square image -> images [B,3,H,W], about [0,1], not clamped."""
+        """tokens [B,N,C] of a square image -> images [B,3,H,W], about [0,1], not clamped."""
         return (self.decoder(unpack(tokens) / self.scale + self.shift) + 1) / 2
 
     def forward(self, images):
-        return self.encode(images)                              # as the other frozen encoders
+        return self.encode(images)                              # like the other frozen encoders
 
     @torch.no_grad()
     def measure(self, batches):
-        """Return the shift and the scale, under their names in the config, that give the latent of
-        these batches of images mean 0 and variance 1."""
+        """Return the shift and the scale, under their names in the config, with which draws of
+        these batches of images have mean 0 and variance 1."""
         sums = []
         for images in batches:
             mean, logvar = self.posterior(images)
@@ -225,8 +210,8 @@ class VAE(nn.Module):
         return dict(shift_factor=mean, scaling_factor=(square - mean ** 2) ** -0.5)
 
     def forward_flops(self, side, decode=True):
-        """Return the FLOPs to encode (and decode) one square image. torch counts them on the meta
-        device."""
+        """Return the FLOPs to encode (and decode) one square image, as torch counts them on the
+        meta device."""
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
             twin = VAE(self.config)
             z = twin.encode(torch.empty(1, 3, side, side))
@@ -245,34 +230,3 @@ def initial(name, shape, seed):
     else:
         value = np.full(shape, float("norm" in name and name.endswith("weight")))
     return torch.from_numpy(value).float()
-
-
-# Names in ae.safetensors (latent diffusion's) -> diffusers' names
-FROM_LDM = [
-    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
-    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
-    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
-    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
-    (r"\.mid\.block_1\.", r".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", r".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", r".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.mid\.attn_1\.proj_out\.", r".mid_block.attentions.0.to_out.0."),
-    (r"\.nin_shortcut\.", r".conv_shortcut."),
-    (r"\.norm_out\.", r".conv_norm_out."),
-]
-
-
-def from_ldm(state):
-    """Give the state dict of `ae.safetensors` diffusers' keys and shapes."""
-    levels = 1 + max(int(m[1]) for m in (re.match(r"decoder\.up\.(\d+)\.", k) for k in state) if m)
-    out = {}
-    for key, value in state.items():
-        for pattern, words in FROM_LDM:
-            key = re.sub(pattern, words, key)
-        # the original numbers the decoder's levels by resolution, diffusers in running order
-        key = re.sub(r"(up_blocks\.)(\d+)", lambda m: m[1] + str(levels - 1 - int(m[2])), key)
-        if ".attentions." in key and value.dim() == 4:          # 1x1 convolution -> Linear
-            value = value[:, :, 0, 0]
-        out[key] = value
-    return out

@@ -310,7 +310,7 @@ def test_gan_losses_and_adaptive_weight():
 # ------------------------------------------------------------------------------------------------
 
 def bfl_keys(state):
-    """Rename diffusers' keys to those of ae.safetensors, independently of vae.from_ldm."""
+    """Rename diffusers' keys to those of ae.safetensors, independently of networks.from_ldm."""
     words = {"down_blocks": "down", "up_blocks": "up", "conv_norm_out": "norm_out",
              "conv_shortcut": "nin_shortcut"}
     mid = {"resnets.0": "block_1", "resnets.1": "block_2", "attentions.0": "attn_1"}
@@ -359,15 +359,10 @@ def test_vae_tokens():
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     tokens = model.encode(images)
     assert tokens.shape == (2, 64, 64) and model.decode(tokens).shape == images.shape
-    draw = [model.encode(images, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
-    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
-    mean, logvar = model.posterior(images)
-    z = (vaes.unpack(draw[0]) / model.scale + model.shift - mean) / (0.5 * logvar).exp()
-    assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03     # 8192 standard normals
+    mean, _ = model.posterior(images)                       # [2,16,16,16]
+    assert torch.allclose(vaes.unpack(tokens) / model.scale + model.shift, mean, atol=1e-6)
     z = torch.arange(16.).view(1, 1, 4, 4)                  # token 0 is the top left 2 x 2 pixels
     assert vaes.pack(z)[0, :2].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    with pytest.raises(ValueError, match="divide by 8"):
-        model.encode(torch.zeros(1, 3, 60, 64))
 
 
 def test_vae_is_measured_and_its_posterior_clamped():
@@ -377,8 +372,10 @@ def test_vae_is_measured_and_its_posterior_clamped():
     with torch.no_grad():
         vae.encoder.conv_out.bias[16:] = 0.5                # log variances
         found = vae.measure([x])
-        vae.scale, vae.shift = found["scaling_factor"], found["shift_factor"]
-        z = vae.encode(x, torch.Generator().manual_seed(1))
+        mean, logvar = vae.posterior(x)
+        eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+        z = mean + (0.5 * logvar).exp() * eps
+        z = (z - found["shift_factor"]) * found["scaling_factor"]
         assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
         vae.encoder.conv_out.bias[16:] = 99
         assert vae.posterior(x)[1].max() == 20
@@ -391,8 +388,6 @@ def test_vae_details():
     norms = [m for m in VAE(vaes.TINY).modules() if isinstance(m, nn.GroupNorm)]
     assert {m.eps for m in norms} == {1e-6}
     assert (VAEConfig().scaling_factor, VAEConfig().shift_factor) == (0.3611, 0.1159)
-    with pytest.raises(ValueError, match="quant"):
-        VAEConfig(use_quant_conv=True)
 
 
 # ------------------------------------------------------------------------------------------------
