@@ -188,10 +188,6 @@ def from_ldm(state):
     return out
 
 
-def torch_rows(tensor, first, last):
-    return tensor[first:last] if tensor.dim() else tensor
-
-
 def vgg_files(args, tiny, lpips=True):
     """Return what `locate` needs for the perceptual net. lpips False: Gram terms alone."""
     lpips = lpips and (args.lpips_weights or (None if tiny or args.vgg else "vgg.pth"))
