@@ -129,20 +129,31 @@ def test_commands_are_found():
 
 
 def test_lines_that_make_the_images(tmp_path):
-    """The Python lines of docs/tiny.md run, here on grey images."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/tiny.md").read_text(), re.S)[1]
-    for folder in ("drawn", "runs/dit-tiny/samples", "docs"):
+    """The Python lines of docs/tiny.md run; grey images stand in for drawn ones."""
+    flags, sheets = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tiny.md").read_text(), re.S)
+
+    def run(*args):
+        done = subprocess.run([sys.executable, *args], cwd=tmp_path, capture_output=True, text=True,
+                              env={**ENV, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("-c", flags)
+    assert run(ROOT / "data.py", "check", "flags") == "0 of 12 records are broken\n"
+    for folder in ("drawn", "before", "after", "runs/dit-tiny/samples", "docs"):
         (tmp_path / folder).mkdir(parents=True)
+    grey = Image.new("RGB", (64, 64), "grey")
     for i in range(16):
-        Image.new("RGB", (64, 64), "grey").save(tmp_path / f"drawn/{i:05d}-0.png")
+        grey.save(tmp_path / f"drawn/{i:05d}-0.png")
+        grey.save(tmp_path / f"before/{i}-0.png")
+        grey.save(tmp_path / f"after/{i}-0.png")
     for step in (300, 600, 900, 1200):
         grid = Image.new("RGB", (2 + 8 * 66, 2 + 2 * 66), "grey")           # as training.save_grid
         grid.save(tmp_path / f"runs/dit-tiny/samples/step-{step:07d}.png")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={**ENV, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    assert Image.open(tmp_path / "docs/samples.png").width == 8 + 8 * 136
-    assert Image.open(tmp_path / "docs/training.png").width == 8 + 4 * 272
+    run("-c", sheets)
+    for name in ("samples", "finetune", "training"):
+        assert Image.open(tmp_path / f"docs/{name}.png").size == \
+            Image.open(ROOT / f"docs/{name}.png").size
 
 
 def test_the_notebook_s_contents_list_every_entry():
