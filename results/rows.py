@@ -227,7 +227,7 @@ BEST = Row(
     "best-of-n", "The model ranks its own latents: the best of N beats one draw, and more "
     "candidates help",
     "Table 5: 53.2 to 60.0 with the best 4 of 32",
-    {v: ["evaluate.py candidates --n 32 --per-category 8 --seed {seed}"]
+    {v: ["evaluate.py candidates --n 32 --per-category 16 --seed {seed}"]
      for v in ("prompt", "yes", "yes-prob", "loss")},
     (0,), picks, best_rule, x="N", log_x=True,
     note="The shipped model and the benchmark's prompts about shapes. `prompt` and `yes` are the "

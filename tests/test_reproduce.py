@@ -69,8 +69,8 @@ def shift(none, base, auto):
 
 def decoder(text, fd, web):
     """The second arm by its changes; two seeds."""
-    first = {"PSNR of text, dB": [20, 20], "FD-enc of text": [0.2, 0.2], "PSNR of web, dB": [25, 25],
-             "PSNR of synthetic, dB": [30, 30]}
+    first = {"PSNR of text, dB": [20, 20], "FD-enc of text": [0.2, 0.2],
+             "PSNR of web, dB": [25, 25], "PSNR of synthetic, dB": [30, 30]}
     second = {"PSNR of text, dB": [20 + x for x in text], "FD-enc of text": [0.2 + fd] * 2,
               "PSNR of web, dB": [25 + web] * 2, "PSNR of synthetic, dB": [30, 30]}
     return {"web + synthetic": first, "+ text": second}
