@@ -30,17 +30,17 @@ KEYS = {"prompt": lambda r: (-r["prompt_conf"], -r["yes_logit"], r["no_logit"]),
 
 
 # ------------------------------------------------------------------------------------------------
-# Questions and greedy answers
+# Answers
 # ------------------------------------------------------------------------------------------------
 
 def decode(tokenizer, steps):
-    """Turn the tokens [B] of each step, -1 after an answer's end, into B strings."""
+    """Turn the tokens [B] of each step, -1 after the end of an answer, into B strings."""
     return [tokenizer.decode([i for i in row if i >= 0]) for row in torch.stack(steps, 1).tolist()]
 
 
 @torch.no_grad()
 def answers(llm, tokenizer, z, words, limit=48):
-    """Answer a `question` greedily for all images at once -> B strings."""
+    """Answer text_model.question greedily for all images at once -> B strings."""
     steps = greedy(llm, tokenizer, question(llm, tokenizer, z, words), limit, [])
     return decode(tokenizer, [token.masked_fill(~alive, -1) for _, token, alive in steps])
 
@@ -73,9 +73,9 @@ def prompt_scores(llm, tokenizer, z, prompt):
 
 
 def word_ids(tokenizer, first=False):
-    """Return the ids of yes and the ids of no: of each spelling, with and without a space before
-    it, every token (or only the first). Tokens of both words (a bare space in a small vocabulary)
-    tell nothing and are left out."""
+    """Return the ids of yes and the ids of no: every token (with `first`, the first token) of each
+    spelling, with and without a space before it. Tokens of both words, such as a bare space in a
+    small vocabulary, are left out."""
     yes, no = ({i for w in WORDS[word] for form in (w, " " + w)
                 for i in encode_text(tokenizer, form)[:1 if first else None]}
                for word in ("yes", "no"))

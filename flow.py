@@ -51,10 +51,10 @@ def flow_loss(v, z, eps):
 def sampling_times(schedule, steps, alpha):
     """Return the steps of a schedule, [(t_from, t_to), ...], as numbers.
 
-    euler: `steps` steps over the shifted uniform grid from 1 to 0. authors: `steps` - 1 steps, those
+    euler: `steps` steps over the shifted uniform grid from 1 to 0. authors: the `steps` - 1 steps
     of the authors' code, which made the published figures. Their grid ascends while their loop
-    takes it to descend. So the walk starts with the label 0.9976 on pure noise, ends at 0.0084, and then
-    takes one stray step with the label of the noise end on the almost clean latent.
+    takes it to descend. So the walk starts with the label 0.9976 on pure noise, ends at 0.0084, and
+    then takes one stray step with the label of the noise end on the almost clean latent.
     """
     if schedule == "euler":
         t = time_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).tolist()

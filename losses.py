@@ -205,16 +205,12 @@ class SpectralConv1d(nn.Module):
         self.register_buffer("weight_u", torch.zeros(c_out))
         self.register_buffer("weight_v", torch.zeros(c_in * kernel))
 
-    @torch.no_grad()
-    def power_iteration(self):
-        W = self.weight_orig.flatten(1)                         # [c_out, c_in * kernel]
-        self.weight_v.copy_(F.normalize(W.mT @ self.weight_u, dim=0, eps=1e-12))
-        self.weight_u.copy_(F.normalize(W @ self.weight_v, dim=0, eps=1e-12))
-
     def forward(self, x):                                       # [B, c_in, N] -> [B, c_out, N]
-        if self.training:
-            self.power_iteration()
         W = self.weight_orig.flatten(1)                         # [c_out, c_in * kernel]
+        if self.training:
+            with torch.no_grad():
+                self.weight_v.copy_(F.normalize(W.mT @ self.weight_u, dim=0, eps=1e-12))
+                self.weight_u.copy_(F.normalize(W @ self.weight_v, dim=0, eps=1e-12))
         # clones: the next call changes the buffers in place, and backward needs these values
         sigma = self.weight_u.clone() @ (W @ self.weight_v.clone())
         pad = self.weight_orig.shape[2] // 2
@@ -339,17 +335,24 @@ def adaptive_weight(rec_loss, gan_loss, last_weight, average=lambda gradient: gr
 # Initial weights
 # ------------------------------------------------------------------------------------------------
 
-def initial(name, shape, seed):
-    """Return the initial value of one tensor of the discriminator.
+def initial(name, shapes, seed):
+    """Return the initial value of one tensor of the discriminator, whose tensors have `shapes`.
 
     Heads: uniform +-1/sqrt(fan in), PyTorch's default for convolutions, as in the RAE code. Trunk,
-    where no file replaces it: N(0, 0.02), as DINO begins. Biases: zero. Norms: one. Vectors of the
-    spectral norms: a random unit u, from which `start_spectral_norms` goes on.
+    where no file replaces it: N(0, 0.02), as DINO begins. Biases: zero. Norms: one. u, v: random
+    unit vectors after 15 power iterations, so that the first steps have a correct norm.
     """
     from data import rng
-    draw = rng(seed, f"init discriminator {name.replace('weight_u', 'u')}")
-    if name.endswith("weight_u"):
-        return F.normalize(torch.from_numpy(draw.standard_normal(shape, np.float32)), dim=0)
+    shape = shapes[name]
+    if name.endswith(("weight_u", "weight_v")):
+        W = initial(name[:-1] + "orig", shapes, seed).flatten(1)    # [c_out, c_in * kernel]
+        draw = rng(seed, f"init discriminator {name[:-8]}u")
+        u = F.normalize(torch.from_numpy(draw.standard_normal(len(W), np.float32)), dim=0)
+        for _ in range(15):
+            v = F.normalize(W.mT @ u, dim=0)
+            u = F.normalize(W @ v, dim=0)
+        return u if name.endswith("u") else v
+    draw = rng(seed, f"init discriminator {name}")
     if len(shape) == 1:
         value = np.full(shape, float(name.endswith("weight")))
     elif name.startswith("heads."):
@@ -359,20 +362,12 @@ def initial(name, shape, seed):
     return torch.from_numpy(value).float()
 
 
-def start_spectral_norms(model):
-    """Take 15 power iterations, so that the first steps have a correct norm."""
-    for module in model.heads.modules():
-        if isinstance(module, SpectralConv1d):
-            for _ in range(15):
-                module.power_iteration()
-
-
 def init_discriminator(model, seed):
     """Give a discriminator on the CPU its initial weights."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, tensor in model.state_dict().items():
         if not name.startswith("dino.x_"):              # ImageNet's statistics
-            tensor.copy_(initial(name, tensor.shape, seed))
-    start_spectral_norms(model)
+            tensor.copy_(initial(name, shapes, seed))
 
 
 def init_perceptual(model, seed):

@@ -15,11 +15,11 @@ import parallel
 from cli import UserError, parsing
 from decoder import Decoder, DecoderConfig
 from encoder import ENCODERS, SO400M, WEBSSL_300M, ViT, our_key
-from losses import DiscConfig, Discriminator, Perceptual, start_spectral_norms
+from losses import DiscConfig, Discriminator, Perceptual
 from losses import initial as init_discriminator
 from training import start_table, state_gb
 from vae import VAE, VAEConfig
-from weights import (TINY, TINY_ENCODER, Weights, check_config, in_memory, load, locate,
+from weights import (HUB, TINY, TINY_ENCODER, Weights, check_config, in_memory, load, locate,
                      open_weights, portable_path, read_fields, read_json, rows_for, weights_of)
 
 
@@ -238,12 +238,9 @@ def load_discriminator(path, devices, seed=0):
     with torch.device("meta"):
         model = Discriminator(config)
     shapes = {k: v.shape for k, v in model.state_dict().items()}
-    rows = rows_for(model, source, lambda key: init_discriminator(key, shapes[key], seed),
+    rows = rows_for(model, source, lambda key: init_discriminator(key, shapes, seed),
                     lambda key: key.startswith("heads.") and not whole)
-    parallel.build(model, rows, devices)
-    if not whole:
-        start_spectral_norms(model)
-    return model
+    return parallel.build(model, rows, devices)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -258,6 +255,8 @@ def stage1_networks(args, devices):
     builds the published shapes on the meta device, without files.
     """
     tiny, vae, wants_vgg = args.size == "tiny", args.latent == "vae", args.lpips or args.gram
+    if not (args.encoder or vae):
+        args.encoder = TINY_ENCODER if tiny and args.latent == "siglip2" else HUB[args.latent][0]
     encoder = vgg = disc = None
     if args.dry_run and not tiny:
         with torch.device("meta"):

@@ -252,8 +252,8 @@ class TextModel(nn.Module):
     def train_flops(self, length, labelled, frozen=False):
         """Return the training FLOPs of a sequence of `length` tokens, of which `labelled` go
         through the head: 6 per weight and token, or 4 with frozen weights, because the gradient
-        still passes to the queries. Attention counts in full, as is usual, though its causal half is
-        skipped. Both projectors run on the N image positions of every sequence."""
+        still passes to the queries. Attention counts in full, as is usual, though its causal half
+        is skipped. Both projectors run on the N image positions of every sequence."""
         c, H = self.config, self.width
         hd = H // c.num_attention_heads
         layer = 2 * H * H + 2 * H * hd * c.num_key_value_heads + 3 * H * c.intermediate_size

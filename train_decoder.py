@@ -116,8 +116,8 @@ def parser():
 def arguments():
     """Read the flags. The rest follows from --size and --latent."""
     args = parser().parse_args()
-    tiny, vae = args.size == "tiny", args.latent == "vae"
-    for key, value in DEFAULTS["tiny" if tiny else args.latent].items():
+    vae, recipe = args.latent == "vae", "tiny" if args.size == "tiny" else args.latent
+    for key, value in DEFAULTS[recipe].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     for key in ("steps", "warmup", "warmup_disc", "disc_start", "gan_start"):
@@ -127,15 +127,12 @@ def arguments():
                         "an untrained discriminator would steer the decoder")
     if args.bench:                                      # time the whole step, with the GAN
         args.disc_start = args.gan_start = 0
-    unused = [f"--{k.replace('_', '-')}" for k in ("encoder", "patch", "noise_tau", "remat",
-              "compile") if getattr(args, k) not in (None, 0, "none")]
+    unused = [f"--{key.replace('_', '-')}"
+              for key in ("encoder", "patch", "noise_tau", "remat", "compile")
+              if getattr(args, key) not in (None, 0, "none")]
     if vae and unused:
         raise UserError(f"{', '.join(unused)} with --latent vae: the VAE has no frozen encoder and "
                         "its blocks are neither compiled nor recomputed; leave it out")
-    if not vae:
-        tiny_encoder = tiny and args.latent == "siglip2"
-        default = weights.TINY_ENCODER if tiny_encoder else weights.HUB[args.latent][0]
-        args.encoder = weights.portable_path(args.encoder or default)
     args.kl *= vae
     args.out = args.out or Path(f"runs/{'vae' if vae else 'decoder'}-{args.size}")
     return args
@@ -154,7 +151,7 @@ def build(args, encoder, devices):
     else:
         config = size_config(args.size, encoder.channels, encoder.tokens,
                              args.patch or encoder.patch_size, encoder.mean, encoder.std,
-                             args.encoder)
+                             weights.portable_path(args.encoder))
     if args.init and not args.dry_run:
         return networks.load_init(args.init, config, encoder, devices)
     with torch.device("meta"):
@@ -217,7 +214,7 @@ class Collate:
 
 
 # ------------------------------------------------------------------------------------------------
-# The step's one trick, and the end of a run
+# A gradient that is computed once, and the end of a run
 # ------------------------------------------------------------------------------------------------
 
 def at_image(loss, x_hat):
@@ -362,7 +359,7 @@ def main():
             rec = args.l1 * l1 + args.lpips * lpips + args.gram * gram
             if adversarial:
                 gan = g_loss(disc(augment(x_hat, batch["fake_g"])))
-                rec, gan = at_image(rec, x_hat), at_image(gan, x_hat)       # the same values
+                rec, gan = at_image(rec, x_hat), at_image(gan, x_hat)       # same values, less work
                 if args.adaptive_gan:
                     lam = adaptive_weight(rec, gan, last_weight,
                                           lambda g: parallel.average(g, devices))
