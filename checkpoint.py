@@ -9,7 +9,6 @@ The data's position, the learning rates and every random draw are functions of (
 there is no generator state to save, and a resumed run repeats an uninterrupted one bit for bit.
 """
 import importlib.util
-import itertools
 import json
 import math
 import re
@@ -26,8 +25,8 @@ import parallel
 import weights
 from cli import Stopped, UserError
 from data import SkipCounter, WorkerDied
-from runlog import (DISK, append_log, fsync, plot_log, print_bench, read_log, read_meta,
-                    save_tensors, start_wandb, surviving, write_text)
+from runfiles import (DISK, append_log, fsync, open_folder, plot_log, print_bench, read_log,
+                      read_meta, save_tensors, start_wandb, surviving, write_text)
 from training import Meter
 
 # Arguments that may differ when a run is resumed: they do not change what is computed, or (device,
@@ -37,9 +36,10 @@ FREE = {"out", "fresh", "workers", "device", "compile", "log_every", "sample_eve
         "sample_prompts", "scan", "remat"}
 
 
-# ------------------------------------------------------------------------------------------------
-# The run folder
-# ------------------------------------------------------------------------------------------------
+def say(text):
+    """Print a line above the bar, if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
 
 class Run:
     """One run of a trainer. The constructor checks the arguments before networks are built; it
@@ -90,9 +90,7 @@ class Run:
         latest checkpoint, if there is one. Nothing in the folder changes before."""
         self.tensors, self.optimizers = tensors, list(optimizers)
         self.names = {tensor: name for name, tensor in tensors.items()}
-        if self.devices.kind == "xla":
-            for optimizer in self.optimizers:
-                parallel.init_moments(optimizer, self.names, self.devices)
+        parallel.init_moments(self.optimizers, self.names, self.devices)
         if self.args.bench:
             return
         self._open()
@@ -113,14 +111,7 @@ class Run:
     def _open(self):
         """Make and lock the folder, and find its latest checkpoint."""
         if self.main:
-            try:
-                self._make_folder(self.dir.resolve())           # a link to a folder stays a link
-            except BlockingIOError:
-                raise UserError(f"--out {self.dir} is in use by another process; give another "
-                                "--out")
-            except OSError as error:
-                raise UserError(f"--out {self.dir}: cannot write {error.filename}: "
-                                f"{error.strerror}")
+            self.lock = open_folder(self.dir, self.args.fresh)
         parallel.barrier(self.devices)
         self.latest = next(reversed(weights.checkpoints(self.dir)), None)
         self.start = self.done = int(self.latest.name[5:]) if self.latest else 0
@@ -129,28 +120,6 @@ class Run:
         if self.devices.world * square != each ** 2:            # found by all processes alike
             raise UserError(f"--out {self.dir} is not the same folder in every process; give one "
                             "on a disk that all hosts see")
-
-    def _make_folder(self, folder):
-        if self.args.fresh and folder.is_dir() and any(folder.iterdir()):
-            self._lock(folder)                                  # refuses a run that still trains
-            asides = (folder.with_name(f"{folder.name}.old{k}") for k in itertools.count(1))
-            aside = next(path for path in asides if not path.exists())
-            folder.rename(aside)
-            print(f"moved the old run to {aside}")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock(folder)
-        for name in ("checkpoints", "samples"):
-            (folder / name).mkdir(exist_ok=True)
-
-    def _lock(self, folder):
-        """Take the run folder's POSIX lock. It ends with this process, even by kill -9, and the
-        loader's workers, which may live for seconds longer, do not inherit it."""
-        try:
-            import fcntl
-        except ImportError:
-            raise UserError("training needs Linux or macOS: this system has no file locks (fcntl)")
-        self.lock = open(folder / "lock", "w")
-        fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _check_disk(self):
         """Raise UserError if the disk cannot hold the checkpoints to come."""
@@ -202,27 +171,22 @@ class Run:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"param_groups": groups, "state": states})
 
-    def _state(self):
-        """Return all tensors to save, and the optimizers' plain numbers."""
-        tensors, numbers = dict(self.tensors), {}
-        for p, state in (item for o in self.optimizers for item in o.state.items()):
-            for key, value in state.items():
-                place = tensors if torch.is_tensor(value) else numbers
-                place[f"optimizer.{self.names[p]}.{key}"] = value
-        return tensors, numbers
-
     def save(self):
         """Write checkpoints/step-N atomically, then delete all but the last --keep. Each process
         writes the rows that it holds. If the disk fails, say so and go on."""
         final = self.dir / "checkpoints" / f"step-{self.done:07d}"
         temporary, failures = final.with_name(f".writing-{self.done}"), []
-        tensors, numbers = self._state()
         with surviving(failures.append):
             if self.main:
                 self._sweep()
                 temporary.mkdir()
         parallel.barrier(self.devices)
-        kept, first = {}, {}
+        tensors, numbers, kept, first = dict(self.tensors), {}, {}, {}
+        for optimizer in self.optimizers:
+            for p, state in optimizer.state.items():
+                for key, value in state.items():
+                    place = tensors if torch.is_tensor(value) else numbers
+                    place[f"optimizer.{self.names[p]}.{key}"] = value
         for name, tensor in tensors.items():            # by every process: some gather
             for key, part, row in parallel.pieces(name, tensor):
                 kept[key], first[key] = part.contiguous(), row
@@ -245,7 +209,7 @@ class Run:
                 self._sweep()
         if self.main and failures:
             shutil.rmtree(temporary, ignore_errors=True)
-            self.print(f"could not save step {self.done}: {failures[0]}; older ones are kept")
+            say(f"could not save step {self.done}: {failures[0]}; older ones are kept")
 
     def _sweep(self):
         """Delete what an interrupted save left, and all checkpoints but the last --keep. meta.json,
@@ -404,8 +368,8 @@ class Run:
             self.bad, self.skipped = self.bad + 1, self.skipped + 1
             self.skipped_keys += keys
             some = f", samples {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
-            self.print(f"step {step}: the gradient's norm is {norm}; the update is skipped "
-                       f"({self.bad} in a row){some}")
+            say(f"step {step}: the gradient's norm is {norm}; the update is skipped ({self.bad} in "
+                f"a row){some}")
             if self.bad == 10:
                 raise UserError(f"ten steps in a row without a finite gradient, the last at step "
                                 f"{step}{some}. Try a lower --lr, --dtype float32, or delete the "
@@ -424,13 +388,10 @@ class Run:
     # The log
     # --------------------------------------------------------------------------------------------
 
-    def print(self, text):
-        (self.bar.write if self.bar is not None else print)(text, file=sys.stderr)
-
-    def surviving(self, what):
+    @staticmethod
+    def surviving(what):
         """Return a context in which a failing disk is reported: training goes on without `what`."""
-        return surviving(lambda error: self.print(f"could not write {what}: {error}; training goes "
-                                                  "on"))
+        return surviving(lambda error: say(f"could not write {what}: {error}; training goes on"))
 
     def log(self, step, **values):
         """Write one JSON line, and show the main values on the bar. Every process calls it."""

@@ -1,8 +1,8 @@
 """The user's files: one image, one record, and folders, JSONL files and tars of records.
 
 Formats: a folder of images with `metadata.jsonl` or with .txt files of the same names; a .jsonl in
-LLaVA's form; WebDataset tar shards. Damage in one record is a BrokenRecord, which the stream in
-data.py skips and counts; damage that hides an unknown number of records is a DataError.
+LLaVA's form; WebDataset tar shards. Damage to one record is a BrokenRecord, which data.py skips and
+counts. Damage that hides an unknown number of records is a DataError.
 """
 import contextlib
 import glob
@@ -21,7 +21,7 @@ from chat import ROLES, drawing
 from cli import DataError, parsing, printable
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-WORDS = ("caption", "prompt", "text", "conversations")    # what a record may say about its image
+WORDS = ("caption", "prompt", "text", "conversations")    # fields with a record's text
 
 
 class BrokenRecord(DataError):
@@ -29,7 +29,7 @@ class BrokenRecord(DataError):
 
 
 def read_file(path: str, offset: int = 0, size: int = -1) -> bytes:
-    """Read bytes of a regular file, which is opened each time: forked workers share no handle."""
+    """Read bytes of a regular file. It is opened each time, so forked workers share no handle."""
     if not os.path.isfile(path):
         what = "not a regular file" if os.path.exists(path) else "no such file"
         raise BrokenRecord(f"{printable(path)}: {what}")
@@ -49,12 +49,12 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 
 
 def open_image(source, what: str = None, short: int = 0) -> Image.Image:
-    """Open an image file: upright as its EXIF tag says, RGB, transparent pixels on white.
+    """Open an image file: turned as its EXIF tag says, RGB, transparent pixels on white.
 
     source: path or bytes. what: its name in errors (default: the path). short: a JPEG may be
     decoded at 1/2, 1/4 or 1/8 of its size as long as its short side keeps this many pixels.
     Metadata that Pillow cannot read is dropped. Raises BrokenRecord for damaged pixels, for more
-    pixels than Pillow's limit against decompression bombs, and for what is no regular file.
+    pixels than Pillow's limit against decompression bombs, and for anything but a regular file.
     """
     data = source if isinstance(source, bytes) else read_file(source)
     what = what or ("image" if isinstance(source, bytes) else source)
@@ -62,18 +62,18 @@ def open_image(source, what: str = None, short: int = 0) -> Image.Image:
         warnings.simplefilter("ignore")                   # Pillow's, about metadata
         try:
             return decode(data, short)
-        except Exception:               # only Pillow runs in there: perhaps metadata was the reason
+        except Exception:               # from Pillow alone; the reason may be metadata
             return decode(without_metadata(data), short)
 
 
 def decode(data, short):
-    """Call Pillow for `open_image`."""
+    """Decode the bytes of an image file with Pillow; see `open_image`."""
     image, turn = Image.open(io.BytesIO(data)), None
     if short:
         image.draft("RGB", (short, short))
     image.load()
-    with contextlib.suppress(Exception):                  # ImageOps.exif_transpose writes all tags
-        turn = TURNS.get(image.getexif().get(0x0112))     # anew, and fails if one has a wrong type
+    with contextlib.suppress(Exception):                  # ImageOps.exif_transpose rewrites all tags,
+        turn = TURNS.get(image.getexif().get(0x0112))     # and fails if one has a wrong type
     image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):                        # 16 bits, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
@@ -84,7 +84,7 @@ def decode(data, short):
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return a PNG, WebP or JPEG file without the chunks that do not help to show its pixels."""
+    """Return a PNG, WebP or JPEG file with only the chunks that its pixels need."""
     png, webp = data.startswith(b"\x89PNG"), data.startswith(b"RIFF")
     at = 8 if png else 12 if webp else 2
     kept = [data[:at]]
@@ -97,7 +97,7 @@ def without_metadata(data: bytes) -> bytes:
             end, keep = at + 8 + size + size % 2, kind not in (b"EXIF", b"ICCP", b"XMP ")
         else:                           # type, length, content; APP14 tells how to read the colours
             kind, end = data[at:at + 2], at + 2 + int.from_bytes(data[at + 2:at + 4], "big")
-            end = len(data) if kind == b"\xff\xda" else end                # here the pixels begin
+            end = len(data) if kind == b"\xff\xda" else end                # the pixels begin here
             keep = not (b"\xff\xe0" <= kind < b"\xff\xee" or kind in (b"\xff\xef", b"\xff\xfe"))
         if keep:
             kept.append(data[at:end])
@@ -110,10 +110,10 @@ def without_metadata(data: bytes) -> bytes:
 def make_square(image, resolution: int, crop: str, rand=None, resample: int = 3) -> np.ndarray:
     """Cut and resize an RGB image -> uint8 [R, R, 3].
 
-    crop: `squash` resizes to a square (as the authors do for SigLIP), `center` is ADM's centre
-    crop, `random` cuts R x R from a short side of 1.5 R at a place that rand() chooses. resample:
-    Pillow's number of a filter; 3 is bicubic. Only the part in the crop is resized, so that memory
-    stays bounded for an image of any shape.
+    crop: `squash` resizes to a square (as the authors do for SigLIP); `center` is ADM's centre
+    crop; `random` makes the short side 1.5 R and cuts R x R at a place that rand() chooses.
+    resample: Pillow's number of a filter; 3 is bicubic. Only the crop is resized, so that memory is
+    bounded for an image of any shape.
     """
     if crop == "squash":
         return np.array(image if image.size == (resolution, resolution) else
@@ -135,12 +135,12 @@ def load_image(source, resolution: int, crop: str, rand=None, resample: int = 3)
 
 
 # ------------------------------------------------------------------------------------------------
-# Records: the same fields with the same rules in every format
+# Records: all formats have the same fields and rules
 # ------------------------------------------------------------------------------------------------
 
 def read_fields(fields: dict, text: bool, rand) -> dict:
-    """Return {task, caption, conversations} of a record's fields. text: a record without words is
-    broken. rand() chooses how a caption is asked for."""
+    """Return {task, caption, conversations} of a record's fields. text: whether a record without
+    text is broken. rand() chooses the request for a caption."""
     caption = next((fields[k] for k in WORDS[:3] if fields.get(k)), "")
     if not isinstance(caption, str):
         raise BrokenRecord(f"its caption is a {type(caption).__name__}, not a string")
@@ -159,10 +159,10 @@ def read_fields(fields: dict, text: bool, rand) -> dict:
 
 
 def read_turns(turns) -> tuple:
-    """Check conversations -> (the turns with `<image>` in one of them, task).
+    """Check conversations -> (the turns, with `<image>` in one of them; the task).
 
     As in the authors' preprocessing, an image that no turn mentions belongs to the human's first
-    turn, and a first turn that is not the human's will be dropped (by chat.chat).
+    turn. A first turn that is not the human's is dropped later (by chat.chat).
     """
     if not (isinstance(turns, list) and all(
             isinstance(t, dict) and isinstance(t.get("from"), str)
@@ -188,12 +188,12 @@ def read_turns(turns) -> tuple:
 
 
 # ------------------------------------------------------------------------------------------------
-# Sources: a length; key(j), the printable name of record j; read(j) -> (path or bytes of its image,
-# its fields)
+# Sources. Each has a length; key(j), the printable name of record j; and read(j) -> (path or bytes
+# of its image, its fields)
 # ------------------------------------------------------------------------------------------------
 
 def is_system(path: str) -> bool:
-    """Tell whether macOS or Windows left this file beside the data."""
+    """Return whether macOS or Windows left this file beside the data."""
     return any(part.startswith("._") or part in (".DS_Store", "Thumbs.db", "__MACOSX")
                for part in path.split("/"))
 
@@ -216,10 +216,11 @@ def json_of(data: bytes) -> dict:
 
 
 class Folder:
-    """Images below a folder with .txt files of the same names. text: leave out images without."""
+    """The images below a folder, with .txt files of the same names. text: leave out images without
+    one."""
 
     def __init__(self, path: str, text: bool):
-        found, seen = [], set()                           # a link to a folder above has no end
+        found, seen = [], set()                           # seen: a link may lead to a folder above
         for root, folders, files in os.walk(path, followlinks=True):
             folders[:] = [f for f in sorted(folders) if not is_system(f) and os.path.realpath(
                 os.path.join(root, f)) not in seen]       # os.walk enters these, in this order
@@ -248,8 +249,8 @@ class Folder:
 
 
 class JsonLines:
-    """One JSON object per line with the path of its image, relative to the file: `image` as in
-    LLaVA's files, or `file_name` as in the metadata.jsonl of a Hugging Face image folder."""
+    """A file with one JSON object per line. The path of its image, relative to the file, is in
+    `image` as in LLaVA's files, or in `file_name` as in Hugging Face's metadata.jsonl."""
 
     def __init__(self, path: str):
         self.path, rows, offset = path, [], 0
@@ -290,7 +291,7 @@ def tar_members(path: str) -> list:
             if member.isfile():
                 found.append((member.name, member.offset, member.offset_data, member.size))
         tar.fileobj.seek(tar.offset)
-        while rest := tar.fileobj.read(2 ** 20):          # a damaged header looks like the end
+        while rest := tar.fileobj.read(2 ** 20):          # a damaged header looks like an end
             if rest.strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {tar.offset}, but the file goes on: "
                                         "damaged, or several tars in one")
@@ -299,7 +300,7 @@ def tar_members(path: str) -> list:
 
 class Tars:
     """WebDataset shards: members `<key>.jpg|png|webp` with `<key>.json`, `<key>.txt` or both (then
-    the .txt counts if the .json has no words). One pass over the headers keeps 64 bytes per record.
+    the .txt counts if the .json has no text). One pass over the headers keeps 64 bytes per record.
     lost: [(name, reason)] of members that no record uses. text: leave out images without text."""
     IMAGE, TXT, JSON, HEADER = 1, 3, 5, 7                 # columns; 0 is the shard
 
@@ -356,8 +357,8 @@ class Tars:
 
 
 def expand(name: str) -> list:
-    """Return the paths that a source names: those of `a/{000..123}.tar`, there or not; those of a
-    glob; the tars of a folder that holds tars; else the name itself, if it exists."""
+    """Return the paths that a source names: all of `a/{000..123}.tar`, even if missing; those of a
+    glob; the tars of a folder that holds tars; otherwise the name itself, if it exists."""
     if braces := re.search(r"\{(\d+)\.\.(\d+)\}", name):
         first, last = braces.groups()
         return [name.replace(braces.group(), str(k).zfill(len(first)))
@@ -377,7 +378,7 @@ def open_source(name: str, text: bool = True):
     shown, paths = printable(name), expand(name)
     if not paths and not name.endswith((".jsonl", ".tar")):
         raise DataError(f"{shown!r} is neither built in nor a path; expected a builtin: source, a "
-                        "folder, a .jsonl or .tar shards, each with =WEIGHT if wanted")
+                        "folder, a .jsonl or .tar shards, each with an optional =WEIGHT")
     if missing := [p for p in paths or [name] if not os.path.exists(p)]:
         raise DataError(f"{shown}: there is no such file" if len(paths) < 2 else
                         f"{shown}: {len(missing)} files of {len(paths)} are missing, such as "
@@ -396,8 +397,7 @@ def open_source(name: str, text: bool = True):
 
 def file_record(source, j: int, resolution: int, crop: str, text: bool, rand,
                 resample: int = 3) -> dict:
-    """Return record j of a source. Raises BrokenRecord, with a reason that does not repeat the
-    record's key."""
+    """Return record j of a source. Raises BrokenRecord with a reason without the record's key."""
     key = source.key(j)
     try:
         image, fields = source.read(j)

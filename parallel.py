@@ -119,7 +119,7 @@ def setup(kind="auto", dtype=None, mesh=None, plan=False):
     if dtype is None:
         native = kind != "cpu" or torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if native else "float32"
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+    dtype = getattr(torch, dtype)
     if kind != "xla" and parse_mesh(mesh)["tensor"] > 1:
         raise UserError(f"--mesh {mesh}: the tensor axis is for xla; leave it out")
     if plan:
@@ -369,33 +369,23 @@ def guarded_step(optimizer, norm, devices):
     With a fused optimizer and on xla the device decides. For other optimizers the host reads the
     norm, and waits for the device.
     """
-    fused = optimizer.defaults.get("fused")
-    if devices.kind != "xla" and not fused:
-        if torch.isfinite(norm):
-            optimizer.step()
-        return
-    skipped = (~torch.isfinite(norm)).float()
-    if fused:
-        optimizer.found_inf = skipped           # read by the fused kernels, as for GradScaler
+    skipped = ~torch.isfinite(norm)
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = skipped.float()   # read by the fused kernels, as for GradScaler
         optimizer.step()
-        return
-    tensors = [t for p in parameters_of(optimizer) for t in (p, *optimizer.state[p].values())]
-    before = [t.clone() for t in tensors]       # recorded only: no memory is taken
-    optimizer.step()
-    for t, old in zip(tensors, before):
-        t.copy_(torch.where(skipped > 0, old, t))
+    elif devices.kind == "xla":
+        import xla
+        xla.step_unless(skipped, optimizer)
+    elif not skipped:
+        optimizer.step()
 
 
-def init_moments(optimizer, names, devices):
-    """Make AdamW's state before the first step, and mark it: on xla all steps must be the same
-    program. names: {parameter: name}."""
-    for p in parameters_of(optimizer):
-        state = optimizer.state[p]
-        state["step"] = torch.zeros((), device=p.device)
-        mark("step", state["step"], devices)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            mark(names[p], state[moment], devices)
+def init_moments(optimizers, names, devices):
+    """On xla, make AdamW's state before the first step: all steps must be the same program. names:
+    {parameter: name}."""
+    if devices.kind == "xla":
+        import xla
+        xla.init_moments(optimizers, names, devices)
 
 
 def step_done(devices):

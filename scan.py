@@ -2,11 +2,11 @@
 
     x = block(x, *shared)   for every block
 
-The loop keeps the input of each block and recomputes the rest in the loop back, as --remat block
+The loop keeps the input of each block, and the backward loop recomputes the rest, as --remat block
 does. torch_xla's own scan_layers would also keep one copy of `shared` per block and, with its
-default partition, everything that autograd saves. Weights stay stacked, with their gradients,
-moments and average, so that the work on each parameter is compiled once too; files hold them block
-by block (parallel.unstack). Only parallel.use_scan calls this.
+default partition, everything that autograd saves. Weights, gradients, moments and averages stay
+stacked, so that the work on each parameter is compiled once too; files hold them block by block
+(parallel.unstack). Only parallel.use_scan calls this.
 """
 import copy
 import itertools
@@ -20,9 +20,8 @@ from parallel import spec
 
 
 class Stacks(nn.Module):
-    """Replaces an nn.ModuleList of blocks. Blocks of one shape that follow each other hold each
-    parameter once, [n,...]; a child, such as `0-31`, is the first of them with these parameters.
-    """
+    """Replaces an nn.ModuleList of blocks. Neighbours of the same shape share stacked parameters
+    [n,...], which belong to a child with their numbers as its name, such as `0-31`."""
 
     def __init__(self, blocks=()):
         super().__init__()
@@ -50,13 +49,13 @@ class Stacks(nn.Module):
         return sum(end - first for first, end, _ in self.ranges())
 
     def __iter__(self):
-        """Yield block by block, with views of the stacks for weights: for code without a loop."""
+        """Yield each block, with views of the stacks as its weights, for code without the loop."""
         for first, end, stack in self.ranges():
             for i in range(end - first):
                 yield view(stack, i)
 
     def __getitem__(self, at):
-        """Return the block at a number; for a slice the stacks, cut where it ends within one."""
+        """Return the block with a number, or for a slice Stacks of its blocks."""
         if not isinstance(at, slice):
             return next(itertools.islice(self, at, None))
         part, (start, stop, _) = Stacks(), at.indices(len(self))
@@ -70,18 +69,18 @@ class Stacks(nn.Module):
 
 
 def kind(block):
-    """Return a value that is equal for blocks that may share a stack: shapes and plain numbers."""
+    """Return the shapes and plain numbers of a block, which are equal within a stack."""
     return [p.shape for p in block.parameters()], [
         v for m in block.modules() for v in vars(m).values() if isinstance(v, (int, float))]
 
 
 def view(stack, at):
-    """Return the same module over a part of each of its parameters."""
+    """Return the module with a part of each of its parameters."""
     return copy.deepcopy(stack, {id(p): p[at] for p in stack.parameters()})
 
 
 def scan(devices, blocks, x, *shared):
-    """Run Stacks on x [B,N,D]. shared: what all blocks take besides x, tensors or anything else."""
+    """Run Stacks on x [B,N,D]. shared: the other arguments of every block, tensors or not."""
     for block in blocks.children():
         x = scan_stack(devices, block, x, *shared)
     return x
@@ -108,7 +107,7 @@ def scan_stack(devices, block, x, *shared):
 
 
 class _Scan(torch.autograd.Function):
-    """The loop over the stacked weights and the loop back. Shared tensors travel in the carry,
+    """The loop over the stacked weights, and the loop backward. Shared tensors are in the carry,
     because the body of a loop sees nothing else."""
 
     @staticmethod

@@ -47,26 +47,22 @@ def locate(wanted):
     """
     paths, missing = [], []
     for what, name, flag in wanted:
-        name = re.sub("^assets/tiny/", "tiny/", str(name))      # as the first edition called it
-        if name in ENCODERS:
-            paths.append(name)                                  # an encoder that needs no file
-            continue
+        name = re.sub("^assets/tiny/", "tiny/", str(name))      # as older configs call it
         local = Path("weights") / Path(name).name
         places = (place / p for p in (name, local) for place in (Path(), HERE))
-        if found := next((p for p in places if p.exists()), None):
-            paths.append(found)
-            continue
+        found = name if name in ENCODERS else next((p for p in places if p.exists()), None)
         searched = f"{name}, {local}"
-        if re.fullmatch(r"(?!(weights|runs|tiny)/)[\w.-]+/[\w.-]+", name):
+        if not found and re.fullmatch(r"(?!(weights|runs|tiny)/)[\w.-]+/[\w.-]+", name):
             from huggingface_hub import snapshot_download
             part = ["vae/*"] if what == "vae" else None         # FLUX's other files are 50 GB
             try:                                                # without a network, from the cache
-                paths.append(Path(snapshot_download(name, allow_patterns=part)))
-                continue
+                found = Path(snapshot_download(name, allow_patterns=part))
             except Exception as error:                          # the hub's client raises many kinds
                 searched += f", the hub cache, the hub ({type(error).__name__})"
-        missing.append(f"  {what}: {flag} {printable(name)}\n      searched {printable(searched)}; "
-                       f"give {flag} PATH")
+        paths.append(found)
+        if not found:
+            missing.append(f"  {what}: {flag} {printable(name)}\n      searched "
+                           f"{printable(searched)}; give {flag} PATH")
     if missing:
         raise UserError("weights are missing:\n" + "\n".join(missing))
     return paths
@@ -123,16 +119,17 @@ class Weights:
         found = []
         for start, shape, floating, read, checksum in self.pieces[key]:
             count = shape[0] if shape else 1
-            a, b = max(0, first - start), min(count, last - start) if shape else 1
-            if b <= a and found:
+            a = max(0, first - start)
+            b = max(a, min(count, last - start)) if shape else 1
+            if a == b and found:                # one piece without rows is enough for the shape
                 continue
             if checksum is None:
-                tensor = read(a, max(a, b))
-            else:                       # a checksum holds for the whole piece
+                tensor = read(a, b)
+            else:                               # a checksum is that of a whole piece
                 tensor = read(0, count)
                 if crc32(tensor) != checksum:
                     raise UserError(f"{self.what} is damaged: {key} does not match its checksum")
-                tensor = tensor[a:max(a, b)] if shape else tensor
+                tensor = parallel.cut(tensor, a, b)
             if floating and not torch.isfinite(tensor).all():
                 raise UserError(f"{self.what}: {key} holds NaN or infinity")
             found.append(tensor)

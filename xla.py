@@ -14,7 +14,7 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 
 from cli import UserError
-from parallel import Devices, parse_mesh, read_whole
+from parallel import Devices, mark, parameters_of, parse_mesh, read_whole
 
 
 def setup(dtype, mesh):
@@ -69,3 +69,24 @@ def to_device(batch, devices):
             xs.mark_sharding(value, devices.mesh, ("fsdp",) + (None,) * (value.dim() - 1))
         out[key] = value
     return out
+
+
+def init_moments(optimizers, names, devices):
+    """See parallel.init_moments."""
+    for optimizer in optimizers:
+        for p in parameters_of(optimizer):
+            state = optimizer.state[p]
+            state["step"] = torch.zeros((), device=p.device)
+            mark("step", state["step"], devices)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                mark(names[p], state[moment], devices)
+
+
+def step_unless(skipped, optimizer):
+    """Call optimizer.step(), then restore everything that it changed if `skipped`, a tensor."""
+    tensors = [t for p in parameters_of(optimizer) for t in (p, *optimizer.state[p].values())]
+    before = [t.clone() for t in tensors]               # recorded only: no memory is taken
+    optimizer.step()
+    for t, old in zip(tensors, before):
+        t.copy_(torch.where(skipped, old, t))

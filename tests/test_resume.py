@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint                                                       # noqa: E402
 import cli                                                              # noqa: E402
 import parallel                                                         # noqa: E402
-import runlog                                                           # noqa: E402
+import runfiles                                                           # noqa: E402
 from checkpoint import Run                                              # noqa: E402
 from cli import UserError                                               # noqa: E402
 from tiny import world                                                  # noqa: E402
@@ -58,7 +58,7 @@ def child(command, out, at, how):
     said = os.open(f"{out}.said", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(said, 1), os.dup2(said, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    listing, write, come = open(f"{out}.operations", "w", buffering=1), runlog.save_file, False
+    listing, write, come = open(f"{out}.operations", "w", buffering=1), runfiles.save_file, False
 
     def happens(name, args):
         nonlocal come
@@ -89,7 +89,7 @@ def child(command, out, at, how):
         if come and at == f"save_file {str(path).removeprefix(f'{out}/')}":
             os.truncate(path, os.path.getsize(path) // 2)
             os.killpg(0, how)
-    runlog.save_file = cut
+    runfiles.save_file = cut
     sys.addaudithook(happens)
     script, *sys.argv[1:] = [*command, "--out", str(out)]
     sys.argv[0] = script
@@ -577,6 +577,6 @@ def test_damaged_bytes_in_the_log_do_not_end_a_run(saved):
         [good[0], b'{"step": 2, "lo\xff\xfes": 1.0}', b"7", b"\0\0\0", good[1], b'{"step": 4']))
     run = opened(saved)
     assert [line["step"] for line in log_lines(saved)] == [1, 3]
-    runlog.plot_log(saved, ["loss"])
+    runfiles.plot_log(saved, ["loss"])
     assert (saved / "loss.png").is_file()
     run.lock.close()

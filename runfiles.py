@@ -1,0 +1,171 @@
+"""The files of a run: its folder, files that are either whole or absent, its log and plot."""
+import contextlib
+import itertools
+import json
+import math
+import os
+import uuid
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from cli import UserError, parsing, table
+
+DISK = (OSError, SafetensorError)       # what a full or vanished disk raises
+
+# ------------------------------------------------------------------------------------------------
+# The folder
+# ------------------------------------------------------------------------------------------------
+
+def open_folder(path, fresh):
+    """Make and lock a run folder -> the lock, which must be kept. fresh: first move an old run
+    aside. Raises UserError."""
+    folder = path.resolve()                                 # a link to a folder stays a link
+    try:
+        if fresh and folder.is_dir() and any(folder.iterdir()):
+            old = lock(folder)                              # refuses a run that still trains
+            asides = (folder.with_name(f"{folder.name}.old{k}") for k in itertools.count(1))
+            aside = next(place for place in asides if not place.exists())
+            folder.rename(aside)
+            old.close()
+            print(f"moved the old run to {aside}")
+        folder.mkdir(parents=True, exist_ok=True)
+        locked = lock(folder)
+        for name in ("checkpoints", "samples"):
+            (folder / name).mkdir(exist_ok=True)
+        return locked
+    except BlockingIOError:
+        raise UserError(f"--out {path} is in use by another process; give another --out")
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot write {error.filename}: {error.strerror}")
+
+
+def lock(folder):
+    """Take a run folder's POSIX lock. It ends with this process, even by kill -9, and the loader's
+    workers, which may live for seconds longer, do not inherit it."""
+    try:
+        import fcntl
+    except ImportError:
+        raise UserError("training needs Linux or macOS: this system has no file locks (fcntl)")
+    handle = open(folder / "lock", "w")
+    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def read_meta(folder):
+    """Return the arguments and the optimizers' plain numbers of a checkpoint. Raises UserError."""
+    with parsing(f"checkpoint {folder} is damaged: meta.json", folder / "meta.json"):
+        meta = json.loads((folder / "meta.json").read_text())
+        return dict(meta["args"]), dict(meta["state"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Writing
+# ------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def surviving(report):
+    """Go on if the disk fails, after report(error)."""
+    try:
+        yield
+    except DISK as error:
+        report(str(error))
+
+
+def save_tensors(tensors, path, metadata):
+    """Write a safetensors file and sync it to disk. safetensors itself ignores the umask."""
+    save_file(tensors, path, metadata)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    fsync(path)
+
+
+def write_text(path, text):
+    """Write a text file under a temporary name first, so that no reader sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    fsync(temporary)
+    temporary.rename(path)
+
+
+def fsync(path):
+    """Sync a file or a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------------
+# The log
+# ------------------------------------------------------------------------------------------------
+
+def read_log(path):
+    """Return the lines of log.jsonl as dicts, without the damaged ones."""
+    lines = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            values = json.loads(line)
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                lines.append(values)
+    return lines
+
+
+def append_log(path, values):
+    """Append one line to log.jsonl by a single write, so that a kill cannot cut the line."""
+    line = json.dumps({k: plain(v) for k, v in values.items()}) + "\n"
+    with open(path, "ab", buffering=0) as f:
+        f.write(line.encode())
+
+
+def plain(value):
+    """Return a value for JSON, which has neither NaN nor infinity: null stands for both."""
+    if isinstance(value, (list, tuple)):
+        return list(map(plain, value))
+    if isinstance(value, float):
+        return round(value, 7) if math.isfinite(value) else None
+    return value
+
+
+def plot_log(folder, keys):
+    """Draw loss.png from log.jsonl, with one panel for each of `keys` that the log holds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = read_log(folder / "log.jsonl")
+    keys = [k for k in keys if any(k in line for line in lines)]
+    if not keys:
+        return
+    figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3), squeeze=False)
+    for axis, key in zip(axes[0], keys):
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        axis.plot(*zip(*points), linewidth=1)
+        axis.set(title=key, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    try:
+        figure.savefig(folder / "loss.png", dpi=110)
+    finally:
+        plt.close(figure)
+
+
+def print_bench(values, flops, steps):
+    """Print the means over `steps` steps as a table and as one JSON object. The speed of a part of
+    the model is its share of the FLOPs: to time the parts would slow the whole."""
+    means = {k: values[k] for k in ("images_per_s", "tflops", "mfu", "memory_gb", "data_wait_s",
+                                    "step_s")}
+    for k in ("tflops", "mfu"):
+        means[f"{k}_by_part"] = means[k] and {
+            part: means[k] * v / sum(flops.values()) for part, v in flops.items()}
+    table(f"bench: mean of {steps} steps", list(means.items()))
+    print(json.dumps({"steps": steps, **means}))
+
+
+def start_wandb(folder, project, config):
+    """Start a Weights & Biases run, or continue the one whose id the run folder holds."""
+    import wandb                                            # installed by those who ask for it
+    path = folder / "wandb-id"
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex)
+    return wandb.init(project=project, config=config, name=folder.name, id=path.read_text(),
+                      resume="allow")
