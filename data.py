@@ -153,6 +153,8 @@ class Mixture:
             self.files = [None if is_builtin(n) else open_source(n, text) for n in self.names]
         except DataError as e:
             raise DataError(f"--data {e}") from e
+        self.sizes = [world().BUILTIN[name] if files is None else len(files)
+                      for name, files in zip(self.names, self.files)]       # None: endless
         # Every block of samples has the same plan. A source with a share of c samples (by largest
         # remainder) has one in each of c equal stretches, so that short windows are fair too.
         shares = [w * BLOCK for w in self.weights]
@@ -168,35 +170,28 @@ class Mixture:
             if files is not None:
                 self[first[s]]                            # raises if no record can be read
 
-    def size(self, s: int):
-        """Return the number of records of source s, or None for an endless one."""
-        files, name = self.files[s], self.names[s]
-        return world().BUILTIN[name] if files is None else len(files)
+    def __len__(self):
+        """Return the number of records of all sources. Raises TypeError if one is endless."""
+        return sum(self.sizes)
 
     def endless(self) -> bool:
         """Return whether another seed gives other images from every source."""
-        return all(self.size(s) is None for s in range(len(self.names)))
+        return not any(self.sizes)
 
     @property
     def records(self) -> int:
         """The number of records in the user's files."""
-        return sum(len(f) for f in self.files if f is not None)
-
-    def __len__(self):
-        sizes = [self.size(s) for s in range(len(self.names))]
-        if None in sizes:
-            raise TypeError(f"{self.names[sizes.index(None)]} is endless")
-        return sum(sizes)
+        return sum(len(files) for files in self.files if files is not None)
 
     def describe(self) -> list:
         """Return [{source, weight, size}] for the start table. The weights sum to 1."""
-        return [{"source": name, "weight": w, "size": self.size(s) or "endless"}
-                for s, (name, w) in enumerate(zip(self.names, self.weights))]
+        return [{"source": name, "weight": weight, "size": size or "endless"}
+                for name, weight, size in zip(self.names, self.weights, self.sizes)]
 
     def __getitem__(self, n: int) -> dict:
         block, slot = divmod(int(n), BLOCK)
         s, k = self.plan[slot]
-        i, name, size = block * self.counts[s] + k, self.names[s], self.size(s)
+        i, name, size = block * self.counts[s] + k, self.names[s], self.sizes[s]
         out = {"n": n, "source": name, "skipped": []}
         if self.files[s] is None:
             j = shuffled(size, i, self.seed, name) if size else i

@@ -128,7 +128,7 @@ def decoder(args):
     for spec in args.data:                              # bad data is reported before weights load
         name = data.parse_spec(spec)[0]
         mixtures[name] = data.Mixture([spec], 64, args.seed, crop="center", text=False)
-        if min(args.count, mixtures[name].size(0) or 2) < 2:
+        if min(args.count, mixtures[name].sizes[0] or 2) < 2:
             raise UserError(f"--data {name} --count {args.count}: 1 image; a covariance needs at "
                             "least 2")
     inception = load_inception(args.inception, devices) if args.inception else None
@@ -151,7 +151,7 @@ def decoder(args):
               flush=True)
     for name, mixture in mixtures.items():
         mixture.resolution = resolution
-        count = min(args.count, mixture.size(0) or args.count)
+        count = min(args.count, mixture.sizes[0] or args.count)
         rows = measure(reconstruct, images(mixture, count, devices, args.batch), features,
                        vgg, inception)
         for k, v in rows.items():
@@ -235,7 +235,7 @@ def captioned(args, encoder):
     """Open --data for an encoder -> (mixture, number of images). No image of a file comes twice."""
     mixture = data.Mixture(args.data, encoder.image_size, args.seed, encoder.crop,
                            resample=encoder.resample)
-    sizes = [mixture.size(s) for s in range(len(args.data))]
+    sizes = mixture.sizes
     return mixture, args.count if None in sizes else min(args.count, sum(sizes))
 
 

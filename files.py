@@ -72,8 +72,8 @@ def decode(data, short):
     if short:
         image.draft("RGB", (short, short))
     image.load()
-    with contextlib.suppress(Exception):                  # ImageOps.exif_transpose rewrites all tags,
-        turn = TURNS.get(image.getexif().get(0x0112))     # and fails if one has a wrong type
+    with contextlib.suppress(Exception):                  # ImageOps.exif_transpose rewrites all
+        turn = TURNS.get(image.getexif().get(0x0112))     # tags, and fails if one is damaged
     image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):                        # 16 bits, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
