@@ -130,7 +130,8 @@ def seed(text):
 
 
 def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, remat="none"):
-    """Add the flags that all trainers share. The arguments are defaults; None is filled later."""
+    """Add the flags that all trainers share. The arguments are defaults. remat None: a trainer
+    without --compile and --remat."""
     a = parser.add_argument_group("run").add_argument
     a("--out", type=Path, help="run folder; one that holds a checkpoint is resumed")
     a("--fresh", action="store_true", help="move an old run in --out aside first")
@@ -148,10 +149,13 @@ def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, rem
     a("--dtype", choices=["bfloat16", "float32"],
       help="of matrix products (default: bfloat16 where the device has it)")
     a("--mesh", help="fsdp=8 or fsdp=16,tensor=4 (default: all devices on fsdp)")
-    a("--compile", action=argparse.BooleanOptionalAction,
-      help="torch.compile each block (default: on CUDA)")
-    a("--remat", choices=["none", "block"], default=remat,
-      help="recompute each block's activations in the backward pass")
+    if remat is None:
+        parser.set_defaults(compile=None)
+    else:
+        a("--compile", action=argparse.BooleanOptionalAction,
+          help="torch.compile each block (default: on CUDA)")
+        a("--remat", choices=["none", "block"], default=remat,
+          help="recompute each block's activations in the backward pass")
     a = parser.add_argument_group("log").add_argument
     a("--log-every", type=positive(), default=log)
     a("--sample-every", type=positive(zero=True), default=sample, help="0: never")

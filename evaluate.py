@@ -1,23 +1,22 @@
 """Measure trained models. Each command prints a table and ends with one JSON line.
 
     python evaluate.py decoder --run runs/decoder-xl --data folder/ --count 50000
-    python evaluate.py t2i --run runs/dit-tiny --guidance 3 --sheet failures.png
+    python evaluate.py t2i --guidance 3                         # the built-in benchmark
     python evaluate.py t2i --prompts geneval.jsonl --layout geneval --out folder
-    python evaluate.py vqa --run runs/dit-tiny --data questions.jsonl --answers answers.jsonl
+    python evaluate.py vqa --data questions.jsonl --answers answers.jsonl
     python evaluate.py flow --run runs/dit-tiny --data folder/
     python evaluate.py fid --run runs/dit-tiny --data folder/ --count 5000
     python evaluate.py candidates --n 32                        # best of N, by each verifier
     python evaluate.py judge                                    # how often is the judge right?
 
-FD-enc is a Frechet distance in the features of a frozen encoder. It is no FID: compare it only with
-another FD-enc in the same features on as many images. --inception PATH adds the Frechet distance in
-the features of InceptionV3, which is rFID for reconstructions and FID for generated images.
+FD-enc is a Frechet distance in the features of the frozen encoder. It is not FID: compare it only
+with another FD-enc in the same features on as many images. --inception PATH adds the Frechet
+distance in the features of InceptionV3: rFID for reconstructions, FID for generated images.
 Intervals are 95 %, by bootstrap. Images are drawn as with sample.py --direct.
 """
 import collections
 import itertools
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -38,28 +37,43 @@ from chat import ROLES, encode_text
 from cli import UserError, printable
 from files import BrokenRecord, open_image, open_source, read_turns
 from flow import flow_loss, interpolate
-from metrics import frechet, interval, load_inception, psnr, round8, ssim
+from metrics import accuracy, add_features, distances, interval, load_inception, measure, round8
 from text_model import direct_condition
 
 SMALL = " (small, trained on the built-in data by tiny/train_encoder.py; not the pretrained one)"
 
 
 def images(mixture, count, devices, batch=64):
-    """Yield the first `count` images of a stream in batches [B,3,S,S] in [0,1]. Names broken ones;
-    raises DataError when they are many."""
+    """Yield the first `count` images of a mixture in batches [B,3,S,S] in [0,1]."""
     for x, _ in images_and_records(mixture, count, devices, batch):
         yield x
 
 
 def images_and_records(mixture, count, devices, batch):
-    """Yield `images` with the records of each batch: (images [B,3,S,S], [record, ...])."""
+    """Yield (images [B,3,S,S], their records). Names broken records; raises DataError for many."""
     skips = data.SkipCounter(mixture.records)
     for start in range(0, count, batch):
         records = [mixture[i] for i in range(start, min(count, start + batch))]
-        for r in records:
-            skips.update(r["skipped"], 1)
+        skips.update([s for r in records for s in r["skipped"]], len(records))
         images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
         yield parallel.to_device({"images": images}, devices)["images"].float() / 255, records
+
+
+def image_count(mixture, wanted, least=1):
+    """Return how many images to read, so that no image of a file comes twice. Raises UserError for
+    fewer than `least`."""
+    count = wanted if None in mixture.sizes else min(wanted, sum(mixture.sizes))
+    if count < least:
+        raise UserError(f"--data {' '.join(map(printable, mixture.names))} --count {wanted}: "
+                        f"{count} image; a covariance needs at least {least}")
+    return count
+
+
+def report(args, devices, **values):
+    """Print one JSON object: the flags that the numbers depend on, and the numbers."""
+    known = ("task", "run", "data", "seed", "steps", "schedule", "solver", "guidance_interval", "n")
+    flags = {k: v for k, v in vars(args).items() if k in known}
+    print(json.dumps({**flags, "dtype": str(devices.dtype), **values}, default=str))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -67,105 +81,76 @@ def images_and_records(mixture, count, devices, batch):
 # ------------------------------------------------------------------------------------------------
 
 def load_codec(args, devices):
-    """Load --run -> reconstruct: [B,3,S,S] -> [B,3,S,S]; S; the encoder of the features; whether it
-    is a tiny one. A decoder's config names its encoder; a published decoder's width tells it."""
+    """Load --run -> reconstruct: [B,3,S,S] -> [B,3,S,S]; S; the encoder of FD-enc; whether the
+    networks are tiny. A decoder's config names its encoder; a published decoder's width tells it.
+    """
     path, = weights.locate([("decoder or VAE", args.run, "--run")])
     source = weights.open_weights(networks.vae_inside(path), "--run")
-    is_vae = any(k.startswith("decoder.up") for k in source.shapes)
-    if is_vae and args.encoder:
-        raise UserError(f"--encoder {args.encoder}: {args.run} is a VAE, its own encoder; "
-                        "--features names the network of FD-enc")
-    if is_vae:
+    if is_vae := any(k.startswith("decoder.up") for k in source.shapes):
         vae = networks.load_vae(path, devices, "--run")
         tiny = len(vae.config.block_out_channels) < 4
-        name = args.features or (weights.TINY_ENCODER if tiny else weights.HUB["siglip2"][0])
-        features, = weights.locate([("encoder for the features", name, "--features")])
-        features = networks.load_encoder(features, devices)
-        return lambda x: vae.decode(vae.encode(x)), 64 if tiny else 256, features, tiny
-    width = next((s[1] for k, s in source.shapes.items() if k.endswith("decoder_embed.weight")), 0)
-    known = {1152: weights.HUB["siglip2"][0], 1024: weights.HUB["webssl"][0]}
-    own = (source.config.get("encoder") or "").removeprefix("assets/")      # first edition: assets/
-    name = args.encoder or own or known.get(width, weights.TINY_ENCODER)
-    paths = weights.locate([("encoder", name, "--encoder"),
-                            ("encoder for the features", args.features or name, "--features")])
-    encoder = networks.load_encoder(paths[0], devices)
+        name = args.encoder or (weights.TINY_ENCODER if tiny else weights.HUB["siglip2"][0])
+    else:
+        width = next((s[1] for k, s in source.shapes.items()
+                      if k.endswith("decoder_embed.weight")), 0)
+        known = {1152: weights.HUB["siglip2"][0], 1024: weights.HUB["webssl"][0]}
+        name = (args.encoder or source.config.get("encoder")
+                or known.get(width, weights.TINY_ENCODER))
+    place, = weights.locate([("encoder", name, "--encoder")])
+    encoder = networks.load_encoder(place, devices)
+    if is_vae:
+        return lambda x: vae.decode(vae.encode(x)), 64 if tiny else 256, encoder, tiny
     decode = networks.load_decoder(path, devices, encoder, "--run")
     networks.note_pair(decode, name, "--run")
-    features = networks.load_encoder(paths[1], devices) if args.features else encoder
     resolution = decode.config.image_size
-    return lambda x: decode(encoder(x)), resolution, features, resolution <= 64
+    return lambda x: decode(encoder(x)), resolution, encoder, resolution <= 64
 
 
-def measure(reconstruct, images, features, vgg, inception=None):
-    """Batches of images -> {metric: tensor}: psnr, ssim, lpips [n] and the features of both."""
-    rows = {}
-    for x in images:
-        x_hat = round8(check_finite("the reconstruction", reconstruct(x)))
-        row = dict(psnr=psnr(x_hat, x), ssim=ssim(x_hat, x), real=features(x).mean(1),  # [B,C]
-                   fake=features(x_hat).mean(1))
-        if inception:
-            row.update(real_inception=inception(x), fake_inception=inception(x_hat))    # [B,2048]
-        if vgg:
-            row["lpips"] = vgg.lpips(vgg.maps(x_hat), vgg.maps(x))
-        for k, v in row.items():
-            rows.setdefault(k, []).append(check_finite(k, v.float().cpu()))
-    return {k: torch.cat(v) for k, v in rows.items()}
-
-
-def summary(rows):
-    """{metric: tensor} -> the numbers of a table's row."""
-    return dict(images=len(rows["psnr"]), psnr=rows["psnr"].mean().item(),
-                ssim=rows["ssim"].mean().item(),
-                lpips=rows["lpips"].mean().item() if "lpips" in rows else None,
-                fd_enc=frechet(rows["real"], rows["fake"]),
-                rfid=frechet(rows["real_inception"], rows["fake_inception"])
-                if "real_inception" in rows else None)
+def show_row(name, rows):
+    """Print a row of the table for the tensors of `measure` -> its numbers."""
+    fd_enc, rfid = distances(rows)
+    r = {"images": len(rows["psnr"]), "psnr": rows["psnr"].mean().item(),
+         "ssim": rows["ssim"].mean().item(),
+         "lpips": rows["lpips"].mean().item() if "lpips" in rows else None,
+         "fd_enc": fd_enc, "rfid": rfid}
+    lpips, rfid = ("-" if v is None else f"{v:.4f}" for v in (r["lpips"], rfid))
+    print(f"{printable(name)[-27:]:<28}{r['images']:>8}{r['psnr']:>9.2f}{r['ssim']:>8.4f}"
+          f"{lpips:>8}{fd_enc:>10.4f}{rfid:>10}", flush=True)
+    return r
 
 
 def decoder(args):
     """reconstruct unseen images (ADM's center crop) and measure the error"""
-    devices, mixtures = sample.setup(args), {}
+    devices, mixtures, counts = sample.setup(args), {}, {}
     for spec in args.data:                              # bad data is reported before weights load
         name = data.parse_spec(spec)[0]
         mixtures[name] = data.Mixture([spec], 64, args.seed, crop="center", text=False)
-        if min(args.count, mixtures[name].sizes[0] or 2) < 2:
-            raise UserError(f"--data {name} --count {args.count}: 1 image; a covariance needs at "
-                            "least 2")
+        counts[name] = image_count(mixtures[name], args.count, least=2)
     inception = load_inception(args.inception, devices) if args.inception else None
     reconstruct, resolution, features, tiny = load_codec(args, devices)
     vgg, note = None, "left out (--no-lpips)"
     if not args.no_lpips:
-        paths = weights.locate(networks.vgg_files(args, tiny, True))
-        vgg = networks.load_perceptual(paths[0], paths[1] if len(paths) > 1 else None, devices)
-        note = str(paths[0]) + SMALL * (vgg.width < 1)
-    print(f"reconstructions by {args.run}, {resolution} px, on {devices}\nLPIPS net: {note}\n")
-    header = f"{'source':<28}{'images':>8}{'PSNR dB':>9}{'SSIM':>8}{'LPIPS':>8}{'FD-enc':>10}"
-    print(header + (f"{'rFID':>10}" if inception else ""))
-    results, everything = {}, {}
-
-    def show(name, rows):
-        r = results[name] = summary(rows)
-        lpips = "-" if r["lpips"] is None else f"{r['lpips']:.4f}"
-        print(f"{printable(name)[-27:]:<28}{r['images']:>8}{r['psnr']:>9.2f}{r['ssim']:>8.4f}"
-              f"{lpips:>8}{r['fd_enc']:>10.4f}" + (f"{r['rfid']:>10.4f}" if inception else ""),
-              flush=True)
+        path, *lpips = weights.locate(networks.vgg_files(args, tiny))
+        vgg = networks.load_perceptual(path, lpips[0] if lpips else None, devices)
+        note = str(path) + SMALL * (vgg.width < 1)
+    print(f"reconstructions by {args.run}, {resolution} px, on {devices}\nLPIPS net: {note}\n\n"
+          f"{'source':<28}{'images':>8}{'PSNR dB':>9}{'SSIM':>8}{'LPIPS':>8}{'FD-enc':>10}"
+          f"{'rFID':>10}")
+    results, everything = {}, collections.defaultdict(list)
     for name, mixture in mixtures.items():
         mixture.resolution = resolution
-        count = min(args.count, mixture.sizes[0] or args.count)
-        rows = measure(reconstruct, images(mixture, count, devices, args.batch), features,
+        rows = measure(reconstruct, images(mixture, counts[name], devices, args.batch), features,
                        vgg, inception)
+        total = results[name] = show_row(name, rows)
         for k, v in rows.items():
-            everything.setdefault(k, []).append(v)
-        show(name, rows)
+            everything[k].append(v)
     if len(mixtures) > 1:
-        show("all", {k: torch.cat(v) for k, v in everything.items()})
-    last = results.pop("all", None) or next(iter(results.values()))
-    print(json.dumps({"task": "decoder", "run": str(args.run), "lpips_net": note, "seed": args.seed,
-                      "dtype": str(devices.dtype), **last, "sources": results}))
+        total = show_row("all", {k: torch.cat(v) for k, v in everything.items()})
+    report(args, devices, lpips_net=note, **total, sources=results)
 
 
 # ------------------------------------------------------------------------------------------------
-# Generated images: t2i and fid
+# Trained models: t2i, fid and flow
 # ------------------------------------------------------------------------------------------------
 
 def load_model(args):
@@ -176,15 +161,17 @@ def load_model(args):
 
 
 def draw(args, prompts, seeds, model, decode, guidance, devices):
-    """Draw each of the P prompts with each of its n seeds (seeds: P lists) and yield [n,3,S,S] in
-    [0,1] for each, in batches of about --batch images of whole prompts."""
+    """Draw each prompt with each of its n seeds and yield its images [n,3,S,S] in [0,1].
+
+    prompts: P texts. seeds: P lists of n. A batch holds whole prompts, about --batch images.
+    """
     n = len(seeds[0])
     each = max(1, args.batch // n)
-    for start in tqdm(range(0, len(prompts), each), desc="drawing",
-                      disable=not sys.stderr.isatty()):
-        some = list(zip(prompts, seeds))[start:start + each]
-        cond = direct_condition(model.llm, model.tokenizer, [p for p, _ in some], devices.device)
-        drawn = [(prompt, seed) for prompt, own in some for seed in own]
+    starts = range(0, len(prompts), each)
+    for start in tqdm(starts, desc="drawing", disable=not sys.stderr.isatty()):
+        some = slice(start, start + each)
+        cond = direct_condition(model.llm, model.tokenizer, prompts[some], devices.device)
+        drawn = [(prompt, seed) for prompt, own in zip(prompts[some], seeds[some]) for seed in own]
         z = sample.sample_latents(args, model, cond.repeat_interleave(n, 0), drawn, guidance,
                                   devices)                                  # [bn,N,C]
         x = check_finite("the decoded image", decode(z)).float().cpu().clamp(0, 1)
@@ -193,50 +180,38 @@ def draw(args, prompts, seeds, model, decode, guidance, devices):
 
 def t2i(args):
     """draw the built-in benchmark and judge the images; or draw --prompts for other scorers"""
-    given = [bool(value) for value in (args.prompts, args.layout, args.out)]
+    given = [args.prompts, args.layout, args.out]
     if any(given) and not all(given):
         raise UserError("--prompts FILE, --layout geneval|dpg and --out FOLDER go together; for "
                         "the built-in benchmark give none of them")
-    if args.prompts:                    # sample.py does that; it refuses what it has no flag for
+    if args.prompts:                    # sample.py draws them, and refuses flags that it lacks
         sample.main(sys.argv[2:])
-        return print(json.dumps({"task": "t2i", **{k: str(getattr(args, k)) for k in (
-            "run", "prompts", "layout", "out")}}))
-    from tiny import judge
+        values = {k: str(getattr(args, k)) for k in ("run", "prompts", "layout", "out")}
+        return print(json.dumps({"task": "t2i", **values}))
+    from tiny import benchmark
+    from tiny.judge import judge
     sample.check_sampler(args)
-    if args.sheet:
-        sample.check_out(args.sheet, "--sheet", ".png")
-    prompts = judge.prompts(args.per_category)
+    prompts = benchmark.prompts(args.per_category)
     devices, model = load_model(args)
     guidance = sample.guidance_of(args, model)
     encoder, decode = stage2.load_codec(model.config, args, devices)
-    at = "" if (where := args.guidance_interval) == (0, 1) else f" at t in {list(where)}"
     print(f"{len(prompts)} prompts x {args.n} images by {args.run}, {args.steps} steps "
-          f"({args.schedule}), guidance {guidance:g}{at}, on {devices}\n", flush=True)
-    x_hat = judge.reconstruct(encoder, decode, judge.scene_images(prompts, encoder.image_size))
-    ceiling = [judge.judge(x, p)[0] for x, p in zip(x_hat, prompts)]
-    scores, failures = [], []
+          f"({args.schedule}), guidance {guidance:g}, on {devices}\n", flush=True)
+    x = benchmark.scene_images(prompts, encoder.image_size)
+    x_hat = benchmark.reconstruct(encoder, decode, x)
+    ceiling = [judge(x, p)[0] for x, p in zip(x_hat, prompts)]
     seeds = [range(args.seed, args.seed + args.n)] * len(prompts)
-    for drawn, p in zip(draw(args, [p.text for p in prompts], seeds, model, decode, guidance,
-                             devices), prompts):
-        verdicts = [judge.judge(x, p) for x in drawn]
-        scores.append(np.mean([passed for passed, _ in verdicts]))
-        failures += [(x, p, why) for x, (passed, why) in zip(drawn, verdicts) if not passed]
-    results = judge.score_table(prompts, scores, ceiling)
-    if args.sheet:
-        judge.failure_sheet(failures, args.sheet)
-    print(json.dumps({"task": "t2i", "run": str(args.run), "steps": args.steps,
-                      "schedule": args.schedule, "seed": args.seed,
-                      "guidance": guidance, "guidance_interval": args.guidance_interval,
-                      "n": args.n, "dtype": str(devices.dtype),
-                      **results.pop("overall"), "categories": results}))
+    drawn = draw(args, [p.text for p in prompts], seeds, model, decode, guidance, devices)
+    scores = [np.mean([judge(x, p)[0] for x in images]) for images, p in zip(drawn, prompts)]
+    results = benchmark.score_table(prompts, scores, ceiling)
+    report(args, devices, guidance=guidance, **results.pop("overall"), categories=results)
 
 
-def captioned(args, encoder):
-    """Open --data for an encoder -> (mixture, number of images). No image of a file comes twice."""
+def captioned(args, encoder, least=1):
+    """Open --data for an encoder -> (mixture, number of images)."""
     mixture = data.Mixture(args.data, encoder.image_size, args.seed, encoder.crop,
                            resample=encoder.resample)
-    sizes = mixture.sizes
-    return mixture, args.count if None in sizes else min(args.count, sum(sizes))
+    return mixture, image_count(mixture, args.count, least)
 
 
 def prompt_of(record):
@@ -254,31 +229,19 @@ def fid(args):
     inception = load_inception(args.inception, devices) if args.inception else None
     encoder, _ = stage2.load_codec(model.config, args, devices, decoder=False)
     _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
-    mixture, count = captioned(args, encoder)
-    if count < 2:
-        raise UserError(f"--data of {count} image; a covariance needs at least 2")
-    found, prompts = collections.defaultdict(list), []
-
-    def add(kind, x):
-        found[kind].append(check_finite("the features", encoder(x).mean(1)).float().cpu())  # [B,C]
-        if inception:
-            found[f"{kind}_inception"].append(inception(x).cpu())                       # [B,2048]
+    mixture, count = captioned(args, encoder, least=2)
+    rows, prompts = collections.defaultdict(list), []
     for x, records in images_and_records(mixture, count, devices, args.batch):
         prompts += [prompt_of(r) for r in records]
-        add("real", x)
+        add_features(rows, "real", x, encoder, inception)
     seeds = [[args.seed + i] for i in range(count)]     # equal captions give different images
     for x in draw(args, prompts, seeds, model, decode, guidance, devices):
-        add("fake", round8(x.to(devices.device)))
-    found = {k: torch.cat(v) for k, v in found.items()}
-    fd_enc = frechet(found["real"], found["fake"])
-    score = frechet(found["real_inception"], found["fake_inception"]) if inception else None
+        add_features(rows, "fake", round8(x.to(devices.device)), encoder, inception)
+    fd_enc, score = distances({k: torch.cat(v) for k, v in rows.items()})
     print(f"{count} images by {args.run}, {args.steps} steps ({args.schedule}), guidance "
           f"{guidance:g}, on {devices}\n\nFD-enc {fd_enc:.4f}"
           + (f"   FID {score:.4f}" if inception else ""))
-    print(json.dumps({"task": "fid", "run": str(args.run), "data": args.data, "images": count,
-                      "steps": args.steps, "schedule": args.schedule, "solver": args.solver,
-                      "guidance": guidance, "seed": args.seed, "dtype": str(devices.dtype),
-                      "fd_enc": fd_enc, "fid": score}))
+    report(args, devices, images=count, guidance=guidance, fd_enc=fd_enc, fid=score)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -300,19 +263,20 @@ def picks(rows, passed, n, keep, verifier):
 
 def candidates(args):
     """rank candidates for the benchmark's prompts about shapes, and judge the picks"""
-    from tiny import judge
+    from tiny import benchmark
+    from tiny.judge import judge
     sample.check_sampler(args)
     devices, model = load_model(args)
     guidance = sample.guidance_of(args, model)
     _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
-    prompts = [p for p in judge.prompts(args.per_category)
+    prompts = [p for p in benchmark.prompts(args.per_category)
                if p.things and all(thing.colour for thing in p.scene.things)]
     seeds, found = range(args.seed, args.seed + args.n), []
     for p in tqdm(prompts, desc="drawing", disable=not sys.stderr.isatty()):
         cond = direct_condition(model.llm, model.tokenizer, [p.text], devices.device)   # [1,N,Z]
         z = sample.sample_latents(args, model, cond, [(p.text, s) for s in seeds], guidance,
                                   devices)                                  # [n,N,C]
-        passed = [judge.judge(x, p)[0] for x in check_finite("the decoded image", decode(z))]
+        passed = [judge(x, p)[0] for x in check_finite("the decoded image", decode(z))]
         found.append((best_of.scores(model.llm, model.tokenizer, z, p.text), passed))
     sizes = [2 ** k for k in range(args.n.bit_length()) if 2 ** k <= args.n]
     print(f"{len(prompts)} prompts x {args.n} candidates by {args.run}, on {devices}\n\n"
@@ -328,9 +292,7 @@ def candidates(args):
                          low=low, high=high))
         print(f"{verifier:<10}{keep:>5}{n:>5}{rows[-1]['right']:>8.3f}"
               f"{f'{mean:+.3f} ({low:+.3f} to {high:+.3f})':>34}")
-    print(json.dumps({"task": "candidates", "run": str(args.run), "prompts": len(prompts),
-                      "n": args.n, "seed": args.seed, "guidance": guidance,
-                      "dtype": str(devices.dtype), "rows": rows}))
+    report(args, devices, prompts=len(prompts), guidance=guidance, rows=rows)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -340,8 +302,7 @@ def candidates(args):
 def flow(args):
     """measure the flow loss on unseen images at fixed times, with fixed noise"""
     devices, model = load_model(args)
-    encoder, _ = stage2.load_codec(model.config, args, devices,        # the VAE, if it has one
-                                    decoder=bool(model.config.vae))
+    encoder, _ = stage2.load_codec(model.config, args, devices, decoder=bool(model.config.vae))
     shape = model.dit.config.tokens, model.dit.config.channels
     mixture, count = captioned(args, encoder)
     loss, done = [[] for _ in args.times], 0
@@ -363,9 +324,8 @@ def flow(args):
         mean, low, high = interval([values])
         rows.append({"t": time, "loss": mean, "low": low, "high": high})
         print(f"{time:>8g}{mean:>10.4f}{f'{low:.4f} to {high:.4f}':>20}")
-    print(json.dumps({"task": "flow", "run": str(args.run), "data": args.data, "images": count,
-                      "seed": args.seed, "alpha": model.config.alpha, "dtype": str(devices.dtype),
-                      "flow": float(np.mean(loss)), "times": rows}))
+    report(args, devices, images=count, alpha=model.config.alpha, flow=float(np.mean(loss)),
+           times=rows)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -385,31 +345,10 @@ def answers(llm, tokenizer, z, questions, limit=48, batch=64):
     return said
 
 
-def right(kind, said, expected):
-    """Tell whether an answer is right: word for word; for `what`, the things in any order."""
-    said, expected = (s.strip().rstrip(".").lower() for s in (said, expected))
-    if kind == "what":
-        return sorted(re.split(", | and ", said)) == sorted(re.split(", | and ", expected))
-    return said == expected
-
-
-def builtin_questions(name, count, seed, encoder):
-    """Yield `count` questions of a built-in source: ({id, image, kind, question, reference}, image
-    [1,3,S,S])."""
-    if name not in ("builtin:qa", "builtin:align"):
-        raise UserError(f"--data {name}: expected builtin:qa, builtin:align or a file of questions")
-    mixture = data.Mixture([name], encoder.image_size, seed)
-    for r in map(mixture.__getitem__, range(count)):
-        question, reference = (t["value"].replace("<image>\n", "") for t in r["conversations"])
-        yield (dict(id=r["n"], image=r["key"], kind=r["question"], question=question,
-                    reference=reference),
-               torch.from_numpy(r["image"]).permute(2, 0, 1)[None].float() / 255)
-
-
 def file_questions(path, count, encoder):
-    """Yield the same for the records of a LLaVA-style JSONL (or another source): the human's first
-    question, and as reference the answer after it, if there is one. Raises UserError for a broken
-    record."""
+    """Yield ({id, image, kind, question, reference}, image [1,3,S,S]) of a LLaVA-style JSONL or
+    another source: the human's first question and the answer after it, or None. Raises UserError.
+    """
     source = open_source(path, text=False)
     for j in range(min(count or len(source), len(source))):
         try:
@@ -427,36 +366,26 @@ def file_questions(path, count, encoder):
                    question=turns[k]["value"].replace("<image>", "").strip()), image
 
 
-def accuracy(rows, kind):
-    """Return the table's row of one kind of question, or of `all`."""
-    some = [r for r in rows if kind in (r["kind"], "all")]
-    mean, low, high = interval([[right(r["kind"], r["answer"], r["reference"]) for r in some]])
-    said = collections.defaultdict(collections.Counter)
-    for r in some:
-        said[r["kind"]][r["reference"]] += 1
-    commonest = sum(c.most_common(1)[0][1] for c in said.values())
-    return {"questions": len(some), "accuracy": mean, "low": low, "high": high,
-            "commonest": round(commonest / len(some), 4)}
-
-
 def vqa(args):
     """ask questions about images and compare the answers with the references, by kind"""
     if args.answers:
         sample.check_out(args.answers, "--answers", ".jsonl")
     devices, model = load_model(args)
     encoder, _ = stage2.load_codec(model.config, args, devices, decoder=False)
-    stream = (builtin_questions(args.data, args.count or 1000, args.seed, encoder)
-              if args.data.startswith("builtin:") else
-              file_questions(args.data, args.count, encoder))
+    if args.data.startswith("builtin:"):
+        from tiny.benchmark import questions
+        stream = questions(args.data, args.count or 1000, args.seed, encoder.image_size)
+    else:
+        stream = file_questions(args.data, args.count, encoder)
     rows, bar = [], tqdm(desc="answering", unit="", disable=not sys.stderr.isatty())
     while some := list(itertools.islice(stream, 256)):
         for row, _ in some:
             sample.check_text(row["question"], f"--data: question {row['id']}", model)
         z = torch.cat([encoder(torch.cat([x for _, x in some[k:k + 64]]).to(devices.device))
                        for k in range(0, len(some), 64)])                   # [n,N,C]
-        said = answers(model.llm, model.tokenizer,
-                       check_finite("the latent (made by the encoder)", z),
-                       [row["question"] for row, _ in some], args.max_tokens)
+        check_finite("the latent (made by the encoder)", z)
+        said = answers(model.llm, model.tokenizer, z, [row["question"] for row, _ in some],
+                       args.max_tokens)
         rows += [{**row, "answer": a} for (row, _), a in zip(some, said)]
         bar.update(len(some))
     bar.close()
@@ -473,24 +402,21 @@ def vqa(args):
         print(f"{kind:<10}{r['questions']:>10}{r['accuracy']:>8.3f}"
               f"{'{low:.3f} to {high:.3f}'.format(**r):>16}{r['commonest']:>11.3f}")
     print("\ncommonest: accuracy of always giving the commonest answer of the kind")
-    for r in rows[:args.show]:
-        print(f"  {r['question']}  {r['answer']}  [{r['reference']}]")
-    print(json.dumps({"task": "vqa", "run": str(args.run), "seed": args.seed, **results.pop("all"),
-                      "kinds": results}))
+    report(args, devices, **results.pop("all"), kinds=results)
 
 
 def judge(args):
     """measure the benchmark's judge: scenes and their reconstructions, with the true caption and
     with one attribute of it changed"""
-    from tiny.judge import judge_table
+    from tiny.benchmark import judge_table
     devices = sample.setup(args)
-    paths = weights.locate([("encoder", args.encoder or weights.TINY / "encoder.safetensors",
-                             "--encoder"), ("decoder", args.decoder or
-                                            weights.TINY / "decoder.safetensors", "--decoder")])
+    encoder, decoder = (getattr(args, kind) or weights.TINY / f"{kind}.safetensors"
+                        for kind in ("encoder", "decoder"))
+    paths = weights.locate([("encoder", encoder, "--encoder"), ("decoder", decoder, "--decoder")])
     encoder = networks.load_encoder(paths[0], devices)
-    model = networks.load_decoder(paths[1], devices, encoder)
-    rows = judge_table(encoder, model, args.count, args.seed)
-    print(json.dumps({"task": "judge", "count": args.count, "seed": args.seed, "rows": rows}))
+    decode = networks.load_decoder(paths[1], devices, encoder)
+    rows = judge_table(encoder, decode, args.count, args.seed)
+    report(args, devices, count=args.count, rows=rows)
 
 
 def main():
@@ -514,9 +440,9 @@ def main():
             sample.sampler_flags(q, steps=25, seed=2000 if function == fid else 0)
         else:
             a("--seed", type=cli.seed, default=2000,
-              help="seed of the unseen data (default %(default)s; trainings use small seeds)")
+              help="seed of the unseen data (default 2000; trainings use small seeds)")
         if function in (decoder, t2i, flow, fid):
-            a("--batch", type=positive, default=32, help="images at a time (default %(default)s)")
+            a("--batch", type=positive, default=32, help="images at a time (default 32)")
         if function in (decoder, fid):
             a("--inception", help="InceptionV3 of torch-fidelity "
               "(pt_inception-2015-12-05-6726825d.pth): adds rFID or FID")
@@ -524,38 +450,35 @@ def main():
             a("--data", nargs="+", metavar="SOURCE", default=["builtin:web", "builtin:synthetic"],
               help="images with captions (default: builtin:web builtin:synthetic)")
 
+    for function, count, what in ((decoder, 500, "images of each source"), (flow, 256, "images"),
+                                  (fid, 1000, "images of each kind"),
+                                  (judge, 100, "scenes of each source")):
+        add[function]("--count", type=positive, default=count, help=f"{what} (default {count})")
     a = add[decoder]
     a("--data", nargs="+", metavar="SOURCE", help="images (default: three built-in sources)",
       default=["builtin:web", "builtin:synthetic", "builtin:text"])
-    a("--count", type=positive, default=500, help="images of each source (default %(default)s)")
-    a("--features", help="encoder whose features FD-enc uses (default: the decoder's)")
     a("--vgg", help="torchvision's VGG16 (default for a tiny decoder: tiny/vgg.safetensors)")
     a("--lpips-weights", help="LPIPS v0.1 lin0..4, if the file of --vgg lacks them")
     a("--no-lpips", action="store_true", help="leave LPIPS out")
     a = add[t2i]
-    a("--n", type=positive, default=4, help="images per prompt (default %(default)s)")
-    a("--per-category", type=positive, default=40, help="prompts (default %(default)s)")
-    a("--sheet", type=Path, help="write the failures with the judge's reasons: a PNG")
+    a("--n", type=positive, default=4, help="images per prompt (default 4)")
+    a("--per-category", type=positive, default=40, help="prompts (default 40)")
     a("--prompts", type=Path, help="draw these instead: a .jsonl, a text file, a folder of .txt; "
-      "sample.py's flags and defaults")
-    a("--layout", choices=["geneval", "dpg"], help="of the images of --prompts")
+      "takes the flags and defaults of sample.py")
+    a("--layout", choices=["geneval", "dpg"], help="layout of the images of --prompts")
     a("--out", type=Path, help="folder for the images of --prompts")
     a = add[candidates]
-    a("--n", type=positive, default=32, help="candidates per prompt (default %(default)s)")
+    a("--n", type=positive, default=32, help="candidates per prompt (default 32)")
     a("--per-category", type=positive, default=40, help="prompts, with those that are not about "
-      "shapes alone, which are left out (default %(default)s)")
+      "shapes alone, which are left out (default 40)")
     a = add[vqa]
     a("--data", default="builtin:qa", metavar="SOURCE", help="builtin:qa (default), builtin:align "
       "(what the verifiers of best_of.py ask) or a LLaVA-style .jsonl")
     a("--count", type=positive, help="questions (default: 1000 built-in ones, all of a file)")
-    a("--max-tokens", type=positive, default=48, help="length of an answer (default %(default)s)")
+    a("--max-tokens", type=positive, default=48, help="length of an answer (default 48)")
     a("--answers", type=Path, help="write every answer into this .jsonl, for other scorers")
-    a("--show", type=cli.positive(zero=True), default=0, help="answers to print")
-    add[flow]("--count", type=positive, default=256, help="images (default %(default)s)")
     add[flow]("--times", type=cli.share, nargs="+", metavar="T", help="default 0.1 0.2 ... 0.9",
               default=[k / 10 for k in range(1, 10)])
-    add[fid]("--count", type=positive, default=1000, help="images of each kind (default 1000)")
-    add[judge]("--count", type=positive, default=100, help="scenes of each source (default 100)")
     args = p.parse_args()
     with torch.no_grad():
         args.function(args)

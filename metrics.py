@@ -1,27 +1,31 @@
-"""Measures of images: PSNR, SSIM, Frechet distance, and bootstrap intervals.
+"""Measures of images and answers: PSNR, SSIM, Frechet distance, accuracy, bootstrap intervals.
 
 Images are [B,3,H,W] in [0,1].
 """
+import collections
+import re
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import weights
+from best_of import check_finite
 from cli import UserError, parsing
 
 
 def round8(x):
-    """[0,1] as an image file stores it: clamped, 8 bits."""
+    """Round values in [0,1] as an image file stores them: clamped, 8 bits."""
     return (x.clamp(0, 1) * 255).round() / 255
 
 
 def psnr(a, b):
-    """[B,3,H,W] in [0,1], both rounded to 8 bits -> [B] in dB (100 for equal images)."""
+    """Images [B,3,H,W], both rounded to 8 bits -> [B] in dB (100 for equal images)."""
     return -10 * (round8(a) - round8(b)).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
 
 
 def ssim_map(a, b, window=11, sigma=1.5, k1=0.01, k2=0.03):
-    """[B,3,H,W] in [0,1], sides >= 6 -> [B,3,H,W] (Wang et al. 2004): Gaussian window, images
+    """Images [B,3,H,W] with sides >= 6 -> [B,3,H,W] (Wang et al. 2004): Gaussian window, images
     mirrored at the border."""
     x = torch.arange(window, device=a.device, dtype=torch.float64) - window // 2
     g = torch.exp(-x.square() / (2 * sigma ** 2))
@@ -36,15 +40,15 @@ def ssim_map(a, b, window=11, sigma=1.5, k1=0.01, k2=0.03):
 
 
 def ssim(a, b):
-    """[B,3,H,W] in [0,1] -> [B], the map's mean over space and channels (torchmetrics 1.x)."""
+    """Images [B,3,H,W] -> [B], the map's mean over space and channels (torchmetrics 1.x)."""
     return ssim_map(a, b).mean(dim=(1, 2, 3))
 
 
 def frechet(a, b):
     """Features [n,d], [m,d] -> |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2).
 
-    float64. The matrix under the root is symmetric, unlike S_a S_b of the usual form, and has the
-    same eigenvalues. So eigenvalues are enough, and no root can turn complex.
+    Computed in float64. The matrix under the root is symmetric, unlike S_a S_b of the usual form,
+    and has the same eigenvalues. So eigenvalues are enough, and no root can turn complex.
     """
     a, b = a.double().cpu(), b.double().cpu()
     sa, sb = (torch.cov(x.T).reshape(x.shape[1], -1) for x in (a, b))       # [d,d]
@@ -55,8 +59,8 @@ def frechet(a, b):
 
 
 def interval(groups):
-    """[values of a category, ...] -> (mean of the categories' means, low, high): 95 % of 2,000
-    bootstrap draws, which redraw each category's values with replacement."""
+    """[values of a category, ...] -> (mean of the categories' means, low, high). The interval holds
+    95 % of 2,000 bootstrap draws, which redraw each category's values with replacement."""
     rand, means = np.random.default_rng(0), []
     for values in map(np.asarray, groups):
         again = values[rand.integers(len(values), size=(2000, len(values)))]
@@ -65,9 +69,69 @@ def interval(groups):
     return tuple(round(float(v), 4) for v in (np.mean([np.mean(g) for g in groups]), low, high))
 
 
+# ------------------------------------------------------------------------------------------------
+# Answers
+# ------------------------------------------------------------------------------------------------
+
+def right(kind, said, expected):
+    """Tell whether an answer is right: word for word; for `what`, the things in any order."""
+    said, expected = (s.strip().rstrip(".").lower() for s in (said, expected))
+    if kind == "what":
+        return sorted(re.split(", | and ", said)) == sorted(re.split(", | and ", expected))
+    return said == expected
+
+
+def accuracy(rows, kind):
+    """Return the table's row of one kind of question, or of `all`."""
+    some = [r for r in rows if kind in (r["kind"], "all")]
+    mean, low, high = interval([[right(r["kind"], r["answer"], r["reference"]) for r in some]])
+    said = collections.defaultdict(collections.Counter)
+    for r in some:
+        said[r["kind"]][r["reference"]] += 1
+    commonest = sum(c.most_common(1)[0][1] for c in said.values())
+    return {"questions": len(some), "accuracy": mean, "low": low, "high": high,
+            "commonest": round(commonest / len(some), 4)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Reconstructions and generated images
+# ------------------------------------------------------------------------------------------------
+
+def measure(reconstruct, images, features, vgg, inception=None):
+    """Batches of images -> {metric: tensor}: psnr, ssim and lpips [n], and the features of the
+    images (real) and of their reconstructions (fake)."""
+    rows = collections.defaultdict(list)
+    for x in images:
+        x_hat = round8(check_finite("the reconstruction", reconstruct(x)))
+        rows["psnr"].append(psnr(x_hat, x).cpu())
+        rows["ssim"].append(ssim(x_hat, x).cpu())
+        if vgg:
+            lpips = vgg.lpips(vgg.maps(x_hat), vgg.maps(x))
+            rows["lpips"].append(check_finite("lpips", lpips.float().cpu()))
+        add_features(rows, "real", x, features, inception)
+        add_features(rows, "fake", x_hat, features, inception)
+    return {k: torch.cat(v) for k, v in rows.items()}
+
+
+def add_features(rows, kind, x, encoder, inception):
+    """Append the pooled features of images to rows["real"] or rows["fake"] [B,C], and those of
+    Inception, if it is given, to rows["real_inception"] or rows["fake_inception"] [B,2048]."""
+    rows[kind].append(check_finite("the features", encoder(x).mean(1)).float().cpu())
+    if inception:
+        rows[f"{kind}_inception"].append(inception(x).float().cpu())
+
+
+def distances(rows):
+    """Return the Frechet distances in the encoder's features and in Inception's, or None."""
+    fd_enc = frechet(rows["real"], rows["fake"])
+    if "real_inception" not in rows:
+        return fd_enc, None
+    return fd_enc, frechet(rows["real_inception"], rows["fake_inception"])
+
+
 def load_inception(path, devices):
-    """Load --inception -> f: [B,3,H,W] in [0,1] -> [B,2048], torch-fidelity's `inception-v3-compat`
-    (the TensorFlow network of FID with its resizing). Raises UserError."""
+    """Load --inception -> a function: images [B,3,H,W] -> [B,2048]. It is torch-fidelity's
+    `inception-v3-compat` (the TensorFlow network of FID with its resizing). Raises UserError."""
     path, = weights.locate([("InceptionV3", path, "--inception")])
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

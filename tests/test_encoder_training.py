@@ -91,22 +91,6 @@ def test_similarities_begin_as_siglip_s():
     assert torch.allclose(found, 10 * image @ image.T - 10, atol=1e-4)
 
 
-def test_the_head_pools_as_pytorch_s_attention():
-    """SigLIP's head: torch's MultiheadAttention of one probe, a norm, an MLP with tanh GELU."""
-    head = train_encoder.SiglipHead(48, 96, 4, 1e-6)
-    generator = torch.Generator().manual_seed(0)
-    for p in head.parameters():
-        p.data = torch.randn(p.shape, generator=generator) * 0.3
-    x = torch.randn(2, 5, 48, generator=generator)
-    theirs = torch.nn.MultiheadAttention(48, 4, batch_first=True)
-    theirs.load_state_dict(head.attention.state_dict())
-    with torch.no_grad():
-        y = theirs(head.probe.expand(2, -1, -1), x, x, need_weights=False)[0]
-        z = F.layer_norm(y, (48,), head.layernorm.weight, head.layernorm.bias, 1e-6)
-        z = head.mlp.fc2(F.gelu(head.mlp.fc1(z), approximate="tanh"))
-        assert torch.allclose(head(x), (y + z)[:, 0], atol=1e-5)
-
-
 def test_psnr_of_the_probe():
     """The error is of pixels in [-1,1]."""
     model = lambda *a: (torch.eye(2), torch.eye(2), torch.tensor(0.04), torch.randn(2, 4, 3))
@@ -196,7 +180,7 @@ def test_the_exported_encoder_gives_the_trained_latent(run):
     assert json.loads((run.out / "config.json").read_text()) == config
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        _, z = model.look(x)
+        _, z = model.encode(x)
         assert torch.equal(networks.load_encoder(run.out, CPU)(x), z)
     for source in (run.out, run.out / "checkpoints/step-0000002"):          # --init takes both
         train_encoder.init_weights(model, 5)

@@ -7,14 +7,14 @@
 
 The loss is the sigmoid image-text loss (SigLIP, arXiv 2303.15343) plus a dense term. An image's
 wrong captions are the other captions of its micro-batch in its process, so --micro-batch and the
-number of processes matter. In the dense term one linear layer predicts the pixels of each patch
-from its latent token, also where the input patch was hidden. It stands in for SigLIP-2's
-captioning, self-distillation and masked prediction (arXiv 2502.14786): a contrastive encoder
-without it throws pixels away, and no decoder can bring them back.
+number of processes matter. In the dense term, one linear layer predicts the pixels of each patch
+from its latent token, also for patches that are hidden from the encoder. The term stands in for
+SigLIP-2's captioning, self-distillation and masked prediction (arXiv 2502.14786): without it, a
+contrastive encoder discards pixels that no decoder can restore.
 
-The two networks of the decoder's loss are small stand-ins for VGG16 and DINO ViT-S/16 of the same
-architecture. VGG learns from the sigmoid loss alone, DINO from both terms: without the dense term
-its tokens do not tell an image from its reconstruction.
+VGG and DINO are small stand-ins for the decoder's VGG16 and DINO ViT-S/16. VGG learns from the
+sigmoid loss alone, DINO from both terms: without the dense term, its tokens do not distinguish an
+image from its reconstruction.
 """
 import dataclasses
 import math
@@ -59,7 +59,7 @@ ARCH = {    # width: C of the vit, channels of VGG's first stage, d of DINO
 
 def arguments():
     p = cli.Parser(description=__doc__.split("\n")[0])
-    cli.training_flags(p, steps=3000, batch=64, data=DATA, log=20, sample=500, save=500)
+    cli.training_flags(p, steps=3000, batch=64, data=DATA, sample=500, remat=None)
     a = p.add_argument_group("model").add_argument
     a("--arch", choices=list(ARCH), default="vit",
       help="vit: the encoder; vgg: the perceptual network; dino: the discriminator's trunk")
@@ -71,10 +71,8 @@ def arguments():
     a("--patch", type=positive(), default=8)
     a("--tokenizer", type=Path, help="a tokenizer folder (default: train one here)")
     a = p.add_argument_group("loss and optimizer").add_argument
-    a("--dense", type=positive(float, zero=True),
-      help="weight of the dense term, the mean squared error of pixels in [-1,1] (not for vgg)")
-    a("--mask", type=share, default=0.1,
-      help="share of the patches that are hidden from the encoder (grey) for the dense term")
+    a("--dense", type=positive(float, zero=True), help="weight of the dense term (not for vgg)")
+    a("--mask", type=share, default=0.1, help="share of the patches that are hidden (grey)")
     a("--lr", type=positive(float))
     a("--warmup", type=positive(zero=True), default=200, help="steps")
     args = p.parse_args()
@@ -98,72 +96,66 @@ def arguments():
 # ------------------------------------------------------------------------------------------------
 
 class SiglipHead(nn.Module):
-    """SigLIP's attention pooling by one learned probe: tokens [B,N,C] -> image embedding [B,C].
-
-    It is no part of the latent. Its weights are exported with the encoder under the released keys.
-    """
+    """SigLIP's attention pooling by one learned probe: tokens [B,N,C] -> image embedding [B,C]. It
+    is not part of the latent. The encoder's file holds its weights under the released keys."""
 
     def __init__(self, C, hidden, heads, eps):
         super().__init__()
         self.probe = nn.Parameter(torch.zeros(1, 1, C))
-        self.attention = nn.Module()
-        self.attention.in_proj_weight = nn.Parameter(torch.zeros(3 * C, C))
-        self.attention.in_proj_bias = nn.Parameter(torch.zeros(3 * C))
-        self.attention.out_proj = vit.Linear(C, C)
+        self.attention = nn.MultiheadAttention(C, heads, batch_first=True)
         self.layernorm = vit.LayerNorm(C, eps=eps)
         self.mlp = vit.MLP(C, hidden, gelu="tanh")
-        self.heads = heads
 
     def forward(self, x):
-        probe = self.probe.to(x.dtype).expand(len(x), -1, -1)               # [B,1,C]
-        wq, wk, wv = self.attention.in_proj_weight.to(x.dtype).chunk(3)
-        bq, bk, bv = self.attention.in_proj_bias.to(x.dtype).chunk(3)
-        q, k, v = F.linear(probe, wq, bq), F.linear(x, wk, bk), F.linear(x, wv, bv)
-        x = self.attention.out_proj(vit.attention(q, k, v, self.heads))     # [B,1,C]
+        x = x.float()
+        probe = self.probe.expand(len(x), -1, -1)                           # [B,1,C]
+        x, _ = self.attention(probe, x, x, need_weights=False)              # [B,1,C]
         return (x + self.mlp(self.layernorm(x)))[:, 0]                      # [B,C]
 
 
 class Trainee(nn.Module):
-    """The network that the run is for, `encoder`, and what exists only to train it.
+    """The network to train, `encoder`, with the parts that exist only to train it.
 
-    encoder: a ViT with SigLIP's head, a Dino or a Perceptual. features: the channels that `look`
-    pools. patch: patch size of the dense term, None without that term.
+    encoder: a ViT with SigLIP's head, a Dino or a Perceptual. features: F, the channels that
+    `encode` pools. patch: patch size of the dense term, None without that term.
     """
 
-    def __init__(self, encoder, features, patch, vocab_size, dtype, embedding=96):
+    def __init__(self, encoder, features, patch, vocab_size, dtype):
         super().__init__()
         self.encoder, self.patch_size = encoder.requires_grad_(True), patch
-        own = isinstance(encoder, vit.ViT)                              # its pooling ends in C
-        E = features if own else embedding
+        pooled = isinstance(encoder, vit.ViT)                           # by its own head
+        E = features if pooled else 96
         self.text = text_model.TextModel(
             dataclasses.replace(text_model.TINY, vocab_size=vocab_size), dtype=dtype)
         self.text_projection = nn.Linear(self.text.width, E)
-        self.image_projection = nn.Identity() if own else nn.Linear(features, E)
+        self.image_projection = nn.Identity() if pooled else nn.Linear(features, E)
         if patch:
             self.pixels = nn.Linear(features, 3 * patch ** 2)           # of the dense term
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))   # SigLIP's t' and b
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
-    def look(self, images):
-        """[B,3,S,S] -> features of the whole image [B,F] and of its tokens [B,N,F] (None for VGG),
-        in fp32."""
+    def encode(self, images):
+        """Images [B,3,S,S] -> pooled features [B,F] and tokens [B,N,F] (None for VGG), fp32."""
         e = self.encoder
         if isinstance(e, vit.ViT):
             x = e.last_block(images)                                        # [B,N,C]
             z = F.layer_norm(x.float(), (e.channels,), eps=1e-6)            # the latent
-            return e.head(e.post_layernorm(x)).float(), z
+            return e.head(e.post_layernorm(x)), z
         if isinstance(e, losses.Perceptual):
             return torch.cat([f.mean((2, 3)) for f in e.maps(images)], 1), None
         z = e.norm(e(images)[0].mT)                                         # [B,N,d]
         return z.mean(1), z
 
     def forward(self, images, seen, ids, last):
-        """images [B,3,S,S]; seen: the same with some patches grey; ids [B,L]; last [B]: index of a
-        caption's last token -> embeddings of image and text [B,E], the dense error (pixels in
-        [-1,1]; 0 without that term), tokens [B,N,F]."""
+        """Return the embeddings of images and texts [B,E], the dense term (the mean squared error
+        of pixels in [-1,1]; 0 for VGG), and the tokens [B,N,F].
+
+        images: [B,3,S,S]. seen: the images with some patches grey. ids: captions [B,L]. last [B]:
+        index of a caption's last token.
+        """
         h = self.text(self.text.embed(ids))                                 # [B,L,W]
         h = h[torch.arange(len(ids), device=ids.device), last].float()      # [B,W]
-        pooled, z = self.look(seen)
+        pooled, z = self.encode(seen)
         mse = ((self.pixels(z) - patchify(images, self.patch_size)).square().mean()
                if self.patch_size else images.new_zeros(()))
         return (F.normalize(self.image_projection(pooled), dim=-1),
@@ -174,13 +166,14 @@ class Trainee(nn.Module):
 
 
 def patchify(images, p):
-    """[B,3,H,W] in [0,1] -> [B,N,p*p*3] in [-1,1]."""
+    """Images [B,3,H,W] in [0,1] -> pixels of each p x p patch [B,N,p*p*3] in [-1,1]."""
     x = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))                  # [B,3,gy,p,gx,p]
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2) * 2 - 1
 
 
 def hide(images, p, share, draw):
-    """Make a share of the patches grey; grey is 0 for the network. draw: a numpy Generator."""
+    """Make a share of the p x p patches grey, which is 0 after the normalisation. draw: a numpy
+    Generator."""
     B, _, H, W = images.shape
     keep = torch.from_numpy(draw.random((B, 1, H // p, W // p), np.float32)) >= share
     keep = keep.repeat_interleave(p, 2).repeat_interleave(p, 3).to(images.device, non_blocking=True)
@@ -188,22 +181,23 @@ def hide(images, p, share, draw):
 
 
 def sigmoid_loss(logits):
-    """-log sigmoid(+-logit), summed over the texts of a batch, mean over the images."""
+    """Logits [B,B] of images and texts -> -log sigmoid(+-logit), summed over the texts, mean over
+    the images."""
     sign = 2 * torch.eye(len(logits), device=logits.device) - 1
     return -F.logsigmoid(sign * logits).sum(1).mean()
 
 
 def effective_rank(z):
-    """Return exp(entropy of the normalised eigenvalues of the covariance) of tokens [.,C] (Roy and
-    Vetterli 2007)."""
+    """Return exp(entropy of the normalised eigenvalues of the covariance) of tokens [B,N,C] (Roy
+    and Vetterli 2007)."""
     values = torch.linalg.eigvalsh(torch.cov(z.flatten(0, 1).double().T)).clamp(min=0)
     p = values / values.sum()
     return torch.exp(-(p * (p + 1e-12).log()).sum()).item()
 
 
 def network(args, vocab_size, dtype):
-    """Build the Trainee of --arch. Return it, the config of its encoder (a dict, for the exported
-    file) and the encoder's forward FLOPs per image."""
+    """Build the Trainee of --arch. Return it, its encoder's config as a dict, and the encoder's
+    forward FLOPs per image."""
     patch = args.patch
     if args.arch == "vit":
         config = vit.ViTConfig(
@@ -228,8 +222,8 @@ def network(args, vocab_size, dtype):
 
 
 def init_weights(model, seed):
-    """Draw the initial weights on the CPU: each network as its own file says, N(0, 0.02) and zero
-    biases for the two projections and the dense term."""
+    """Draw the initial weights on the CPU: each network as in its own file, the projections and the
+    dense term from N(0, 0.02) with zero biases."""
     e = model.encoder
     if isinstance(e, vit.ViT):
         vit.init_weights(e, seed)                                           # with its head
@@ -249,7 +243,7 @@ def init_weights(model, seed):
 
 
 def released_key(name):
-    """Return SigLIP's published key of a parameter of the ViT with its head."""
+    """Return the key of a ViT's or its head's parameter in SigLIP's published files."""
     for ours, theirs in ((r"^patch_embed\.", "embeddings.patch_embedding."),
                          (r"^pos_embed$", "embeddings.position_embedding.weight"),
                          (r"^blocks\.", "encoder.layers."), (r"\.attn\.", ".self_attn."),
@@ -277,7 +271,8 @@ def load_init(encoder, path):
 # ------------------------------------------------------------------------------------------------
 
 def words_of(record):
-    """Return the words about an image: its caption, the request for it, or question and answer."""
+    """Return a record's text: the caption, else the request for the image, else question and
+    answer."""
     if record["caption"]:
         return record["caption"]
     turns = [t["value"].replace("<image>", "").strip() for t in record["conversations"]]
@@ -285,9 +280,10 @@ def words_of(record):
 
 
 class Collate:
-    """Make a batch of records, in the loader's worker: images uint8 [B,3,S,S], ids [B,L], last [B],
-    keys. length: the same L for all batches (on XLA every L is another program); None: the longest
-    caption of the batch."""
+    """Make a batch of records: images uint8 [B,3,S,S], ids [B,L], last [B], keys, skipped.
+
+    length: L of all batches (XLA compiles one program per L); None: the batch's longest caption.
+    """
 
     def __init__(self, tokenizer, length=None):
         self.tokenizer, self.length = tokenizer, length
@@ -306,8 +302,8 @@ class Collate:
 
 
 def tokenizer_for(args):
-    """Load the tokenizer of --tokenizer or of the run that goes on, or train a BPE of 1,024 tokens
-    on the built-in captions and questions."""
+    """Load the tokenizer of --tokenizer or of the resumed run, or train a BPE of 1,024 tokens on
+    the built-in captions and questions."""
     resumed = not args.fresh and (args.out / "tokenizer.json").is_file()
     if args.tokenizer or resumed:
         return chat.load_tokenizer(args.tokenizer or args.out)
@@ -322,15 +318,15 @@ def tokenizer_for(args):
 
 @torch.no_grad()
 def evaluate(model, batch):
-    """Measure unseen images: caption retrieval among all of them, PSNR of the linear probe, rank of
-    the latent."""
+    """Return the caption retrieval among the batch's images, the PSNR of the dense term's
+    prediction and the effective rank of the latent (not for VGG)."""
     images = batch["images"].float() / 255
     image, caption, mse, z = model(images, images, batch["ids"], batch["last"])
     hit = (image @ caption.T).argmax(1).cpu() == torch.arange(len(images))
-    values = dict(retrieval=hit.float().mean().item())
-    if mse > 0:                             # VGG has no tokens
-        values.update(probe_psnr=-10 * math.log10(mse.item() / 4),
-                      effective_rank=effective_rank(z.cpu()))
+    values = {"retrieval": hit.float().mean().item()}
+    if z is not None:
+        values["probe_psnr"] = -10 * math.log10(mse.item() / 4)
+        values["effective_rank"] = effective_rank(z.cpu())
     return values
 
 
@@ -338,35 +334,31 @@ def main():
     args = arguments()
 
     # --------------------------------------------------------------------------------------------
-    # Devices
+    # Devices and model
     # --------------------------------------------------------------------------------------------
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     check_batch(args, devices)
     run = None if args.dry_run else Run(args, devices)
-
-    # --------------------------------------------------------------------------------------------
-    # Model
-    # --------------------------------------------------------------------------------------------
     tokenizer = tokenizer_for(args)
-    size = args, tokenizer.get_vocab_size(), devices.dtype
+    vocab_size = tokenizer.get_vocab_size()
     with torch.device("meta"):
-        model, config, forward_flops = network(*size)
+        model, config, forward_flops = network(args, vocab_size, devices.dtype)
     if not args.dry_run:
-        twin, *_ = network(*size)
+        twin, *_ = network(args, vocab_size, devices.dtype)
         init_weights(twin, args.seed)
         if args.init:
             load_init(twin.encoder, args.init)
         model = parallel.build(model, parallel.rows_of(twin.state_dict()), devices)
-    e = model.encoder
-    flops = {"encoder": 3 * forward_flops,                                  # some 24 tokens:
-             "text": 6 * 24 * sum(p.numel() for p in model.text.model.layers.parameters())}
+    encoder = model.encoder
+    text_blocks = sum(p.numel() for p in model.text.model.layers.parameters())
+    flops = {"encoder": 3 * forward_flops, "text": 6 * 24 * text_blocks}    # about 24 tokens
 
     # --------------------------------------------------------------------------------------------
     # Data
     # --------------------------------------------------------------------------------------------
     mixture = None if args.dry_run else data.Mixture(args.data, args.resolution, args.seed)
     count = {name: sum(p.numel() for p in net.parameters())
-             for name, net in (("encoder", e), ("text", model.text), ("heads", model))}
+             for name, net in (("encoder", encoder), ("text", model.text), ("heads", model))}
     count["heads"] -= count["encoder"] + count["text"]
     start_table(f"train_encoder --arch {args.arch}", args, devices, count, flops,
                 state_gb(sum(count.values()), 0, 0), arch=args.arch,
@@ -374,33 +366,28 @@ def main():
     if args.dry_run:
         return
     collate = Collate(tokenizer, LENGTH if devices.kind == "xla" else None)
+    unseen = data.Mixture(args.data, args.resolution, args.seed + 1000)
+    unseen = parallel.to_device(collate([unseen[i] for i in range(256)]), devices)
 
     # --------------------------------------------------------------------------------------------
-    # Optimizer
+    # Optimizer and resume
     # --------------------------------------------------------------------------------------------
     named = {k: p for k, p in model.named_parameters()
              if not k.startswith("encoder.lin")}                        # LPIPS' weights stay 1/C
     optimizer = parallel.adamw(list(named.values()), devices, lr=args.lr, betas=(0.9, 0.95),
                                weight_decay=0.0)
-
-    # --------------------------------------------------------------------------------------------
-    # Resume
-    # --------------------------------------------------------------------------------------------
-    run.config = config
-    run.skips.records = mixture.records
+    run.config, run.skips.records = config, mixture.records
     run.load(named, [optimizer])
     if run.main and not args.bench:
         write_text(run.dir / "tokenizer.json", tokenizer.to_str(pretty=True))
-    accumulate = args.batch // args.micro_batch
     batches = data.loader(mixture, collate, args.micro_batch, run.start * args.batch, args.workers,
                           devices.rank, devices.world)
-    unseen = data.Mixture(args.data, args.resolution, args.seed + 1000)
-    unseen = parallel.to_device(collate([unseen[i] for i in range(256)]), devices)
-    plot = ["loss", "contrast", *["dense"] * (args.dense > 0), "retrieval", "probe_psnr"]
 
     # --------------------------------------------------------------------------------------------
     # Loop: data, step, log, save
     # --------------------------------------------------------------------------------------------
+    accumulate = args.batch // args.micro_batch
+    plot = ["loss", "contrast", *["dense"] * (args.dense > 0), "retrieval", "probe_psnr"]
     for step in run.steps():
         factor = cosine(step, args.steps, args.warmup)
         set_lr([optimizer], factor, devices)
@@ -422,17 +409,17 @@ def main():
     run.finish()
     if args.bench:
         return
-    state = e.state_dict()
-    run.export("model", {released_key(k): v for k, v in state.items()} if args.arch == "vit" else
-               state, config)
+    state = encoder.state_dict()
+    if args.arch == "vit":
+        state = {released_key(k): v for k, v in state.items()}
+    run.export("model", state, config)
     folder, final = run.publish(), evaluate(model, unseen)
     if run.main:
-        words = f"retrieval among {len(unseen['ids'])} {final['retrieval']:.1%}"
-        words += "" if mixture.endless() else " (images of the data, which it has seen)"
-        if "probe_psnr" in final:
-            words += (f", linear probe {final['probe_psnr']:.1f} dB, effective rank "
-                      f"{final['effective_rank']:.0f}")
-        print(f"{folder}: {words}")
+        same = "" if mixture.endless() else " (images that were also trained on)"
+        probe = "" if args.arch == "vgg" else (
+            f", linear probe {final['probe_psnr']:.1f} dB, effective rank "
+            f"{final['effective_rank']:.0f}")
+        print(f"{folder}: retrieval among 256 {final['retrieval']:.1%}{same}{probe}")
 
 
 if __name__ == "__main__":

@@ -1,134 +1,45 @@
-"""The toy world: scenes of shapes and emoji, their images, captions and questions.
+"""The toy world: the sources of scenes, their captions, questions and records.
 
     s = world.scene("builtin:web", seed, i);  world.render(s, 224);  world.caption(s)
 
-Scene i of a source is a pure function of (source, seed, i): a background and things on it, which
-can be rendered at any resolution. The sources stand in for the paper's data (arXiv 2601.16208):
-`builtin:web` for web images, `builtin:synthetic` for images made by FLUX, `builtin:text` for
-RenderedText, `builtin:hq` for BLIP3o-60k, `builtin:qa` for Cambrian-7M. `builtin:align` asks only
-the questions of best_of.py's verifiers, about shapes. `builtin:brief` writes short captions like a
-person's, which rarely mention positions and do not always name the background.
+Scene i of a source is a pure function of (source, seed, i). The sources stand in for the paper's
+data (arXiv 2601.16208): `builtin:web` for web images, `builtin:synthetic` for images made by FLUX,
+`builtin:text` for RenderedText, `builtin:hq` for BLIP3o-60k, `builtin:qa` for Cambrian-7M.
+`builtin:align` asks only the questions of best_of.py's verifiers, about shapes. `builtin:brief`
+writes short captions like a person's, which rarely mention positions and do not always name the
+background. tiny/scenes.py defines a scene and draws it.
 """
 import collections
 import functools
-import io
 import itertools
-import json
-import math
-import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from chat import drawing
-from cli import DataError
 from data import hash64, random_stream
+from tiny.scenes import (BACKGROUNDS, COLOURS, KINDS, SHAPES, SPRITES, STYLES, TEXTURES, Scene,
+                         Thing, Word, render, sprite)
+
+BUILTIN = {"builtin:web": None, "builtin:synthetic": None, "builtin:text": None,
+           "builtin:hq": 600, "builtin:qa": None,
+           "builtin:align": None, "builtin:brief": None}    # source -> scenes; None: endless
+LISTS = (Path(__file__).parent / "words.txt").read_text().split("\n\n")
+WORDS, NEW_WORDS = (tuple(text.split()) for text in LISTS)  # NEW_WORDS: the benchmark's alone
+NUMBERS = ("no", "one", "two", "three", "four")
+PLURALS = {s: s + ("es" if s == "cross" else "s") for s in SHAPES}
+PLURALS.update({name: plural for name, (plural, _, _) in SPRITES.items()})
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 def pick(rand, items):
+    """Return one of the items. rand: returns a float in [0, 1)."""
     return items[int(rand() * len(items))]
 
 
 # ------------------------------------------------------------------------------------------------
 # Scenes
 # ------------------------------------------------------------------------------------------------
-
-COLOURS = {"red": (214, 30, 40), "orange": (250, 125, 15), "yellow": (252, 222, 20),
-           "green": (25, 140, 50), "blue": (30, 75, 220), "purple": (135, 35, 175),
-           "black": (20, 20, 24), "white": (252, 252, 252)}
-BACKGROUNDS = {"white": (248, 248, 248), "black": (16, 16, 20), "grey": (142, 142, 146),
-               "pink": (250, 180, 205), "light blue": (165, 212, 248),
-               "light green": (178, 232, 165), "beige": (232, 212, 170), "brown": (112, 70, 42)}
-SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
-TEXTURES = ("striped", "dotted", "checkered")
-STYLES = ("regular", "bold", "outlined", "slanted", "wide")   # of letters: Pillow ships one font
-NUMBERS = ("no", "one", "two", "three", "four")
-WORDS = tuple("""
-ACID AGE AIR ANT APPLE ARCH ARM ARROW ART ATOM BABY BACK BAG BALL BAND BANK BARK BARN BASE BATH
-BEACH BEAN BEAR BEE BELL BELT BENCH BIKE BIRD BLOCK BOAT BODY BONE BOOK BOOT BOSS BOWL BOX BRAIN
-BREAD BRICK BRUSH BUG BUS CAB CAKE CAMP CAN CAP CAR CARD CART CASE CASH CAT CAVE CHAIR CHALK CHEF
-CHIP CITY CLAY CLIFF CLOCK CLOUD CLUB COAL COAST COAT CODE COIN COLD COOK CORK CORN COW CREAM CROW
-CROWN CUP DAD DAWN DAY DEAL DEER DESK DICE DISH DOG DOLL DOOR DOT DOVE DRUM DUCK DUSK DUST EAR EAST
-EGG ELM EXIT EYE FACE FACT FAN FARM FAST FIRE FISH FLAG FLUTE FOG FOOD FOOT FORK FOX FREE FROG FUEL
-FUN GAME GATE GEM GIFT GLASS GLOVE GLUE GOAL GOAT GOLF GRAIN GRASS GYM HAIR HALL HAND HARP HAT HAWK
-HERO HILL HOME HOOK HOPE HORN HORSE HOT HOTEL HOUSE ICE INK IRON JAM JAR JAZZ JEEP JET JOB JOKE JOY
-JUICE JUMP KEY KID KIND KING KITE KNEE KNIFE LACE LAKE LAMB LAMP LAND LAVA LAW LEAF LEG LEMON LIFE
-LIGHT LION LOCK LOVE LUCK LUNCH MAGIC MAP MARKET MASK MILK MIND MINT MOM MONEY MOON MOUSE MOVIE MUD
-MUSIC NAIL NAME NECK NEST NET NEWS NIGHT NORTH NOSE NOTE NUT OAK OCEAN OIL ONE OPEN OWL PAGE PAN
-PAPER PARK PARTY PATH PEACE PEAR PEN PIANO PIG PILOT PINE PIPE PIZZA PLANE PLANT POEM POND POOL PORT
-POST QUEEN QUIET QUIZ RADIO RAIN RICE RIDE RING RIVER ROAD ROBOT ROCK ROOF ROOM ROOT ROPE ROSE RUN
-SAIL SALE SALT SAND SEA SEED SHIP SHOE SHOP SHOW SILK SKY SLOW SNOW SOAP SOCK SODA SOUP SOUTH SPACE
-SPOON STAR STEAM STONE STOP STORM SUGAR SUN SWAN TAXI TEA TEAM TENT TIGER TIME TOAST TOP TOWN TOY
-TRAIN TREE TRUCK VASE VOICE WALL WATER WAVE WEST WHALE WIND WOLF WOOD WOOL WORD YARD ZEBRA ZERO
-ZOO""".split())
-SPRITES = Path(__file__).parent / "sprites.tar"
-
-
-def read_sprites() -> dict:
-    """Return name -> (plural, category, PNG bytes) of the images in sprites.tar."""
-    if not SPRITES.exists():
-        raise DataError(f"{SPRITES} is missing; the toy world needs it, and it is part of this "
-                        "repository: `git checkout tiny/sprites.tar` restores it")
-    rename = {"ring": "diamond ring", "diamond": "gemstone"}   # the bare names are shapes here
-    with tarfile.open(SPRITES) as tar:
-        files = {m.name: tar.extractfile(m).read() for m in tar}
-    out = {}
-    for info in (json.loads(files[f]) for f in files if f.endswith(".json")):
-        name = rename.get(info["name"], info["name"])
-        plural = info["plural"] if name == info["name"] else name + "s"
-        out[name] = plural, info["category"], files[info["name"].replace(" ", "_") + ".png"]
-    return out
-
-
-_SPRITES = read_sprites()
-KINDS = tuple(_SPRITES)
-PLURALS = {s: s + ("es" if s == "cross" else "s") for s in SHAPES}
-PLURALS.update({name: plural for name, (plural, _, _) in _SPRITES.items()})
-
-
-@dataclass(frozen=True)
-class Thing:
-    """A shape (one of SHAPES, with a colour) or a sprite (one of KINDS, colour None).
-
-    size: the longer side; x, y: the centre, y down; all as fractions of the image. angle: degrees,
-    anticlockwise.
-    """
-    kind: str
-    colour: str = None
-    size: float = 0.6
-    x: float = 0.5
-    y: float = 0.5
-    angle: float = 0.0
-    brightness: float = 1.0      # of sprites, 0 to 1
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word in capitals. size: its width; x, y: its centre; all as fractions of the image."""
-    text: str
-    colour: str
-    style: str = "regular"
-    size: float = 0.8
-    x: float = 0.5
-    y: float = 0.5
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A background with things and words on it.
-
-    background: ("plain", colour), ("two-tone" or "gradient", colour, colour, "across" or "down") or
-    ("textured", colour, texture), from BACKGROUNDS and TEXTURES.
-    """
-    background: tuple
-    things: tuple = ()
-    words: tuple = ()
-
-
-RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-
 
 def relation(a: Thing, b: Thing):
     """Return where a is as seen from b: a key of RELATIONS, or None when it is not clear."""
@@ -161,7 +72,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def distance(a, b) -> np.ndarray:
-    """Return the perceived distance of colours [..., 3] ("redmean"; black to white is 765)."""
+    """Return the perceived distance of colours [...,3] ("redmean"; black to white is 765)."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     red, d = (a[..., 0] + b[..., 0]) / 2, (a - b) ** 2
     return np.sqrt((2 + red / 256) * d[..., 0] + 4 * d[..., 1] + (3 - red / 256) * d[..., 2])
@@ -231,8 +142,12 @@ def compose(rand, sprites: bool, neat: bool, forms: tuple):
     names = tuple(BACKGROUNDS)
     for _ in range(10):
         form, a, b = pick(rand, forms), pick(rand, names), pick(rand, names)
-        background = (form, a) if form == "plain" else (form, a, pick(rand, TEXTURES)) \
-            if form == "textured" else (form, a, b, pick(rand, ("across", "down")))
+        if form == "plain":
+            background = form, a
+        elif form == "textured":
+            background = form, a, pick(rand, TEXTURES)
+        else:
+            background = form, a, b, pick(rand, ("across", "down"))
         if a != b and all(stands_out(t, background) for t in things):
             s = Scene(background, tuple(things))
             return None if is_held_out(s) else s
@@ -254,19 +169,10 @@ def write_words(rand) -> Scene:
     return Scene(background, (), tuple(words))
 
 
-BUILTIN = {"builtin:web": None, "builtin:synthetic": None, "builtin:text": None,
-           "builtin:hq": 600, "builtin:qa": None,
-           "builtin:align": None, "builtin:brief": None}    # source -> scenes; None: endless
-
-
 def scene(source: str, seed: int, i: int) -> Scene:
     """Return scene i of a built-in source: a pure function of the arguments, without held-out
-    compositions. The 600 scenes of builtin:hq do not depend on the seed. Raises DataError."""
-    if source not in BUILTIN:
-        raise DataError(f"unknown source {source!r}; the built-in ones are {', '.join(BUILTIN)}")
-    if BUILTIN[source]:
-        seed, i = 0, i % BUILTIN[source]
-    rand = random_stream("scene", source, seed, i)
+    compositions. The 600 scenes of builtin:hq do not depend on the seed."""
+    rand = random_stream("scene", source, 0 if BUILTIN[source] else seed, i)
     if source == "builtin:text":
         return write_words(rand)
     while True:
@@ -286,144 +192,6 @@ def scene(source: str, seed: int, i: int) -> Scene:
                 continue                # checking two things takes more questions than one
         if s:
             return s
-
-
-# ------------------------------------------------------------------------------------------------
-# Images
-# ------------------------------------------------------------------------------------------------
-
-def outline(kind: str) -> list:
-    """Return the corners [(x, y)] of a shape, y down, in its own units."""
-    turn = lambda n, start, radius=lambda k: 1.0: [
-        (radius(k) * math.sin(start + 2 * math.pi * k / n),
-         -radius(k) * math.cos(start + 2 * math.pi * k / n)) for k in range(n)]
-    if kind == "circle" or kind == "ring":
-        return turn(180, 0.0)
-    if kind == "square":
-        return [(-1, -1), (1, -1), (1, 1), (-1, 1)]
-    if kind == "triangle":
-        return turn(3, 0.0)
-    if kind == "star":
-        return turn(10, 0.0, lambda k: 0.42 if k % 2 else 1.0)
-    if kind == "diamond":
-        return [(0, -1), (0.68, 0), (0, 1), (-0.68, 0)]
-    if kind == "cross":
-        a = 0.34
-        return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a),
-                (-1, a), (-1, -a), (-a, -a)]
-    if kind == "heart":
-        ts = (2 * math.pi * k / 120 for k in range(120))
-        return [(16 * math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t)
-                                          - 2 * math.cos(3 * t) - math.cos(4 * t))) for t in ts]
-    raise DataError(f"unknown kind {kind!r}: neither a shape nor a sprite")
-
-
-@functools.lru_cache(maxsize=4096)
-def shape(kind: str, angle: int, px: int) -> Image.Image:
-    """Return the anti-aliased mask (mode L) of a shape whose longer side is px pixels."""
-    c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    points = np.array([(c * x + s * y, c * y - s * x) for x, y in outline(kind)])
-    low, high = points.min(0), points.max(0)
-    scale = px / (high - low).max()                       # pixels per unit
-    w, h = (max(1, round(v)) for v in (high - low) * scale)
-    scale = 4 * scale                                     # drawn at four times the size
-    image = Image.new("L", (4 * w, 4 * h))
-    points = (points - (low + high) / 2) * scale + (2 * w - 0.5, 2 * h - 0.5)
-    draw = ImageDraw.Draw(image)
-    draw.polygon([tuple(p) for p in points.tolist()], fill=255)
-    if kind == "ring":
-        middle = points.mean(0)
-        draw.polygon([tuple(p) for p in ((points - middle) * 0.58 + middle).tolist()], fill=0)
-    return image.reduce(4)
-
-
-@functools.lru_cache(maxsize=2048)
-def sprite(kind: str, angle: int) -> Image.Image:
-    """Return the RGBA image of a sprite in its own size (about 64 pixels), turned and cropped."""
-    if kind not in _SPRITES:
-        raise DataError(f"unknown kind {kind!r}: neither a shape nor a sprite")
-    image = Image.open(io.BytesIO(_SPRITES[kind][2])).convert("RGBA")
-    image = image.rotate(angle, Image.BICUBIC, expand=True) if angle else image
-    return image.crop(image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
-
-
-def sprite_at(kind: str, angle: int, brightness: float, px: int) -> Image.Image:
-    """Return the RGBA image of a sprite whose longer side is px pixels (too many to cache)."""
-    image = sprite(kind, angle)
-    scale = px / max(image.size)
-    image = image.resize([max(1, round(v * scale)) for v in image.size], Image.BICUBIC)
-    dark = (round(255 * brightness),) * 3 + (255,)
-    return ImageChops.multiply(image, Image.new("RGBA", image.size, dark))
-
-
-@functools.lru_cache(maxsize=2048)
-def letters(text: str, style: str) -> Image.Image:
-    """Return the mask (mode L) of a word, about 48 pixels high, cropped."""
-    font = ImageFont.load_default(64)
-    stroke = {"bold": 3, "outlined": 4}.get(style, 0)
-    left, top, right, bottom = font.getbbox(text, stroke_width=stroke)
-    size, at = (right - left + 48, bottom - top + 8), (24 - left, 4 - top)
-    image = Image.new("L", size)
-    draw = ImageDraw.Draw(image)
-    draw.text(at, text, fill=255, font=font, stroke_width=stroke, stroke_fill=255)
-    if style == "outlined":
-        draw.text(at, text, fill=0, font=font)
-    if style == "slanted":
-        image = image.transform(size, Image.AFFINE, (1, 0.3, -0.15 * size[1], 0, 1, 0),
-                                Image.BICUBIC)
-    image = image.crop(image.getbbox())
-    return image.resize((round(1.5 * image.width), image.height)) if style == "wide" else image
-
-
-@functools.lru_cache(maxsize=256)
-def backdrop(background: tuple, resolution: int) -> Image.Image:
-    """Return the RGB image of a background."""
-    form, first, *rest = background
-    a = np.array(BACKGROUNDS[first], np.int64)
-    if form == "textured":                                # a pattern in a shade of the same colour
-        shade = tuple((a + (26 if a.mean() < 60 else -26)).clip(0, 255).tolist())
-        r, cell = 4 * resolution, resolution / 2          # drawn at four times the size: 8 cells
-        image = Image.new("RGB", (r, r), BACKGROUNDS[first])
-        draw = ImageDraw.Draw(image)
-        for y, x in itertools.product(range(8), range(8)):
-            left, top, right, bottom = (round(v * cell) for v in (x, y, x + 1, y + 1))
-            if rest[0] == "dotted":
-                d = round(cell / 4)
-                draw.ellipse((left + d, top + d, right - d - 1, bottom - d - 1), shade)
-            elif (x if rest[0] == "striped" else x + y) % 2:
-                draw.rectangle((left, top, right - 1, bottom - 1), shade)
-        return image.reduce(4)
-    if form == "plain":
-        return Image.new("RGB", (resolution, resolution), BACKGROUNDS[first])
-    b, ramp = np.array(BACKGROUNDS[rest[0]], np.int64), np.arange(resolution)[:, None]
-    if form == "two-tone":
-        line = np.where(ramp < resolution // 2, a, b)                            # [R, 3]
-    else:
-        line = (a * (resolution - 1 - ramp) + b * ramp) // max(1, resolution - 1)
-    pixels = np.broadcast_to(line[:, None], (resolution, resolution, 3)).astype(np.uint8)
-    return Image.fromarray(pixels.transpose(1, 0, 2).copy() if rest[1] == "across" else pixels)
-
-
-def render(scene: Scene, resolution: int) -> np.ndarray:
-    """Draw a scene -> uint8 [R, R, 3], anti-aliased. Sizes and angles are rounded to whole pixels
-    and degrees before any cache is asked, so the caches never change a pixel."""
-    image = backdrop(scene.background, resolution).copy()
-    for t in scene.things:
-        px, angle = max(1, round(t.size * resolution)), round(t.angle)
-        if t.colour:
-            ink, mask = COLOURS[t.colour], shape(t.kind, angle, px)
-        else:
-            ink = mask = sprite_at(t.kind, angle, t.brightness, px)
-        x, y = (round(v * resolution - m / 2) for v, m in zip((t.x, t.y), mask.size))
-        image.paste(ink, (x, y, x + mask.width, y + mask.height), mask)
-    for w in scene.words:
-        mask = letters(w.text, w.style)
-        width = max(1, round(w.size * resolution))
-        height = max(1, min(round(width * mask.height / mask.width), round(0.4 * resolution)))
-        mask = mask.resize((width, height), Image.BICUBIC)
-        x, y = round(w.x * resolution - width / 2), round(w.y * resolution - height / 2)
-        image.paste(COLOURS[w.colour], (x, y, x + width, y + height), mask)
-    return np.array(image)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -484,7 +252,7 @@ def caption(scene: Scene, rand=None, web: bool = False) -> str:
     text, on = describe(items, where), background_words(scene.background) + " background"
     if rand() < 0.2:                                      # as alt text often does
         kind, _, count = pick(rand, items)
-        category = _SPRITES[kind][1] if kind in _SPRITES else "object"
+        category = SPRITES[kind][1] if kind in SPRITES else "object"
         return pick(rand, (text, noun(kind, None, 2 if count > 1 else 1, False), f"{kind} picture",
                            f"{category} image", f"a photo of {text}", on))
     return pick(rand, (f"{text} on a {on}", f"a photo of {text} on a {on}", f"{text}, {on}",
@@ -574,7 +342,6 @@ def builtin_record(source: str, seed: int, i: int, resolution: int) -> dict:
     """Return record i of a built-in source, with the keys that data.Mixture describes.
     resolution 0: without an image."""
     s = scene(source, seed, i)
-    i = i % (BUILTIN[source] or i + 1)
     rand = random_stream("text", source, seed, i)
     out = {"key": f"{source}/{i}", "task": "t2i", "scene": s,
            "image": render(s, resolution) if resolution else None}
@@ -585,12 +352,13 @@ def builtin_record(source: str, seed: int, i: int, resolution: int) -> dict:
         out["question"], q, a = question(s, rand, other, source == "builtin:align")
         out["conversations"] = [{"from": "human", "value": f"<image>\n{q}"},
                                 {"from": "gpt", "value": a}]
-    elif source == "builtin:brief":
+        return out
+    if source == "builtin:brief":
         where = relation_of(s) if rand() < 0.2 else None
         out["caption"] = describe(groups(s), where, s.background if rand() < 0.7 else None)
-        out["conversations"] = drawing(out["caption"], rand)
+    elif source == "builtin:hq":
+        out["caption"] = caption(s)
     else:
-        complete = source == "builtin:hq"
-        out["caption"] = caption(s, None if complete else rand, source == "builtin:web")
-        out["conversations"] = drawing(out["caption"], rand)
+        out["caption"] = caption(s, rand, source == "builtin:web")
+    out["conversations"] = drawing(out["caption"], rand)
     return out

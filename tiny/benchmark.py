@@ -1,0 +1,247 @@
+"""The benchmark of the toy world: prompts, questions, the table of scores, the judge's own score.
+
+Six categories as in GenEval (arXiv 2310.11513), and one of written words. Half of the prompts show
+held-out compositions, which are in no training source (world.held_out): a coloured shape, or two
+things in a relation; for words, ones that the training words lack.
+"""
+import collections
+import dataclasses
+import functools
+import itertools
+
+import numpy as np
+import torch
+
+from cli import DataError
+from data import Mixture, random_stream
+from metrics import interval
+from tiny import world
+from tiny.judge import Prompt, compare, everything, look, read
+from tiny.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, TEXTURES, Scene, Thing, render
+from tiny.world import pick
+
+CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribution")
+TEXT = "text"
+
+
+# ------------------------------------------------------------------------------------------------
+# Prompts and questions
+# ------------------------------------------------------------------------------------------------
+
+def compose_words(unseen, rand):
+    """Draw a Prompt for one word; None for two words, or if no new word has that length."""
+    scene = world.write_words(rand)
+    word, *more = scene.words
+    fit = [w for w in world.NEW_WORDS if len(w) == len(word.text)]
+    if more or unseen and not fit:
+        return None
+    if unseen:
+        word = dataclasses.replace(word, text=pick(rand, fit))
+    scene = Scene(scene.background, (), (word,))
+    return Prompt(TEXT, world.caption(scene), scene, word=word.text, unseen=unseen)
+
+
+def compose(category, unseen, shapes, rand):
+    """Draw a Prompt for things; None if the draw does not belong to this category and half."""
+    position = category == "position"
+    kinds = 2 if category in ("two objects", "position", "attribution") else 1
+    n = 1 + int(4 * rand()) if category == "counting" else kinds
+    what = [(pick(rand, SHAPES), pick(rand, tuple(COLOURS))) if shapes
+            else (pick(rand, KINDS), None) for _ in range(kinds)]
+    if unseen and not position:
+        held = [(k, c) for k in SHAPES for c in COLOURS if world.held_out(k, c)]
+        what[int(rand() * kinds)] = pick(rand, held)
+    things = tuple(Thing(*what[k % kinds], *at) for k, at in enumerate(world.place(rand, n, False)))
+    plain = shapes or category == "colours"
+    form = pick(rand, ("plain",) if plain else ("plain", "two-tone", "gradient", "textured"))
+    a, b = pick(rand, tuple(BACKGROUNDS)), pick(rand, tuple(BACKGROUNDS))
+    texture, way = pick(rand, TEXTURES), pick(rand, ("across", "down"))
+    background = {"plain": (form, a), "textured": (form, a, texture)}.get(form, (form, a, b, way))
+    scene = Scene(background, things)
+
+    where = world.relation_of(scene) if position else None
+    if position:
+        held = where and world.held_out(what[0][0], what[1][0], where)
+    else:
+        held = any(colour and world.held_out(kind, colour) for kind, colour in what)
+    same_kind = len({kind for kind, _ in what}) < kinds
+    same_colour = kinds == 2 and shapes and what[0][1] == what[1][1]
+    if (a == b or same_kind or same_colour or bool(held) != unseen or position and not where
+            or not all(world.stands_out(t, background) for t in things)
+            or not unseen and world.is_held_out(scene)):
+        return None
+    items = world.groups(scene)
+    with_colour = category in ("colours", "attribution")
+    return Prompt(category, world.describe(items, where, background), scene,
+                  tuple((k, c if with_colour else None, count) for k, c, count in items), where,
+                  background if category == "colours" and not shapes else None, unseen=unseen)
+
+
+def prompts(per_category=40):
+    """Return the benchmark: a list of Prompts, the same on every machine.
+
+    The first half of a category shows seen compositions, shapes and sprites in turn. The second
+    half shows unseen ones: shapes, because sprites have no colour to hold out (both in `position`).
+    Raises DataError if there are not that many different prompts.
+    """
+    out = []
+    for category, unseen in itertools.product(CATEGORIES + (TEXT,), (False, True)):
+        found, want = {}, (per_category + (not unseen)) // 2
+        only_shapes = category == "attribution" or unseen and category != "position"
+        for attempt in range(20_000):
+            if len(found) == want:
+                break
+            rand = random_stream("prompt", category, unseen, attempt)
+            shapes = only_shapes or len(found) % 2 == 0
+            p = (compose_words(unseen, rand) if category == TEXT else
+                 compose(category, unseen, shapes, rand))
+            if p:
+                found.setdefault(p.text, p)
+        if len(found) < want:
+            raise DataError(f"--per-category {per_category}: there are only {len(found)} different "
+                            f"{'unseen' if unseen else 'seen'} prompts in {category!r}; lower it")
+        out += found.values()
+    return out
+
+
+def changes(prompt, rand):
+    """Return {attribute: the prompt with that attribute changed} for each that the prompt has. No
+    changed prompt is true for its scene. The text stays."""
+    replace = functools.partial(dataclasses.replace, prompt)
+    if prompt.word:
+        others = [w for w in world.WORDS if w != prompt.word]
+        same = [w for w in others if len(w) == len(prompt.word)]
+        return {"word": replace(word=pick(rand, same or others))}
+    at, (form, first, *rest) = int(rand() * len(prompt.things)), prompt.scene.background
+    kind, colour, count = prompt.things[at]
+    taken = {kind for kind, _, _ in prompt.things}
+    kinds = [k for k in (SHAPES if colour else KINDS) if k not in taken]
+    other = {"kind": (pick(rand, kinds), colour, count),
+             "count": (kind, colour, pick(rand, [n for n in (1, 2, 3, 4) if n != count]))}
+    if colour:
+        taken = {thing[:2] for thing in prompt.things}
+        free = [c for c in COLOURS if (kind, c) not in taken]
+        other["colour"] = kind, pick(rand, free), count
+    out = {which: replace(things=prompt.things[:at] + (thing,) + prompt.things[at + 1:])
+           for which, thing in other.items()}
+    if prompt.relation:
+        out["relation"] = replace(relation=world.RELATIONS[prompt.relation])
+    new = pick(rand, [b for b in BACKGROUNDS if b not in (first, *rest)])
+    return {**out, "background": replace(background=(form, new, *rest))}
+
+
+def questions(source, count, seed, size):
+    """Yield `count` questions of a source: ({id, image, kind, question, reference}, image
+    [1,3,size,size] in [0,1]). Raises DataError for a source without questions."""
+    if source not in ("builtin:qa", "builtin:align"):
+        raise DataError(f"--data {source}: expected builtin:qa, builtin:align or a file of "
+                        "questions")
+    mixture = Mixture([source], size, seed)
+    for i in range(count):
+        r = mixture[i]
+        x = torch.from_numpy(r["image"]).permute(2, 0, 1)[None].float() / 255
+        question, reference = (t["value"].replace("<image>\n", "") for t in r["conversations"])
+        yield dict(id=i, image=r["key"], kind=r["question"], question=question,
+                   reference=reference), x
+
+
+# ------------------------------------------------------------------------------------------------
+# Scores
+# ------------------------------------------------------------------------------------------------
+
+PARTS = {"seen": lambda p: not p.unseen, "unseen": lambda p: p.unseen,
+         "shapes": lambda p: p.scene.things and p.scene.things[0].colour,
+         "sprites": lambda p: p.scene.things and not p.scene.things[0].colour}
+
+
+def score(prompts, scores, ceiling, categories):
+    """Return a row of the table: the share of images that pass, averaged over `categories`.
+
+    scores: for each prompt, the share of its images that pass. ceiling: whether the prompt's own
+    scene passes after encoder and decoder.
+    """
+    def by_category(values, keep=lambda p: True):
+        groups = [[v for v, p in zip(values, prompts) if p.category == c and keep(p)]
+                  for c in categories]
+        return [g for g in groups if g]
+    groups = by_category(scores)
+    mean, low, high = interval(groups)
+    parts = {k: by_category(scores, keep) for k, keep in PARTS.items()}
+    return {"prompts": sum(map(len, groups)), "score": mean, "low": low, "high": high,
+            **{k: interval(g)[0] if g else None for k, g in parts.items()},
+            "ceiling": interval(by_category(ceiling))[0]}
+
+
+def score_table(prompts, scores, ceiling):
+    """Print `score` of each category and overall -> {category: row}."""
+    columns, results = (*PARTS, "ceiling"), {}
+    print(f"{'category':<16}{'prompts':>8}{'score':>8}{'95 %':>16}"
+          + "".join(f"{k:>9}" for k in columns))
+    for name in (*CATEGORIES, "overall", TEXT):
+        r = results[name] = score(prompts, scores, ceiling,
+                                  CATEGORIES if name == "overall" else [name])
+        print(f"{name:<16}{r['prompts']:>8}{r['score']:>8.3f}"
+              f"{'{low:.3f} to {high:.3f}'.format(**r):>16}"
+              + "".join(f"{'-' if r[k] is None else format(r[k], '.3f'):>9}" for k in columns))
+    print("\nceiling: the same scenes, rendered and reconstructed by the decoder")
+    return results
+
+
+def scene_images(prompts, size):
+    """Render the scenes of prompts -> [P,3,size,size] in [0,1]."""
+    x = np.stack([render(p.scene, size) for p in prompts])
+    return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
+
+
+@torch.no_grad()
+def reconstruct(encoder, decode, x, batch=64):
+    """Encode and decode images [P,3,S,S] -> [P,3,S,S] on the CPU."""
+    device = next(encoder.parameters()).device
+    return torch.cat([decode(encoder(part.to(device))).float().cpu() for part in x.split(batch)])
+
+
+# ------------------------------------------------------------------------------------------------
+# The judge's own score
+# ------------------------------------------------------------------------------------------------
+
+def judge_scenes(source, count, seed):
+    """Return Prompts for the complete captions of `count` scenes of a source."""
+    scenes = (world.scene(source, seed, i) for i in itertools.count())
+    return list(itertools.islice((everything(s) for s in scenes if len(s.words) < 2), count))
+
+
+def judge_the_judge(prompts, images):
+    """Judge images [P,3,S,S] of the prompts' scenes. Return whether each passes for its prompt [P],
+    and whether it passes for the prompt with one attribute changed: {attribute: [...]}."""
+    true, false = [], collections.defaultdict(list)
+    for k, (x, p) in enumerate(zip(images, prompts)):
+        seen = None if p.word else look(x)                # once per image: it is the slow part
+
+        def passes(q):
+            return (read(x, q) if q.word else compare(*seen, q))[0]
+
+        true.append(passes(p))
+        for which, q in changes(p, random_stream("change", p.text, k)).items():
+            false[which].append(passes(q))
+    return true, false
+
+
+def judge_table(encoder, decode, count, seed):
+    """Print how often the judge is right about `count` scenes of each source, clean and
+    reconstructed -> {"source kind": row}."""
+    print(f"{'scenes':<12}{'image':<16}{'true pass':>10}{'95 %':>16}{'changed pass':>14}")
+    rows = {}
+    for source in ("web", "synthetic", "text"):
+        prompts = judge_scenes(f"builtin:{source}", count, seed)
+        x = scene_images(prompts, encoder.image_size)
+        for name, images in (("clean", x), ("reconstruction", reconstruct(encoder, decode, x))):
+            true, false = judge_the_judge(prompts, images)
+            mean, low, high = interval([true])
+            every = np.mean(sum(false.values(), []))
+            rows[f"{source} {name}"] = {
+                "scenes": len(true), "true": mean, "low": low, "high": high, "changed": every,
+                **{which: [sum(v), len(v)] for which, v in false.items()}}
+            print(f"{source:<12}{name:<16}{mean:>10.3f}{f'{low:.3f} to {high:.3f}':>16}"
+                  f"{every:>14.4f}  "
+                  + ", ".join(f"{k} {sum(v)}/{len(v)}" for k, v in false.items()), flush=True)
+    return rows
