@@ -129,9 +129,10 @@ def seed(text):
     return int(text)
 
 
-def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, remat="none"):
-    """Add the flags that all trainers share. The arguments are defaults. remat None: a trainer
-    without --compile and --remat."""
+def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, remat="none",
+                   blocks=True):
+    """Add the flags that the trainers share. The arguments are defaults; None is filled later.
+    blocks: whether the trainer can compile its blocks and recompute their activations."""
     a = parser.add_argument_group("run").add_argument
     a("--out", type=Path, help="run folder; one that holds a checkpoint is resumed")
     a("--fresh", action="store_true", help="move an old run in --out aside first")
@@ -149,9 +150,7 @@ def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, rem
     a("--dtype", choices=["bfloat16", "float32"],
       help="of matrix products (default: bfloat16 where the device has it)")
     a("--mesh", help="fsdp=8 or fsdp=16,tensor=4 (default: all devices on fsdp)")
-    if remat is None:
-        parser.set_defaults(compile=None)
-    else:
+    if blocks:
         a("--compile", action=argparse.BooleanOptionalAction,
           help="torch.compile each block (default: on CUDA)")
         a("--remat", choices=["none", "block"], default=remat,

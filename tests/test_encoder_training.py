@@ -233,6 +233,8 @@ BAD = [
     (["--width", "50"], ["--width 50", "--heads 4"]),
     (["--init", "no/such"], ["--init", "no/such"]),
     (["--tokenizer", "no/such"], ["no/such"]),
+    (["--compile"], ["unrecognized arguments", "--compile"]),
+    (["--remat", "block"], ["unrecognized arguments", "--remat"]),
 ]
 
 

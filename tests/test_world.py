@@ -14,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import best_of                                                          # noqa: E402
 from chat import request                                                # noqa: E402
-from data import Mixture, random_stream                                 # noqa: E402
+from data import DataError, Mixture, random_stream                      # noqa: E402
 from tiny import scenes, world                                          # noqa: E402
 from tiny.scenes import Scene, Thing                                    # noqa: E402
 from tiny.world import held_out, relation                               # noqa: E402
@@ -245,3 +245,9 @@ def test_records_of_all_sources():
         assert r["task"] == ("qa" if asks else "t2i") and (r["caption"] is None) == asks
         assert ["<image>" in t["value"] for t in r["conversations"]] == [asks, not asks]
         assert size in (None, 600)
+
+
+def test_without_the_folder_a_builtin_source_is_one_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiny", None)                      # as if it were moved away
+    with pytest.raises(DataError, match="--data builtin: .* tiny/, which is missing"):
+        Mixture(["builtin:web"], 8)

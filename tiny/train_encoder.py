@@ -59,7 +59,8 @@ ARCH = {    # width: C of the vit, channels of VGG's first stage, d of DINO
 
 def arguments():
     p = cli.Parser(description=__doc__.split("\n")[0])
-    cli.training_flags(p, steps=3000, batch=64, data=DATA, sample=500, remat=None)
+    cli.training_flags(p, steps=3000, batch=64, data=DATA, sample=500, blocks=False)
+    p.set_defaults(compile=None)                                        # check_batch reads it
     a = p.add_argument_group("model").add_argument
     a("--arch", choices=list(ARCH), default="vit",
       help="vit: the encoder; vgg: the perceptual network; dino: the discriminator's trunk")
