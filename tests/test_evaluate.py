@@ -542,7 +542,7 @@ BAD = [
     ("t2i --guidance 1 --guidance-interval 0 0.9", "--guidance-interval 0.0 0.9|off"),
     ("t2i --guidance nan", "--guidance|nan"), ("t2i --batch 0", "--batch"),
     ("t2i --seed -1", "--seed"), ("t2i --per-category 0", "--per-category"),
-    ("t2i --per-category 3000", "--per-category 3000|single object|lower it"),
+    ("t2i --per-category 41", "--per-category 41|40 prompts"),
     ("t2i --prompts {f}/good.txt", "--layout|--out"), ("t2i --layout dpg", "--prompts"),
     ("t2i --out x", "--prompts"), (PROMPTS, "--out"),
     (PROMPTS + " --out o --per-category 3", "--per-category"),

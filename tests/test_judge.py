@@ -56,8 +56,10 @@ def test_prompts_are_those_of_the_specification():
     sprites = {name: sum(not p.things[0][1] and p.scene.things[0].colour is None
                          for p in prompts if p.category == name) for name in names[:6]}
     assert all(sprites[name] >= 10 for name in names[:5]) and not sprites["attribution"], sprites
-    with pytest.raises(DataError, match="--per-category 3000: .*'single object'; lower it"):
-        benchmark.prompts(3000)
+    few = benchmark.prompts(3)                          # the first two seen ones, one unseen
+    assert [p.unseen for p in few] == [False, False, True] * 7 and few[-1] == prompts[-20]
+    with pytest.raises(DataError, match="--per-category 41: .* 40 prompts"):
+        benchmark.prompts(41)
 
 
 def test_changed_prompts_are_false_and_differ_in_one_attribute():

@@ -1,13 +1,16 @@
 """The benchmark of the toy world: prompts, questions, the table of scores, the judge's own score.
 
-Six categories as in GenEval (arXiv 2310.11513), and one of written words. Half of the prompts show
-held-out compositions, which are in no training source (world.held_out): a coloured shape, or two
-things in a relation; for words, ones that the training words lack.
+Six categories as in GenEval (arXiv 2310.11513), and one of written words. benchmark.jsonl holds 40
+scenes per category, seen ones first. The unseen half shows compositions that are in no training
+source (world.held_out): a coloured shape, or two things in a relation; for words, ones that the
+training words lack.
 """
 import collections
 import dataclasses
 import functools
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ from data import Mixture, random_stream
 from metrics import interval
 from tiny import world
 from tiny.judge import Prompt, compare, everything, look, read
-from tiny.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, TEXTURES, Scene, Thing, render
+from tiny.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, Scene, Thing, Word, render
 from tiny.world import pick
 
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribution")
@@ -28,80 +31,35 @@ TEXT = "text"
 # Prompts and questions
 # ------------------------------------------------------------------------------------------------
 
-def compose_words(unseen, rand):
-    """Draw a Prompt for one word; None for two words, or if no new word has that length."""
-    scene = world.write_words(rand)
-    word, *more = scene.words
-    fit = [w for w in world.NEW_WORDS if len(w) == len(word.text)]
-    if more or unseen and not fit:
-        return None
-    if unseen:
-        word = dataclasses.replace(word, text=pick(rand, fit))
-    scene = Scene(scene.background, (), (word,))
-    return Prompt(TEXT, world.caption(scene), scene, word=word.text, unseen=unseen)
-
-
-def compose(category, unseen, shapes, rand):
-    """Draw a Prompt for things; None if the draw does not belong to this category and half."""
-    position = category == "position"
-    kinds = 2 if category in ("two objects", "position", "attribution") else 1
-    n = 1 + int(4 * rand()) if category == "counting" else kinds
-    what = [(pick(rand, SHAPES), pick(rand, tuple(COLOURS))) if shapes
-            else (pick(rand, KINDS), None) for _ in range(kinds)]
-    if unseen and not position:
-        held = [(k, c) for k in SHAPES for c in COLOURS if world.held_out(k, c)]
-        what[int(rand() * kinds)] = pick(rand, held)
-    things = tuple(Thing(*what[k % kinds], *at) for k, at in enumerate(world.place(rand, n, False)))
-    plain = shapes or category == "colours"
-    form = pick(rand, ("plain",) if plain else ("plain", "two-tone", "gradient", "textured"))
-    a, b = pick(rand, tuple(BACKGROUNDS)), pick(rand, tuple(BACKGROUNDS))
-    texture, way = pick(rand, TEXTURES), pick(rand, ("across", "down"))
-    background = {"plain": (form, a), "textured": (form, a, texture)}.get(form, (form, a, b, way))
-    scene = Scene(background, things)
-
-    where = world.relation_of(scene) if position else None
-    if position:
-        held = where and world.held_out(what[0][0], what[1][0], where)
-    else:
-        held = any(colour and world.held_out(kind, colour) for kind, colour in what)
-    same_kind = len({kind for kind, _ in what}) < kinds
-    same_colour = kinds == 2 and shapes and what[0][1] == what[1][1]
-    if (a == b or same_kind or same_colour or bool(held) != unseen or position and not where
-            or not all(world.stands_out(t, background) for t in things)
-            or not unseen and world.is_held_out(scene)):
-        return None
-    items = world.groups(scene)
-    with_colour = category in ("colours", "attribution")
-    return Prompt(category, world.describe(items, where, background), scene,
-                  tuple((k, c if with_colour else None, count) for k, c, count in items), where,
-                  background if category == "colours" and not shapes else None, unseen=unseen)
-
-
 def prompts(per_category=40):
-    """Return the benchmark: a list of Prompts, the same on every machine.
+    """Return the benchmark: a list of Prompts, half of each category unseen. Raises DataError."""
+    if per_category > 40:
+        raise DataError(f"--per-category {per_category}: there are 40 prompts per category")
+    rows = collections.defaultdict(list)
+    for line in (Path(__file__).parent / "benchmark.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows[row["category"], row["unseen"]].append(row)
+    chosen = []
+    for (_, unseen), half in rows.items():
+        chosen += half[:per_category // 2 if unseen else (per_category + 1) // 2]
+    return [prompt(row) for row in chosen]
 
-    The first half of a category shows seen compositions, shapes and sprites in turn. The second
-    half shows unseen ones: shapes, because sprites have no colour to hold out (both in `position`).
-    Raises DataError if there are not that many different prompts.
-    """
-    out = []
-    for category, unseen in itertools.product(CATEGORIES + (TEXT,), (False, True)):
-        found, want = {}, (per_category + (not unseen)) // 2
-        only_shapes = category == "attribution" or unseen and category != "position"
-        for attempt in range(20_000):
-            if len(found) == want:
-                break
-            rand = random_stream("prompt", category, unseen, attempt)
-            shapes = only_shapes or len(found) % 2 == 0
-            p = (compose_words(unseen, rand) if category == TEXT else
-                 compose(category, unseen, shapes, rand))
-            if p:
-                found.setdefault(p.text, p)
-        if len(found) < want:
-            raise DataError(f"--per-category {per_category}: there are only {len(found)} different "
-                            f"{'unseen' if unseen else 'seen'} prompts in {category!r}; lower it")
-        out += found.values()
-    return out
+
+def prompt(row):
+    """Return the Prompt of a row of benchmark.jsonl. Only `colours` and `attribution` ask for the
+    colours of things, and only `colours` asks for a background, behind sprites."""
+    background = tuple(row["background"])
+    if row["category"] == TEXT:
+        scene = Scene(background, (), (Word(*row["word"]),))
+        return Prompt(TEXT, world.caption(scene), scene, word=row["word"][0], unseen=row["unseen"])
+    scene = Scene(background, tuple(Thing(*thing) for thing in row["things"]))
+    category, items = row["category"], world.groups(scene)
+    where = world.relation_of(scene) if category == "position" else None
+    with_colour = category in ("colours", "attribution")
+    things = tuple((kind, colour if with_colour else None, n) for kind, colour, n in items)
+    asked = background if category == "colours" and not items[0][1] else None
+    return Prompt(category, world.describe(items, where, background), scene, things, where, asked,
+                  unseen=row["unseen"])
 
 
 def changes(prompt, rand):

@@ -57,8 +57,7 @@ def everything(scene):
 # ------------------------------------------------------------------------------------------------
 
 SIDE = 64                                               # the judge looks at 64 pixels
-THINGS = tuple((k, c) for k in SHAPES for c in COLOURS) + tuple(
-    (k, None) for k in KINDS)
+THINGS = [(k, c) for k in SHAPES for c in COLOURS] + [(k, None) for k in KINDS]
 TURNS = (0, -10, 10)                                    # degrees; the coarse scan turns shapes only
 SIZES = (8, 9, 10, 11, 12, 14, 16, 18, 20, 23, 26)      # of the coarse scan, at half resolution
 FOUND = 0.7                                             # a weaker match counts as nothing
@@ -66,7 +65,7 @@ FOUND = 0.7                                             # a weaker match counts 
 
 @dataclass(frozen=True)
 class Found:
-    """A thing that the judge sees, with its match and its place as in world.Thing."""
+    """A thing that the judge sees, with its match and its place as in scenes.Thing."""
     kind: str
     colour: str
     score: float
@@ -136,6 +135,7 @@ def energies(index, size):
 
 
 def match(dot, ff, dd):
+    """Return the match S from <F,D>, |F|^2 and |D|^2."""
     return 2 * dot / (ff + dd + 1e-3)
 
 
