@@ -13,7 +13,7 @@ import parallel
 import stage2
 import weights
 from text_model import direct_condition
-from tiny import judge, world
+from tiny import benchmark, judge, world
 
 import matplotlib
 matplotlib.use("Agg")
@@ -247,7 +247,7 @@ def ranking():
     """Show eight candidates in the order of each verifier; green frames: the judge passes them. The
     prompt is the benchmark's first about two shapes of which three to five candidates pass."""
     shipped = Shipped()
-    for prompt in judge.prompts():
+    for prompt in benchmark.prompts():
         if len(prompt.things) < 2 or not all(thing.colour for thing in prompt.scene.things):
             continue
         z, _ = shipped.walk(prompt.text, range(8), guidance=3.0, steps=25)
