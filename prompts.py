@@ -17,9 +17,9 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import weights
-from chat import ANSWER, ROLES, SPECIAL, prompt_ids
+from chat import ROLES, SPECIAL, prompt_ids
 from cli import UserError, parsing, printable
-from files import BrokenRecord, is_system, read_fields
+from files import is_system, read_fields
 from training import image_sheet
 
 # ------------------------------------------------------------------------------------------------
@@ -67,22 +67,17 @@ def read_prompts(path, layout=None, flag="--prompts"):
     return items
 
 
-def sample_prompts(file, mixture, collate, count=16):
+def sample_prompts(file, mixture, model, count=16):
     """Return the prompts of a trainer's samples: those of --sample-prompts (`file`), else captions
     of the first records of the user's data, else fixed ones of the toy world.
 
-    collate.row says which ones do not fit the chat: a UserError for those of `file`, else left out.
+    `check_text` with `model` says which ones cannot be drawn: a UserError for those of `file`;
+    captions are left out.
     """
-    fault = lambda prompt: collate.row({"conversations": [
-        {"from": "human", "value": prompt}, {"from": "gpt", "value": ANSWER}]})[1]
     if file:
         prompts = [prompt for _, prompt, _ in read_prompts(file, flag="--sample-prompts")]
         for prompt in prompts:
-            what = f"--sample-prompts {printable(file)}: {prompt[:40]!r}"
-            with parsing(what):
-                prompt.encode()                         # half of a surrogate pair is no text
-            if why := "it holds <image>" if "<image>" in prompt else fault(prompt):
-                raise UserError(f"{what}: {why}")
+            check_text(prompt, f"--sample-prompts {printable(file)}: {prompt[:40]!r}", model)
         return prompts
     sources = [source for source in mixture.files if source is not None]
     if not sources:
@@ -91,12 +86,14 @@ def sample_prompts(file, mixture, collate, count=16):
     prompts = []
     for source in sources:
         for j in range(min(len(source), math.ceil(count / len(sources)))):
-            with contextlib.suppress(BrokenRecord):
+            with contextlib.suppress(UserError):        # a broken record, or words that do not fit
                 record = read_fields(source.read(j)[1], True, float)    # float() is 0.0
                 if record["task"] == "t2i":
-                    prompts.append(next(turn["value"] for turn in record["conversations"]
-                                        if ROLES[turn["from"]] == "user"))
-    return [prompt for prompt in dict.fromkeys(prompts) if not fault(prompt)]
+                    prompt = next(turn["value"] for turn in record["conversations"]
+                                  if ROLES[turn["from"]] == "user")
+                    check_text(prompt, "caption", model)
+                    prompts.append(prompt)
+    return list(dict.fromkeys(prompts))
 
 
 def check_text(words, flag, model):

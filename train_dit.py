@@ -279,7 +279,8 @@ def main():
     if not first["counts"]["tokens"]:
         raise UserError(f"--length {args.length}: none of the first 16 samples fits, such as "
                         f"{': '.join(first['rejected'][-1])}")
-    prompts = sample_prompts(args.sample_prompts, mixture, collate)
+    prompts = sample_prompts(args.sample_prompts, mixture,
+                             stage2.Stage2(llm, dit, tokenizer, config))
     toy = args.size == "tiny" and not mixture.records   # then shapes can be judged
 
     count, flops, memory = training.costs(model, encoder, vae, first, args, devices)

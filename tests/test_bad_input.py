@@ -72,7 +72,7 @@ BAD = [
     (f"{DIT} --sample-prompts IN/empty", ["--sample-prompts", "IN/empty", "no prompt"]),
     (f"{DIT} --sample-prompts IN/special.txt", ["--sample-prompts", "special.txt", "<|im_end|>"]),
     (f"{DIT} --sample-prompts IN/image.txt", ["--sample-prompts", "image.txt", "<image>"]),
-    (f"{DIT} --sample-prompts IN/half.jsonl", ["--sample-prompts", "half.jsonl", "surrogates"]),
+    (f"{DIT} --sample-prompts IN/half.jsonl", ["--sample-prompts", "half.jsonl", "not valid Unicode"]),
     (f"{DECODER} --lr nan", ["--lr", "'nan'"]),
     (f"{DECODER} --ema 1", ["--ema", " 1"]),
     (f"{DECODER} --betas 1 1", ["--betas", " 1"]),

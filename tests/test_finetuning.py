@@ -28,7 +28,7 @@ from test_stage2 import CAPTIONED, TOKENIZER, train
 from tiny import judge
 
 COLOURS = ("red", "green", "blue", "yellow", "black")
-COLLATE = train_dit.Collate(TOKENIZER, 64, 96, 0, 0.1)
+MODEL = stage2.Stage2(Namespace(tokens=64), None, TOKENIZER, Namespace(context=1024))
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def test_a_run_on_photos(photos, tmp_path, monkeypatch, capsys):
     drawn, real = [], data.contact_sheet
     monkeypatch.setattr(data, "contact_sheet", lambda images, texts, *rest: (
         drawn.append((len(images), texts)), real(images, texts, *rest))[1])
-    lines = train(tmp_path / "r", "--init", "tiny", "--data", photos, "--steps", 3, "--sample-every",
-                  2, "--save-every", 3, "--log-every", 2)
+    lines = train(tmp_path / "r", "--init", "tiny", "--data", photos, "--steps", 3,
+                  "--sample-every", 2, "--save-every", 3, "--log-every", 2)
     captions = [*sorted(f"a {colour} wall" for colour in COLOURS), "a zebra"]
     assert drawn == [(6, captions)] * 2
     assert Image.open(tmp_path / "r/samples/step-0000002.png").size == (6 * 136 + 8, 210 + 8)
@@ -154,11 +154,12 @@ def test_prompts_are_captions_of_the_first_records(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(
             json.dumps({"image": "x.png", **r}) for r in records))
-    mixture = data.Mixture([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "builtin:web"], 64)
-    assert sample_prompts(None, mixture, COLLATE) == ["one", "Draw a cat.", "two"]
-    mixture = data.Mixture([str(tmp_path / "a.jsonl")], 64)
-    assert sample_prompts(None, mixture, COLLATE)[-1] == "the ninth"
-    assert sample_prompts(None, data.Mixture(["builtin:web"], 64), COLLATE) == judge.FIXED
+    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    mixture = data.Mixture([a, b, "builtin:web"], 64)
+    assert sample_prompts(None, mixture, MODEL) == ["one", "Draw a cat.", "two"]
+    mixture = data.Mixture([a], 64)
+    assert sample_prompts(None, mixture, MODEL)[-1] == "the ninth"
+    assert sample_prompts(None, data.Mixture(["builtin:web"], 64), MODEL) == judge.FIXED
 
 
 # ------------------------------------------------------------------------------------------------
@@ -167,7 +168,8 @@ def test_prompts_are_captions_of_the_first_records(tmp_path):
 
 @pytest.mark.parametrize("size", ["tiny", "9b"])
 def test_the_start_table_fits_and_has_units(size, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_dit.py", "--dry-run", "--size", size, "--device", "cpu"])
+    words = ["train_dit.py", "--dry-run", "--size", size, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(training, "start_table", lambda *a, files, table=training.start_table, **k:
                         table(*a, files="", **k))                       # paths are of any length
     train_dit.main()
@@ -197,4 +199,5 @@ def test_an_unknown_flag_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(train_dit.main)
     said = capsys.readouterr().err
-    assert said.startswith("error: unrecognized arguments: --learning-rate") and said.count("\n") == 1
+    assert said.startswith("error: unrecognized arguments: --learning-rate")
+    assert said.count("\n") == 1
