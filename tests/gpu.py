@@ -38,18 +38,22 @@ def parts(cpu, memory_gb, out):
     bench = [python, __file__, "--part", "bench", *["--cpu"] * cpu, "--out", str(out)]
     big, small = ("tiny", "tiny") if cpu else ("2b", "0.5b")
     batches, fewer = (["2", "4"], ["2"]) if cpu else (["16", "64"],) * 2
-    # The state of 2b with a trained LLM takes more than 80 GB, with a frozen one 57 GB
-    llm = ["--llm", "frozen"] if not cpu and memory_gb < 100 else ["--llm", "trained"]
+    # The state of 2b takes 82 GB with a trained LLM, 57 GB with a frozen one, 49 GB without one.
+    # Without recomputation an eager DiT keeps 1.2 GB per image, by `--part saved`.
+    large = cpu or memory_gb > 140
+    llm = ["--llm", "trained" if large else "frozen"]
+    remat = ["--remat", "none" if large else "block"]
     rest = [python, __file__, *["--cpu"] * cpu, "--out", str(out), "--size", big, "--part"]
     return [
         ("golden files, fp32", 60, golden),
         ("tests/test_cuda.py", 150, pytest),
         (f"{big}, LLM and encoder", 150,
          [*bench, "--size", big, *llm, "--batches", *batches, "--profile"]),
-        (f"{big}, DiT alone", 120, [*bench, "--size", big, "--batches", *batches, "--eager"]),
+        (f"{big}, DiT alone", 120, [*bench, "--size", big, *remat, "--batches", *batches, "--eager"]),
         ("golden files, bf16", 40, [*golden, "--dtype", "bfloat16"]),
         (f"{big}, sampling", 60, [*rest, "sampling", "--batches", *["1", "2" if cpu else "32"]]),
         ("tiny training", 90, [*rest, "tiny"]),
+        (f"{big}, saved tensors", 60, [*rest, "saved"]),
         (f"{small}, DiT alone", 60, [*bench, "--size", small, "--batches", *fewer]),
         (f"{small}, LLM and encoder", 90,
          [*bench, "--size", small, "--llm", "trained", "--batches", *fewer])]
@@ -77,11 +81,12 @@ def bench(args):
     for batch, mode, profile in runs:
         flags = ["--device", "cpu" if args.cpu else "cuda", "--dtype", "bfloat16", "--size",
                  args.size, "--batch", batch, "--micro-batch", batch, "--workers",
-                 0 if args.cpu else 8, "--bench", skip + count,
+                 0 if args.cpu else 8, "--bench", skip + count, "--remat", args.remat,
                  "--compile" if mode == "compiled" else "--no-compile"]
         flags += [] if args.size == "tiny" else ["--random-init", "--length", LENGTH]
         flags += ["--freeze", "llm"] * (args.llm == "frozen")
-        row = dict(table="training", size=args.size, llm=args.llm, batch=batch, mode=mode)
+        row = dict(table="training", size=args.size, llm=args.llm, batch=batch, mode=mode,
+                   remat=args.remat)
         said, train_dit.train_step = io.StringIO(), Profiled(step, skip, count) if profile else step
         try:
             with contextlib.redirect_stdout(said):
@@ -247,6 +252,65 @@ class Profiled:
 
 
 # ------------------------------------------------------------------------------------------------
+# What a block keeps for its backward pass
+# ------------------------------------------------------------------------------------------------
+
+def saved(args):
+    """Report the bytes that one block keeps for its backward pass, per token; the casts of its
+    weights, which do not grow with the batch, are `fixed_mb`. In bf16, with fused attention and the
+    padded SwiGLU, as on a GPU."""
+    import torch
+    import torch.nn.functional as F
+    from torch.utils.checkpoint import checkpoint
+
+    import dit
+    import text_model
+    device = torch.device("cpu" if args.cpu else "cuda")
+    dit.attention = F.scaled_dot_product_attention
+    text_model.attention = lambda q, k, v, mask: F.scaled_dot_product_attention(
+        q, k, v, is_causal=True)
+    dit.SwiGLU.MULTIPLE["cpu"] = dit.SwiGLU.MULTIPLE["cuda"]
+    size, llm = dit.SIZES[args.size], text_model.TINY
+    llm, N = (llm, 64) if args.size == "tiny" else (text_model.QWEN_1_5B, 256)
+    normal = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16)
+    angles = normal(N, llm.hidden_size // llm.num_attention_heads)
+    rope = dit.RoPE(size.width // size.heads, int(N ** 0.5)).to(device)
+    blocks = {
+        "DiT block": (dit.Block(size.width, size.heads, size.width, False, 1e-6), size.width,
+                      lambda n: (normal(n, N, size.width).requires_grad_(), rope)),
+        "LLM layer": (text_model.Layer(llm), llm.hidden_size, lambda n: (angles, angles))}
+
+    def measure(mode, block, run, width, shared, n):
+        x, shared = normal(n, N, width).requires_grad_(), shared(n)
+        tensors = [*block.parameters(), *rope.buffers(), *filter(torch.is_tensor, shared)]
+        known = {t.untyped_storage().data_ptr() for t in tensors}
+        kept = {}                                       # alive, so that no address returns
+        if mode == "recomputed":                        # the hooks do not see what checkpoint holds
+            kept[x.untyped_storage().data_ptr()] = x
+
+        def keep(tensor):
+            if tensor.untyped_storage().data_ptr() not in known:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = run(x, *shared)
+        del y
+        return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    for name, (block, width, shared) in blocks.items():
+        block.to(device)
+        again = lambda *inputs: checkpoint(block, *inputs, use_reentrant=False)
+        modes = {"eager": block, "recomputed": again}
+        if args.size != "tiny":
+            modes["compiled"] = torch.compile(block, fullgraph=True)
+        for mode, run in modes.items():
+            one, two = (measure(mode, block, run, width, shared, n) for n in (2, 4))
+            report(dict(table="saved", size=args.size, block=name, mode=mode,
+                        bytes_per_token=(two - one) / 2 / N, fixed_mb=(2 * one - two) / 1e6))
+
+
+# ------------------------------------------------------------------------------------------------
 # Sampling, and a minute of training
 # ------------------------------------------------------------------------------------------------
 
@@ -375,7 +439,7 @@ def markdown(machine, done):
         f"{k.replace('_gb', ', GB')} {v}" for k, v in machine.items() if v), ""]
     lines += table(("part", "outcome", "seconds"), done)
     lines += ["Training, bf16, mean of the timed steps:", ""]
-    lines += table(("size", "llm", "mode", "batch", "images_per_s", "tflops", "mfu", "mfu_by_part",
+    lines += table(("size", "llm", "mode", "remat", "batch", "images_per_s", "tflops", "mfu", "mfu_by_part",
                     "memory_gb", "step_s", "data_wait_s"), of("training"))
     for row in of("profile"):
         lines += [f"{row['steps']} steps of {row['size']}, batch {row['batch']}, as shares of "
@@ -386,6 +450,8 @@ def markdown(machine, done):
             row["kernels"]])
     lines += ["Sampling with guidance, the DiT alone:", ""]
     lines += table(("size", "batch", "steps", "seconds", "images_per_s", "dtype"), of("sampling"))
+    lines += ["Kept by one block for its backward pass, bf16:", ""]
+    lines += table(("size", "block", "mode", "bytes_per_token", "fixed_mb"), of("saved"))
     lines += ["The tiny preset, one minute:", ""]
     lines += table(("steps", "images_per_s", "first_loss", "last_loss", "background_right",
                     "colour_right", "data_wait_s"), of("tiny"))
@@ -398,10 +464,11 @@ def main():
     p.add_argument("--minutes", type=float, default=8, help="of all parts together")
     p.add_argument("--cpu", action="store_true", help="the same parts in miniature, on a CPU")
     a = p.add_argument_group("one part in this process").add_argument
-    a("--part", choices=["bench", "sampling", "tiny"])
+    a("--part", choices=["bench", "sampling", "tiny", "saved"])
     a("--size", default="2b")
     a("--llm", choices=["none", "frozen", "trained"], default="none", help="none: the DiT alone")
     a("--batches", type=int, nargs="+", default=[16, 64])
+    a("--remat", choices=["none", "block"], default="block")
     a("--eager", action="store_true", help="the last batch size without --compile too")
     a("--profile", action="store_true", help="the last batch size under the profiler too")
     args = p.parse_args()

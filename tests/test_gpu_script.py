@@ -27,11 +27,11 @@ def test_in_miniature(tmp_path):
     done = script("--cpu", "--minutes", "20", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(found["parts"]) == 9
+    assert len(found["parts"]) == 10
     rows = [row for part in found["parts"] for row in part["rows"]]
     count = lambda name: sum(row["table"] == name for row in rows)
-    assert {name: count(name) for name in ("training", "profile", "sampling", "tiny")} == {
-        "training": 7, "profile": 1, "sampling": 2, "tiny": 1}
+    assert {name: count(name) for name in ("training", "profile", "sampling", "tiny", "saved")} == {
+        "training": 7, "profile": 1, "sampling": 2, "tiny": 1, "saved": 4}
     for row in rows:
         if row["table"] == "profile":
             assert sum(row["shares"].values()) == pytest.approx(1)
@@ -48,9 +48,9 @@ def test_without_time(tmp_path):
     """What was not run counts as failed, and both files are written."""
     done = script("--cpu", "--minutes", "0.01", "--out", tmp_path)
     assert done.returncode == 1
-    assert "9 of 9 parts failed" in done.stdout
+    assert "10 of 10 parts failed" in done.stdout
     assert "not run: no time left" in (tmp_path / "gpu.md").read_text()
-    assert len(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == 9
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == 10
 
 
 def run(code, seconds=60):
