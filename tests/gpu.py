@@ -49,7 +49,8 @@ def parts(cpu, memory_gb, out):
         ("tests/test_cuda.py", 150, pytest),
         (f"{big}, LLM and encoder", 150,
          [*bench, "--size", big, *llm, "--batches", *batches, "--profile"]),
-        (f"{big}, DiT alone", 120, [*bench, "--size", big, *remat, "--batches", *batches, "--eager"]),
+        (f"{big}, DiT alone", 120,
+         [*bench, "--size", big, *remat, "--batches", *batches, "--eager"]),
         ("golden files, bf16", 40, [*golden, "--dtype", "bfloat16"]),
         (f"{big}, sampling", 60, [*rest, "sampling", "--batches", *["1", "2" if cpu else "32"]]),
         ("tiny training", 90, [*rest, "tiny"]),
@@ -439,8 +440,8 @@ def markdown(machine, done):
         f"{k.replace('_gb', ', GB')} {v}" for k, v in machine.items() if v), ""]
     lines += table(("part", "outcome", "seconds"), done)
     lines += ["Training, bf16, mean of the timed steps:", ""]
-    lines += table(("size", "llm", "mode", "remat", "batch", "images_per_s", "tflops", "mfu", "mfu_by_part",
-                    "memory_gb", "step_s", "data_wait_s"), of("training"))
+    lines += table(("size", "llm", "mode", "remat", "batch", "images_per_s", "tflops", "mfu",
+                    "mfu_by_part", "memory_gb", "step_s", "data_wait_s"), of("training"))
     for row in of("profile"):
         lines += [f"{row['steps']} steps of {row['size']}, batch {row['batch']}, as shares of "
                   f"{row['seconds']:.3g} s:", ""]
