@@ -156,6 +156,11 @@ def test_lines_that_make_the_images(tmp_path):
             Image.open(ROOT / f"docs/{name}.png").size
 
 
+def test_the_readme_lists_every_file():
+    text = (ROOT / "README.md").read_text()
+    assert [p.name for p in ROOT.glob("*.py") if f"`{p.name}`" not in text] == []
+
+
 def test_the_notebook_s_contents_list_every_entry():
     head, *entries = (ROOT / "LOG.md").read_text().split("\n## ")
     titles = [entry.split("\n")[0] for entry in entries]
