@@ -316,8 +316,8 @@ class Run:
         logging = due(args.log_every) or sampling or saving
         if logging or self.devices.kind == "cpu":           # to read a norm is to wait for it
             self._check_finite()
-        if done == self.start + 1 and not logging and self.main:
-            self._show(loss=self.meter.loss())
+        if done == self.start + 1 and not logging and self.main and self.devices.kind != "xla":
+            self._show(loss=self.meter.loss())              # on xla this would be one more program
         if logging:
             values.update(self.meter.read(self.devices))    # the speed of what came before
             if sampling:
