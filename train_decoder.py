@@ -347,7 +347,8 @@ def main():
             z, lam = None, x.new_ones(())
             if vae:
                 mean, logvar = model.posterior(x)                           # [B,c,h,w]
-                x_hat = (model.decoder(mean + (0.5 * logvar).exp() * batch["noise"]) + 1) / 2
+                drawn = mean + (0.5 * logvar).exp() * batch["noise"]        # [B,c,h,w]
+                x_hat = (model.decoder(drawn) + 1) / 2                      # [B,3,S,S]
                 kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
             else:
                 with torch.no_grad():
