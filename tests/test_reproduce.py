@@ -3,6 +3,7 @@
     pytest tests/test_reproduce.py
     pytest tests/test_reproduce.py -m slow          # minutes: every command of every row, shortened
 """
+import importlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import evaluate
 import reproduce
 from results import rows
 from results.rows import NO, PARTLY, ROWS, YES
@@ -51,6 +53,21 @@ def test_commands(row):
             assert script.is_file()
             if script.name.startswith("train_"):
                 assert "--workers 1" in command and "--seed" in command, command
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["full", "quick"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_scripts_know_every_flag(row, short, monkeypatch):
+    for task in ("decoder", "judge", "candidates", "vqa", "flow", "fid"):
+        stub = lambda args: None
+        stub.__name__ = stub.__doc__ = task
+        monkeypatch.setattr(evaluate, task, stub)
+    for arm in row.arms:
+        for command in reproduce.commands(row, arm, 7, Path("runs/all"), short):
+            script, *words = command.split()
+            monkeypatch.setattr(sys, "argv", [script, *words])
+            module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+            module.main() if module is evaluate else module.arguments()
 
 
 def of(metric, **arms):
