@@ -198,6 +198,11 @@ def table(folder):
         name = f"[{row.name}]({row.name}.md)" if result else row.name
         ours, verdict = (result["ours"], result["verdict"]) if result else ("", "not run")
         lines.append(f"| {name} | {row.claim} | {row.paper} | {ours} | {verdict} |")
+    lines += ["", "Not shown here: the size of the LLM (there is no pretrained family at this "
+              "scale), WebSSL against SigLIP-2", "(no pretrained encoders), and web scale itself."]
+    if (folder / "expected.json").exists():
+        lines += ["", "[expected](expected.md): what the default `python train_dit.py` should show "
+                  "at each step."]
     return "\n".join(lines) + "\n"
 
 
