@@ -23,6 +23,7 @@ import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 import cli
 from cli import DataError, UserError, parsing, printable
@@ -235,7 +236,7 @@ class SkipCounter:
         self.count, self.seen = self.count + len(skipped) + len(rejected), self.seen + seen
         for key, why in (*skipped, *rejected):
             if key not in self.named:
-                print(f"skipped {key}: {why}", file=sys.stderr)
+                tqdm.write(f"skipped {key}: {why}", file=sys.stderr)    # above a trainer's bar
             self.named.add(key)
         self.broken.update(key for key, _ in skipped)
         n, share = len(self.broken), 0.1 if (self.records or self.seen) < 10_000 else 0.01
