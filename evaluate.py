@@ -32,12 +32,11 @@ import sample
 import weights
 import stage2
 import networks
-from best_of import check_finite
-from chat import ROLES, encode_text
 from cli import UserError, printable
-from files import BrokenRecord, open_image, open_source, read_turns
 from flow import flow_loss, interpolate
-from metrics import accuracy, add_features, distances, interval, load_inception, measure, round8
+from metrics import add_features, distances, interval, load_inception, measure, round8
+from prompts import check_finite
+from questions import accuracy, answers, file_questions
 from text_model import direct_condition
 
 SMALL = " (small, trained on the built-in data by tiny/train_encoder.py; not the pretrained one)"
@@ -150,7 +149,7 @@ def decoder(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# Trained models: t2i, fid and flow
+# Generated images: t2i, fid, candidates and flow
 # ------------------------------------------------------------------------------------------------
 
 def load_model(args):
@@ -244,23 +243,6 @@ def fid(args):
     report(args, devices, images=count, guidance=guidance, fd_enc=fd_enc, fid=score)
 
 
-# ------------------------------------------------------------------------------------------------
-# Best of N
-# ------------------------------------------------------------------------------------------------
-
-def picks(rows, passed, n, keep, verifier):
-    """Return the share of right images among the best `keep` of every n candidates of one prompt.
-
-    rows: `best_of.scores` of all candidates; passed: the judge's verdicts. Each n candidates in
-    turn are a group. Without a verifier, the share is that of a random pick.
-    """
-    found = []
-    for k in range(0, len(rows) - n + 1, n):
-        order = best_of.rank(rows[k:k + n], verifier)[:keep] if verifier else range(n)
-        found += [passed[k + i] for i in order]
-    return float(np.mean(found))
-
-
 def candidates(args):
     """rank candidates for the benchmark's prompts about shapes, and judge the picks"""
     from tiny import benchmark
@@ -278,20 +260,8 @@ def candidates(args):
                                   devices)                                  # [n,N,C]
         passed = [judge(x, p)[0] for x in check_finite("the decoded image", decode(z))]
         found.append((best_of.scores(model.llm, model.tokenizer, z, p.text), passed))
-    sizes = [2 ** k for k in range(args.n.bit_length()) if 2 ** k <= args.n]
-    print(f"{len(prompts)} prompts x {args.n} candidates by {args.run}, on {devices}\n\n"
-          f"{'verifier':<10}{'keep':>5}{'of':>5}{'right':>8}{'gain over a random pick, 95 %':>34}")
-    rows = []
-    for verifier, keep, n in itertools.product(best_of.KEYS, (1, 4), sizes):
-        if keep > n:
-            continue
-        share = [picks(*both, n, keep, verifier) for both in found]
-        gain = [a - picks(*both, n, keep, None) for a, both in zip(share, found)]
-        mean, low, high = interval([gain])
-        rows.append(dict(verifier=verifier, keep=keep, n=n, right=float(np.mean(share)), gain=mean,
-                         low=low, high=high))
-        print(f"{verifier:<10}{keep:>5}{n:>5}{rows[-1]['right']:>8.3f}"
-              f"{f'{mean:+.3f} ({low:+.3f} to {high:+.3f})':>34}")
+    print(f"{len(prompts)} prompts x {args.n} candidates by {args.run}, on {devices}\n")
+    rows = benchmark.candidates_table(found, args.n)
     report(args, devices, prompts=len(prompts), guidance=guidance, rows=rows)
 
 
@@ -331,40 +301,6 @@ def flow(args):
 # ------------------------------------------------------------------------------------------------
 # Questions
 # ------------------------------------------------------------------------------------------------
-
-def answers(llm, tokenizer, z, questions, limit=48, batch=64):
-    """Answer questions about latents [n,N,C] greedily -> strings. Questions of equal length share a
-    batch, so there is no padding."""
-    by_length, said = collections.defaultdict(list), [None] * len(questions)
-    for i, q in enumerate(questions):
-        by_length[len(encode_text(tokenizer, q))].append(i)
-    groups = [g[k:k + batch] for g in by_length.values() for k in range(0, len(g), batch)]
-    for g in groups:
-        for i, a in zip(g, best_of.answers(llm, tokenizer, z[g], [questions[i] for i in g], limit)):
-            said[i] = a
-    return said
-
-
-def file_questions(path, count, encoder):
-    """Yield ({id, image, kind, question, reference}, image [1,3,S,S]) of a LLaVA-style JSONL or
-    another source: the human's first question and the answer after it, or None. Raises UserError.
-    """
-    source = open_source(path, text=False)
-    for j in range(min(count or len(source), len(source))):
-        try:
-            file, fields = source.read(j)
-            image = sample.to_tensor(open_image(file), encoder)
-            asked = {"from": "human", "value": fields.get("question", fields.get("text"))}
-            turns, _ = read_turns(fields.get("conversations") or [asked])
-        except BrokenRecord as error:
-            raise UserError(f"--data {source.key(j)}: {error}") from error
-        k = next(k for k, turn in enumerate(turns) if ROLES[turn["from"]] == "user")
-        reference = turns[k + 1]["value"] if k + 1 < len(turns) else fields.get("answer")
-        yield dict(id=fields.get("question_id", fields.get("id", j)), reference=reference,
-                   image=fields.get("image", source.key(j)),
-                   kind=str(fields.get("category", "any")),
-                   question=turns[k]["value"].replace("<image>", "").strip()), image
-
 
 def vqa(args):
     """ask questions about images and compare the answers with the references, by kind"""

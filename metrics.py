@@ -1,17 +1,16 @@
-"""Measures of images and answers: PSNR, SSIM, Frechet distance, accuracy, bootstrap intervals.
+"""Measures of images: PSNR, SSIM, Frechet distance, and bootstrap intervals.
 
 Images are [B,3,H,W] in [0,1].
 """
 import collections
-import re
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import weights
-from best_of import check_finite
 from cli import UserError, parsing
+from prompts import check_finite
 
 
 def round8(x):
@@ -67,30 +66,6 @@ def interval(groups):
         means.append(again.mean(1))
     low, high = np.percentile(np.mean(means, 0), (2.5, 97.5))
     return tuple(round(float(v), 4) for v in (np.mean([np.mean(g) for g in groups]), low, high))
-
-
-# ------------------------------------------------------------------------------------------------
-# Answers
-# ------------------------------------------------------------------------------------------------
-
-def right(kind, said, expected):
-    """Tell whether an answer is right: word for word; for `what`, the things in any order."""
-    said, expected = (s.strip().rstrip(".").lower() for s in (said, expected))
-    if kind == "what":
-        return sorted(re.split(", | and ", said)) == sorted(re.split(", | and ", expected))
-    return said == expected
-
-
-def accuracy(rows, kind):
-    """Return the table's row of one kind of question, or of `all`."""
-    some = [r for r in rows if kind in (r["kind"], "all")]
-    mean, low, high = interval([[right(r["kind"], r["answer"], r["reference"]) for r in some]])
-    said = collections.defaultdict(collections.Counter)
-    for r in some:
-        said[r["kind"]][r["reference"]] += 1
-    commonest = sum(c.most_common(1)[0][1] for c in said.values())
-    return {"questions": len(some), "accuracy": mean, "low": low, "high": high,
-            "commonest": round(commonest / len(some), 4)}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""metrics.py by hand and against other libraries; evaluate.py's commands; bad input.
+"""metrics.py by hand and against other libraries; questions.py; evaluate.py's commands; bad input.
 
     pytest tests/test_evaluate.py
 """
@@ -24,6 +24,7 @@ import encoder
 import evaluate
 import metrics
 import parallel
+import questions
 import sample
 import text_model
 import weights
@@ -149,20 +150,20 @@ def test_intervals_by_hand():
 
 
 def test_which_answers_are_right():
-    assert metrics.right("what", "A cat and a red star.", "A red star and a cat.")
-    assert metrics.right("what", "Two dogs, a cat and a cup", "A cat, two dogs and a cup.")
-    assert not metrics.right("what", "A cat.", "A cat and a red star.")
-    assert not metrics.right("what", "A cat and a cat.", "A cat.")
-    assert metrics.right("count", " two", "Two.")
-    assert not metrics.right("count", "Two two", "Two.")
-    assert not metrics.right("exists", "", "No.")
+    assert questions.right("what", "A cat and a red star.", "A red star and a cat.")
+    assert questions.right("what", "Two dogs, a cat and a cup", "A cat, two dogs and a cup.")
+    assert not questions.right("what", "A cat.", "A cat and a red star.")
+    assert not questions.right("what", "A cat and a cat.", "A cat.")
+    assert questions.right("count", " two", "Two.")
+    assert not questions.right("count", "Two two", "Two.")
+    assert not questions.right("exists", "", "No.")
 
 
 def test_accuracy_by_hand():
     """Kind a: 2 of 3 right, the commonest reference 2 of 3; kind b: 0 of 1."""
     rows = [dict(kind=k, answer=a, reference=r) for k, a, r in
             (("a", "Yes.", "yes"), ("a", "no", "No."), ("a", "no", "yes"), ("b", "2", "3"))]
-    found = {kind: metrics.accuracy(rows, kind) for kind in ("a", "b", "all")}
+    found = {kind: questions.accuracy(rows, kind) for kind in ("a", "b", "all")}
     assert (found["a"]["accuracy"], found["a"]["commonest"]) == (0.6667, 0.6667)
     assert (found["b"]["accuracy"], found["b"]["commonest"]) == (0, 1)
     assert (found["all"]["questions"], found["all"]["accuracy"]) == (4, 0.5)
@@ -432,12 +433,12 @@ def test_vqa_of_a_file(call, capsys):                       # noqa: F811
 def test_answers_of_a_batch_are_those_of_one():
     model = stage2.load_run(weights.TINY, CPU)
     z = torch.randn(7, 64, 96, generator=torch.Generator().manual_seed(0))
-    questions = ["What is in the picture?", "How many cats are there?", "What do you see?",
-                 "Is there a dog in the picture?", "What colour is the background?",
-                 "What is in the picture?", "What does this image show?"]
-    said = evaluate.answers(model.llm, model.tokenizer, z, questions, batch=3)
+    asked = ["What is in the picture?", "How many cats are there?", "What do you see?",
+             "Is there a dog in the picture?", "What colour is the background?",
+             "What is in the picture?", "What does this image show?"]
+    said = questions.answers(model.llm, model.tokenizer, z, asked, batch=3)
     assert said == ["".join(sample.answer(model.llm, model.tokenizer, q, row[None], 48))
-                    for q, row in zip(questions, z)]
+                    for q, row in zip(asked, z)]
     assert all(said) and len(set(said)) > 2
 
 

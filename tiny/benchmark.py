@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from best_of import KEYS, rank
 from cli import DataError
 from data import Mixture, random_stream
 from metrics import interval
@@ -143,6 +144,38 @@ def score_table(prompts, scores, ceiling):
               + "".join(f"{'-' if r[k] is None else format(r[k], '.3f'):>9}" for k in columns))
     print("\nceiling: the same scenes, rendered and reconstructed by the decoder")
     return results
+
+
+def picks(rows, passed, n, keep, verifier):
+    """Return the share of right images among the best `keep` of every n candidates of one prompt.
+
+    rows: `best_of.scores` of all candidates. passed: the judge's verdicts. Each n candidates in
+    turn form a group. Without a verifier, the share is that of a random pick.
+    """
+    found = []
+    for k in range(0, len(rows) - n + 1, n):
+        order = rank(rows[k:k + n], verifier)[:keep] if verifier else range(n)
+        found += [passed[k + i] for i in order]
+    return float(np.mean(found))
+
+
+def candidates_table(found, n):
+    """Print, for each verifier, how often its picks among up to n candidates are right -> rows.
+    found: for each prompt, the arguments `rows` and `passed` of `picks`."""
+    print(f"{'verifier':<10}{'keep':>5}{'of':>5}{'right':>8}{'gain over a random pick, 95 %':>34}")
+    sizes, rows = [2 ** k for k in range(n.bit_length())], []
+    for verifier, keep, size in itertools.product(KEYS, (1, 4), sizes):
+        if keep > size:
+            continue
+        share = [picks(*both, size, keep, verifier) for both in found]
+        gain = [a - picks(*both, size, keep, None) for a, both in zip(share, found)]
+        mean, low, high = interval([gain])
+        right = float(np.mean(share))
+        rows.append(dict(verifier=verifier, keep=keep, n=size, right=right, gain=mean, low=low,
+                         high=high))
+        print(f"{verifier:<10}{keep:>5}{size:>5}{right:>8.3f}"
+              f"{f'{mean:+.3f} ({low:+.3f} to {high:+.3f})':>34}")
+    return rows
 
 
 def scene_images(prompts, size):
