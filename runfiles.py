@@ -56,7 +56,7 @@ def read_meta(folder):
     """Return the arguments and the optimizers' plain numbers of a checkpoint. Raises UserError."""
     with parsing(f"checkpoint {folder} is damaged: meta.json", folder / "meta.json"):
         meta = json.loads((folder / "meta.json").read_text())
-        return dict(meta["args"]), dict(meta["state"])
+        return dict(meta["args"]), dict(meta.get("state", {}))
 
 
 # ------------------------------------------------------------------------------------------------
