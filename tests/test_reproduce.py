@@ -55,6 +55,13 @@ def test_commands(row):
                 assert "--workers 1" in command and "--seed" in command, command
 
 
+def test_finetune_starts_from_the_models_of_convergence():
+    every = lambda row: {c for arm in row.arms
+                         for c in reproduce.commands(row, arm, 1, Path("runs/all"), quick=False)}
+    shared = every(rows.FINETUNE) & every(rows.CONVERGENCE)
+    assert len(shared) == 2 and all(c.startswith("train_dit.py --latent") for c in shared)
+
+
 @pytest.mark.parametrize("short", [False, True], ids=["full", "quick"])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_the_scripts_know_every_flag(row, short, monkeypatch):
