@@ -147,7 +147,7 @@ def test_lines_that_make_the_images(tmp_path):
         grey.save(tmp_path / f"drawn/{i:05d}-0.png")
         grey.save(tmp_path / f"before/{i}-0.png")
         grey.save(tmp_path / f"after/{i}-0.png")
-    for step in (300, 600, 900, 1200):
+    for step in (300, 600, 900, 1800):
         grid = Image.new("RGB", (2 + 8 * 66, 2 + 2 * 66), "grey")           # as training.save_grid
         grid.save(tmp_path / f"runs/dit-tiny/samples/step-{step:07d}.png")
     run("-c", sheets)
