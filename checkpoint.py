@@ -25,7 +25,7 @@ import parallel
 import weights
 from cli import Stopped, UserError
 from data import SkipCounter, WorkerDied
-from runfiles import (DISK, append_log, fsync, open_folder, plot_log, print_bench, read_log,
+from runfiles import (DISK, append_log, fsync, open_folder, plain, plot_log, print_bench, read_log,
                       read_meta, save_tensors, start_wandb, surviving, write_text)
 from training import Meter
 
@@ -399,8 +399,8 @@ class Run:
         values = {k: v.item() if torch.is_tensor(v) else v for k, v in values.items()}
         if not self.main:
             return
-        values = {"step": step, **values, "skipped_records": int(records),
-                  "skipped_updates": self.skipped}
+        values = {"step": step, **{k: plain(v) for k, v in values.items()},
+                  "skipped_records": int(records), "skipped_updates": self.skipped}
         if self.skipped_keys:
             values["skipped_samples"], self.skipped_keys = self.skipped_keys, []
         with self.surviving("log.jsonl"):

@@ -113,9 +113,8 @@ def read_log(path):
 
 def append_log(path, values):
     """Append one line to log.jsonl by a single write, so that a kill cannot cut the line."""
-    line = json.dumps({k: plain(v) for k, v in values.items()}) + "\n"
     with open(path, "ab", buffering=0) as f:
-        f.write(line.encode())
+        f.write((json.dumps(values) + "\n").encode())
 
 
 def plain(value):
