@@ -274,18 +274,11 @@ def ranking():
 # ------------------------------------------------------------------------------------------------
 
 def training(samples=Path("runs/reproduce/expected/default-0/samples"), to=HERE):
-    """Show the sixteen fixed prompts after 300, 600, 900 and 1,800 steps."""
-    figure, axes = plt.subplots(4, 16, figsize=(13, 4.1))
-    figure.subplots_adjust(0.06, 0.01, 0.995, 0.76, 0.05, 0.05)
-    for row, step in enumerate((300, 600, 900, 1800)):
-        sheet = np.asarray(Image.open(samples / f"step-{step:07d}.png"))
-        for k, prompt in enumerate(judge.FIXED):
-            y, x = (2 + 66 * v for v in divmod(k, 8))
-            show(axes[row, k], sheet[y:y + 64, x:x + 64])
-            if row == 0:
-                words = textwrap.fill(prompt.replace(" background", ""), 16)
-                axes[0, k].set_title(words, fontsize=7)
-        axes[row, 0].set_ylabel(f"step {step:,}", fontsize=9)
+    """Show the sample grids after 300, 600, 900 and 1,800 steps."""
+    figure, axes = plt.subplots(2, 2, figsize=(13, 6), layout="constrained")
+    for axis, step in zip(axes.flat, (300, 600, 900, 1800)):
+        show(axis, Image.open(samples / f"step-{step:07d}.png"))
+        axis.set_title(f"{step:,} steps", fontsize=10)
     figure.savefig(to / "training.png", dpi=110)
     plt.close(figure)
 
