@@ -35,8 +35,8 @@ if DEVICE == "cuda" and not torch.cuda.is_available():
 
 COMMON = ["--dtype", "float32", "--batch", "8", "--workers", "0", "--log-every", "1",
           "--sample-every", "99"]
-SCRIPTS = {"train_dit": (train_dit, ["--sample-steps", "1", "--guidance", "1"]),
-           "train_decoder": (train_decoder, ["--disc-start", "0", "--gan-start", "0"]),
+SCRIPTS = {"train_dit": (train_dit, ["--no-compile", "--sample-steps", "1", "--guidance", "1"]),
+           "train_decoder": (train_decoder, ["--no-compile", "--disc-start", "0", "--gan-start", "0"]),
            "train_encoder": (train_encoder, ["--tokenizer", str(weights.TINY)])}
 LOSSES = {"train_dit": ("loss", "flow", "text"), "train_encoder": ("loss",),
           "train_decoder": ("l1", "lpips", "gram", "loss", "disc")}
@@ -47,7 +47,6 @@ def call(script, *flags):
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sys, "argv", ["train.py", *map(str, flags)])
-        m.setattr(train_dit, "check_colours", lambda *_: dict(background_right=0, colour_right=0))
         SCRIPTS[script][0].main()
     for s, handler in handlers.items():
         signal.signal(s, handler)
@@ -61,7 +60,7 @@ def log(out):
 def curve(tmp_path_factory):
     """curve(script, device, flags) -> run folder, log lines; equal calls share one run."""
     @functools.cache
-    def run(script, device, more=("--no-compile",), steps=2):
+    def run(script, device, more=(), steps=2):
         out = tmp_path_factory.mktemp("runs") / "run"
         call(script, *COMMON, *SCRIPTS[script][1], "--device", device, "--steps", steps, *more,
              "--out", out)
@@ -90,7 +89,7 @@ def test_the_gradient_is_the_cpu_s(curve):
 
 def test_bf16_is_near_fp32(curve):
     """The GPU's default: bf16 products by fused attention."""
-    flags = "--dtype", "bfloat16", "--no-compile"
+    flags = "--dtype", "bfloat16"
     (_, found), (_, expected) = curve("train_dit", DEVICE, flags), curve("train_dit", "cpu")
     same(found[:1], expected[:1], LOSSES["train_dit"], 0.01)
     assert found[0]["loss"] != expected[0]["loss"]
@@ -145,7 +144,7 @@ def test_padded_ffn_is_unpadded(monkeypatch, dtype, tolerance):
 def test_fsdp2_with_one_process(curve, tmp_path):
     """Every parameter is a DTensor, and the collectives are NCCL's."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "train_dit.py",
-               *COMMON, *SCRIPTS["train_dit"][1], "--no-compile", "--steps", "2",
+               *COMMON, *SCRIPTS["train_dit"][1], "--steps", "2",
                "--device", DEVICE, "--out", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True,
                           timeout=300)
@@ -156,7 +155,7 @@ def test_fsdp2_with_one_process(curve, tmp_path):
 @pytest.mark.parametrize("device", [DEVICE, "cpu"])
 def test_a_checkpoint_resumes(curve, device, tmp_path):
     """A checkpoint written on the GPU, on the GPU and on the CPU."""
-    flags = "--no-compile", "--save-every", "2"
+    flags = "--save-every", "2"
     whole, expected = curve("train_dit", DEVICE, flags, 4)
     out = tmp_path / "run"
     shutil.copytree(whole, out)
