@@ -36,7 +36,8 @@ if DEVICE == "cuda" and not torch.cuda.is_available():
 COMMON = ["--dtype", "float32", "--batch", "8", "--workers", "0", "--log-every", "1",
           "--sample-every", "99"]
 SCRIPTS = {"train_dit": (train_dit, ["--no-compile", "--sample-steps", "1", "--guidance", "1"]),
-           "train_decoder": (train_decoder, ["--no-compile", "--disc-start", "0", "--gan-start", "0"]),
+           "train_decoder": (train_decoder, ["--no-compile", "--disc-start", "0",
+                                             "--gan-start", "0"]),
            "train_encoder": (train_encoder, ["--tokenizer", str(weights.TINY)])}
 LOSSES = {"train_dit": ("loss", "flow", "text"), "train_encoder": ("loss",),
           "train_decoder": ("l1", "lpips", "gram", "loss", "disc")}
