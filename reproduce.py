@@ -25,7 +25,7 @@ from statistics import fmean as mean
 
 import cli
 from cli import UserError
-from results.rows import ROWS
+from tiny.claims import ROWS
 
 ROOT = Path(__file__).parent
 FIGURES = ("method", "latents", "trajectory", "ranking", "training")
@@ -119,7 +119,7 @@ def reproduce(row, quick):
         "machine": machine(), "commits": sorted({out["commit"] for out in used.values()}),
         "date": time.strftime("%Y-%m-%d")}, root / "results" if quick else ROOT / "results")
     if row.name == "expected" and not quick:
-        from results.figures import draw
+        from tiny.figures import draw
         draw("training")
 
 
@@ -263,7 +263,7 @@ def main():
     if not args.name:
         p.error("give the NAME of a row, or --list")
     if args.name in figures:
-        from results.figures import draw                # it imports torch and matplotlib
+        from tiny.figures import draw                # it imports torch and matplotlib
         return draw(args.name.removeprefix("figure-"))
     row = ROWS[names.index(args.name)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate
 import reproduce
-from results import rows
-from results.rows import NO, PARTLY, ROWS, YES
+from tiny import claims
+from tiny.claims import NO, PARTLY, ROWS, YES
 
 RESULTS = ROOT / "results"
 WRITTEN = [row for row in ROWS if (RESULTS / f"{row.name}.json").exists()]
@@ -58,7 +58,7 @@ def test_commands(row):
 def test_finetune_starts_from_the_models_of_convergence():
     every = lambda row: {c for arm in row.arms
                          for c in reproduce.commands(row, arm, 1, Path("runs/all"), quick=False)}
-    shared = every(rows.FINETUNE) & every(rows.CONVERGENCE)
+    shared = every(claims.FINETUNE) & every(claims.CONVERGENCE)
     assert len(shared) == 2 and all(c.startswith("train_dit.py --latent") for c in shared)
 
 
@@ -109,7 +109,7 @@ def best(right, low):
 
 def noise(*gains):
     """The gain at each stage, for each seed."""
-    curve = lambda ys: [[x, y] for x, y in zip(rows.STAGES, ys)]
+    curve = lambda ys: [[x, y] for x, y in zip(claims.STAGES, ys)]
     return of("FD-enc of generated images", **{
         "tau 0": [curve([1.0] * 5) for _ in gains],
         "tau 0.2": [curve([1 - g for g in seed]) for seed in gains]})
@@ -117,7 +117,7 @@ def noise(*gains):
 
 def heads(small, large):
     """The gains at D 112 and D 224 by seed."""
-    return of(rows.LOSS, **{f"D {D}, {arm}": [0.3 - g * (arm == "head") for g in gains]
+    return of(claims.LOSS, **{f"D {D}, {arm}": [0.3 - g * (arm == "head") for g in gains]
                             for D, gains in ((112, small), (224, large))
                             for arm in ("depth", "head")})
 
@@ -130,7 +130,7 @@ def need(rae, vae, plain):
 
 def rise(rae, vae):
     curve = lambda x: [[0, 1.0], [64, 1.0], [256, 1 + x]]
-    return of(rows.LOSS, **{"RAE, LLM + DiT": [curve(x) for x in rae],
+    return of(claims.LOSS, **{"RAE, LLM + DiT": [curve(x) for x in rae],
                             "VAE, LLM + DiT": [curve(x) for x in vae]})
 
 
@@ -140,45 +140,45 @@ def mixture(*values):
 
 
 CASES = [
-    (rows.width_rule, width(0.40, 0.05, 0.05), YES),
-    (rows.width_rule, width(0.40, 0.20, 0.05), PARTLY),
-    (rows.width_rule, width(0.40, 0.20, 0.20), NO),
-    (rows.width_rule, width(0.20, 0.05, 0.05), NO),
-    (rows.shift_rule, shift((20, 10), (25, 10), (96, 91)), YES),
-    (rows.shift_rule, shift((40, 10), (25, 10), (96, 91)), PARTLY),
-    (rows.shift_rule, shift((20, 10), (25, 10), (96, 80)), PARTLY),
-    (rows.shift_rule, shift((80, 10), (25, 10), (96, 91)), NO),
-    (rows.decoder_rule, decoder((1, 2), -0.1, -0.2), YES),
-    (rows.decoder_rule, decoder((1, 2), -0.1, -0.6), PARTLY),
-    (rows.decoder_rule, decoder((1, -0.1), -0.1, 0), NO),
-    (rows.best_rule, best([0.5, 0.6, 0.6, 0.7], 0.02), YES),
-    (rows.best_rule, best([0.5, 0.6, 0.55, 0.7], 0.02), PARTLY),
-    (rows.best_rule, best([0.5, 0.6, 0.6, 0.7], -0.02), PARTLY),
-    (rows.best_rule, best([0.5, 0.5, 0.5, 0.49], -0.02), NO),
-    (rows.noise_rule, noise([0, 0.3, 0.2, 0.1, 0.1], [0, 0.2, 0.2, 0.1, -0.1]), YES),
-    (rows.noise_rule, noise([0, 0.3, 0.2, 0.1, 0.1], [0, 0.05, 0.2, 0.1, 0.1]), PARTLY),
-    (rows.noise_rule, noise([0, 0.1, 0.2, 0.1, 0.2], [0, 0.1, 0.2, 0.1, 0.2]), NO),
-    (rows.noise_rule, noise([0, -0.1, 0.2, 0.1, -0.2]), NO),
-    (rows.understanding_rule, of("questions right, %", a=[60], b=[58], c=[59]), YES),
-    (rows.understanding_rule, of("questions right, %", a=[60], b=[58], c=[50]), PARTLY),
-    (rows.understanding_rule, of("questions right, %", a=[60], b=[64], c=[60]), NO),
-    (rows.sizes_rule, of(rows.LOSS, a=[0.4], b=[0.3], c=[0.2]), YES),
-    (rows.sizes_rule, of(rows.LOSS, a=[0.4], b=[0.2], c=[0.3]), PARTLY),
-    (rows.sizes_rule, of(rows.LOSS, a=[0.4], b=[0.2], c=[0.4]), NO),
-    (rows.head_rule, heads([0.02, 0.03], [0.00, 0.01]), YES),
-    (rows.head_rule, heads([0.05, -0.01], [0.00, 0.01]), PARTLY),
-    (rows.head_rule, heads([0.01, 0.01], [0.02, 0.03]), NO),
-    (rows.head_rule, heads([-0.01, -0.01], [-0.02, -0.02]), NO),
-    (rows.vae_rule, need(10_000, 20_000, 15_000), YES),
-    (rows.vae_rule, need(10_000, 20_000, 25_000), PARTLY),
-    (rows.vae_rule, need(20_000, 20_000, 15_000), NO),
-    (rows.finetune_rule, rise([0.01, 0.04], [0.02, 0.3]), YES),
-    (rows.finetune_rule, rise([0.10, 0.10], [0.2, 0.3]), PARTLY),
-    (rows.finetune_rule, rise([0.03, 0.00], [0.02, 0.3]), PARTLY),
-    (rows.finetune_rule, rise([0.2, 0.2], [0.1, 0.1]), NO),
-    (rows.mixture_rule, mixture(70, 60, 75, 80, 70, 82), YES),
-    (rows.mixture_rule, mixture(70, 60, 75, 82, 70, 82), PARTLY),
-    (rows.mixture_rule, mixture(82, 60, 75, 82, 70, 82), NO)]
+    (claims.width_rule, width(0.40, 0.05, 0.05), YES),
+    (claims.width_rule, width(0.40, 0.20, 0.05), PARTLY),
+    (claims.width_rule, width(0.40, 0.20, 0.20), NO),
+    (claims.width_rule, width(0.20, 0.05, 0.05), NO),
+    (claims.shift_rule, shift((20, 10), (25, 10), (96, 91)), YES),
+    (claims.shift_rule, shift((40, 10), (25, 10), (96, 91)), PARTLY),
+    (claims.shift_rule, shift((20, 10), (25, 10), (96, 80)), PARTLY),
+    (claims.shift_rule, shift((80, 10), (25, 10), (96, 91)), NO),
+    (claims.decoder_rule, decoder((1, 2), -0.1, -0.2), YES),
+    (claims.decoder_rule, decoder((1, 2), -0.1, -0.6), PARTLY),
+    (claims.decoder_rule, decoder((1, -0.1), -0.1, 0), NO),
+    (claims.best_rule, best([0.5, 0.6, 0.6, 0.7], 0.02), YES),
+    (claims.best_rule, best([0.5, 0.6, 0.55, 0.7], 0.02), PARTLY),
+    (claims.best_rule, best([0.5, 0.6, 0.6, 0.7], -0.02), PARTLY),
+    (claims.best_rule, best([0.5, 0.5, 0.5, 0.49], -0.02), NO),
+    (claims.noise_rule, noise([0, 0.3, 0.2, 0.1, 0.1], [0, 0.2, 0.2, 0.1, -0.1]), YES),
+    (claims.noise_rule, noise([0, 0.3, 0.2, 0.1, 0.1], [0, 0.05, 0.2, 0.1, 0.1]), PARTLY),
+    (claims.noise_rule, noise([0, 0.1, 0.2, 0.1, 0.2], [0, 0.1, 0.2, 0.1, 0.2]), NO),
+    (claims.noise_rule, noise([0, -0.1, 0.2, 0.1, -0.2]), NO),
+    (claims.understanding_rule, of("questions right, %", a=[60], b=[58], c=[59]), YES),
+    (claims.understanding_rule, of("questions right, %", a=[60], b=[58], c=[50]), PARTLY),
+    (claims.understanding_rule, of("questions right, %", a=[60], b=[64], c=[60]), NO),
+    (claims.sizes_rule, of(claims.LOSS, a=[0.4], b=[0.3], c=[0.2]), YES),
+    (claims.sizes_rule, of(claims.LOSS, a=[0.4], b=[0.2], c=[0.3]), PARTLY),
+    (claims.sizes_rule, of(claims.LOSS, a=[0.4], b=[0.2], c=[0.4]), NO),
+    (claims.head_rule, heads([0.02, 0.03], [0.00, 0.01]), YES),
+    (claims.head_rule, heads([0.05, -0.01], [0.00, 0.01]), PARTLY),
+    (claims.head_rule, heads([0.01, 0.01], [0.02, 0.03]), NO),
+    (claims.head_rule, heads([-0.01, -0.01], [-0.02, -0.02]), NO),
+    (claims.vae_rule, need(10_000, 20_000, 15_000), YES),
+    (claims.vae_rule, need(10_000, 20_000, 25_000), PARTLY),
+    (claims.vae_rule, need(20_000, 20_000, 15_000), NO),
+    (claims.finetune_rule, rise([0.01, 0.04], [0.02, 0.3]), YES),
+    (claims.finetune_rule, rise([0.10, 0.10], [0.2, 0.3]), PARTLY),
+    (claims.finetune_rule, rise([0.03, 0.00], [0.02, 0.3]), PARTLY),
+    (claims.finetune_rule, rise([0.2, 0.2], [0.1, 0.1]), NO),
+    (claims.mixture_rule, mixture(70, 60, 75, 80, 70, 82), YES),
+    (claims.mixture_rule, mixture(70, 60, 75, 82, 70, 82), PARTLY),
+    (claims.mixture_rule, mixture(82, 60, 75, 82, 70, 82), NO)]
 
 
 @pytest.mark.parametrize("rule, found, verdict", CASES,
@@ -214,14 +214,14 @@ def test_quick(row, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in reproduce.FIGURES if name != "training"])
 def test_figures(name, tmp_path, monkeypatch):
-    from results import figures
-    monkeypatch.setattr(figures, "HERE", tmp_path)
+    from tiny import figures
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
     figures.draw(name)
     assert Image.open(tmp_path / f"{name}.png").width > 1000
 
 
 def test_figure_of_the_default_run(tmp_path):
-    from results import figures
+    from tiny import figures
     for k, step in enumerate((300, 600, 900, 1800)):
         Image.new("RGB", (530, 134), (60 * k, 0, 0)).save(tmp_path / f"step-{step:07d}.png")
     figures.training(tmp_path, tmp_path)

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parent.parent / "results"
 FROZEN, TRAINED, INK = "#dbe4ee", "#ffd9a8", "#333333"
 PROMPT = "a red star left of a blue circle on a light green background"
 
@@ -84,9 +84,9 @@ def show(axis, image, title="", frame=None, below=""):
 
 
 def save(figure, name):
-    figure.savefig(HERE / f"{name}.png", dpi=110)
+    figure.savefig(RESULTS / f"{name}.png", dpi=110)
     plt.close(figure)
-    print(HERE / f"{name}.png")
+    print(RESULTS / f"{name}.png")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def method():
     z = shipped.encoder(x)
     eps = flow.noise_for("method", 0, *z.shape[1:])
     drawn, walk = shipped.walk(PROMPT, [1])
-    latent, noise = shipped.colours(z[0]), shipped.colours(eps)
+    latent = shipped.colours(z[0])
     c = Canvas(20, 9.2)
     for y, title in ((7.9, "Stage 1\nautoencoder"), (4.9, "Stage 2\ntraining"),
                      (1.5, "Sampling")):
@@ -273,7 +273,7 @@ def ranking():
 # The samples of the default run
 # ------------------------------------------------------------------------------------------------
 
-def training(samples=Path("runs/reproduce/expected/default-0/samples"), to=HERE):
+def training(samples=Path("runs/reproduce/expected/default-0/samples"), to=RESULTS):
     """Show the sample grids after 300, 600, 900 and 1,800 steps."""
     figure, axes = plt.subplots(2, 2, figsize=(13, 6), layout="constrained")
     for axis, step in zip(axes.flat, (300, 600, 900, 1800)):
