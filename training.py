@@ -120,7 +120,9 @@ def open_data(args, resolution, codec, crop, stand_in):
         if not args.dry_run or args.epochs:
             raise
         print(f"planned without the data: {error}", file=sys.stderr)
-        mixture, sources = data.Mixture(stand_in, resolution, args.seed), data.planned(args.data)
+        mixture = data.Mixture(stand_in, resolution, args.seed)
+        sources = [dict(source=name, weight=weight, size=None)
+                   for name, weight in zip(*data.parse_specs(args.data))]
     if endless := [s["source"] for s in sources if not isinstance(s["size"], int)]:
         if args.epochs:
             raise UserError(f"--epochs {args.epochs:g}: {endless[0]} is endless; give --steps")
