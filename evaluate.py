@@ -6,6 +6,7 @@
     python evaluate.py vqa --data questions.jsonl --answers answers.jsonl
     python evaluate.py flow --run runs/dit-tiny --data folder/
     python evaluate.py fid --run runs/dit-tiny --data folder/ --count 5000
+    python evaluate.py colours --run runs/dit-tiny              # what comes right first
     python evaluate.py candidates --n 32                        # best of N, by each verifier
     python evaluate.py judge                                    # how often is the judge right?
 
@@ -243,6 +244,23 @@ def fid(args):
     report(args, devices, images=count, guidance=guidance, fd_enc=fd_enc, fid=score)
 
 
+def colours(args):
+    """draw single shapes that no training has seen, and count right backgrounds and colours"""
+    from tiny import judge, world
+    sample.check_sampler(args)
+    devices, model = load_model(args)
+    guidance = sample.guidance_of(args, model)
+    _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
+    scenes = judge.single_shapes(args.seed, args.count)
+    prompts, seeds = [world.caption(scene) for scene in scenes], [[args.seed]] * len(scenes)
+    drawn = draw(args, prompts, seeds, model, decode, guidance, devices)
+    background, colour = judge.colours_right(torch.cat(list(drawn)), scenes)
+    print(f"{args.count} single shapes by {args.run}, guidance {guidance:g}, on {devices}: "
+          f"background right {background:.1%}, object colour right {colour:.1%}")
+    report(args, devices, images=args.count, guidance=guidance, background=background,
+           colour=colour)
+
+
 def candidates(args):
     """rank candidates for the benchmark's prompts about shapes, and judge the picks"""
     from tiny import benchmark
@@ -358,7 +376,7 @@ def judge(args):
 def main():
     p = cli.Parser(description=__doc__.split("\n")[0])
     tasks, add, positive = p.add_subparsers(dest="task", required=True), {}, cli.positive()
-    for function in (decoder, t2i, candidates, vqa, flow, fid, judge):
+    for function in (decoder, t2i, colours, candidates, vqa, flow, fid, judge):
         q = tasks.add_parser(function.__name__, help=function.__doc__,
                              description=function.__doc__)
         q.set_defaults(function=function, encoder=None, decoder=None)
@@ -370,14 +388,14 @@ def main():
         a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
         a("--dtype", choices=["bfloat16", "float32"], help="default: float32 on the CPU")
         a("--encoder", help="default: the one that belongs to the run or decoder")
-        if function in (t2i, candidates, flow, fid, judge):
+        if function in (t2i, colours, candidates, flow, fid, judge):
             a("--decoder", help="default: the one that belongs to the encoder")
-        if function in (t2i, candidates, fid):
-            sample.sampler_flags(q, steps=25, seed=2000 if function == fid else 0)
+        if function in (t2i, colours, candidates, fid):
+            sample.sampler_flags(q, steps=25, seed=0 if function in (t2i, candidates) else 2000)
         else:
             a("--seed", type=cli.seed, default=2000,
               help="seed of the unseen data (default 2000; trainings use small seeds)")
-        if function in (decoder, t2i, flow, fid):
+        if function in (decoder, t2i, colours, flow, fid):
             a("--batch", type=positive, default=32, help="images at a time (default 32)")
         if function in (decoder, fid):
             a("--inception", help="InceptionV3 of torch-fidelity "
@@ -387,7 +405,7 @@ def main():
               help="images with captions (default: builtin:web builtin:synthetic)")
 
     for function, count, what in ((decoder, 500, "images of each source"), (flow, 256, "images"),
-                                  (fid, 1000, "images of each kind"),
+                                  (colours, 256, "shapes"), (fid, 1000, "images of each kind"),
                                   (judge, 100, "scenes of each source")):
         add[function]("--count", type=positive, default=count, help=f"{what} (default {count})")
     a = add[decoder]

@@ -34,6 +34,7 @@ TRAIN = "--steps 4 --batch 4 --log-every 1 --sample-every 0 --save-every 4"
 QUICK = {"train_dit.py": f"{TRAIN} --sample-steps 1", "train_decoder.py": TRAIN,
          "tiny/train_encoder.py": TRAIN, "decoder": "--count 4", "judge": "--count 2",
          "vqa": "--count 8 --max-tokens 4", "flow": "--count 4 --times 0.5",
+         "colours": "--count 4 --steps 1",
          "fid": "--count 4 --steps 1", "candidates": "--per-category 2 --n 4 --steps 1"}
 
 
@@ -78,24 +79,20 @@ def output_of(command, root):
         raise UserError(f"python {command} ended with status {process.returncode}; the same "
                         "reproduce.py command goes on from there")
     found = {"command": command, "commit": commit(), "seconds": time.time() - start}
-    found |= json.loads(line) if script == "evaluate.py" else training_log(words, line)
+    found |= json.loads(line) if script == "evaluate.py" else training_log(words)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found))
     return found
 
 
-def training_log(words, line):
-    """Return a finished training's log, the seconds of its steps (also those before it was
-    interrupted), and the shares of train_dit.py's last line."""
+def training_log(words):
+    """Return a finished training's log, and the seconds of its steps (also those before it was
+    interrupted)."""
     path = Path(words[len(words) - words[::-1].index("--out")]) / "log.jsonl"
     log = [json.loads(text) for text in path.read_text().splitlines()]
     steps = [0] + [entry["step"] for entry in log]
-    found = {"log": log, "seconds": sum(
-        (b - a) * entry["step_s"] for a, b, entry in zip(steps, steps[1:], log))}
-    shares = re.search(r"background right ([\d.]+)%, object colour right ([\d.]+)%", line)
-    if shares:
-        found |= {"background": float(shares[1]), "colour": float(shares[2])}
-    return found
+    seconds = sum((b - a) * entry["step_s"] for a, b, entry in zip(steps, steps[1:], log))
+    return {"log": log, "seconds": seconds}
 
 
 def reproduce(row, quick):

@@ -41,6 +41,9 @@ def flow(run="{run}", data="", count=1024):
     return f"evaluate.py flow --run {run}{data and ' --data ' + data} --count {count}"
 
 
+COLOURS = "evaluate.py colours --run {run} --count 128"
+
+
 def last(log, key, count=1):
     """Return the mean of the last `count` logged values of a key."""
     return mean([line[key] for line in log if line.get(key) is not None][-count:])
@@ -118,9 +121,10 @@ WIDTH = Row(
 # ------------------------------------------------------------------------------------------------
 
 def colours(outputs, arm):
-    out = outputs[0]
-    return {"background right, %": out["background"], "colour right, %": out["colour"],
-            "condition spread": last(out["log"], "cond_spread")}
+    trained, drawn = outputs
+    return {"background right, %": 100 * drawn["background"],
+            "colour right, %": 100 * drawn["colour"],
+            "condition spread": last(trained["log"], "cond_spread")}
 
 
 def shift_rule(m):
@@ -139,10 +143,10 @@ def shift_rule(m):
 SHIFT = Row(
     "shift", "The time shift must grow with the dimension of the latent",
     "Section 3.2: GenEval 23.6 without the shift, 49.6 with it",
-    {"none (1)": [train("--shift none", 900)],
-     "base 4096 (1.22)": [train("--shift-base 4096", 900)],
-     "3": [train("--shift 3", 900)],
-     "auto (6.93)": [train("--shift auto", 900)]},
+    {"none (1)": [train("--shift none", 900), COLOURS],
+     "base 4096 (1.22)": [train("--shift-base 4096", 900), COLOURS],
+     "3": [train("--shift 3", 900), COLOURS],
+     "auto (6.93)": [train("--shift auto", 900), COLOURS]},
     (0, 1, 2), colours, shift_rule,
     note="128 single shapes per seed that training has not seen. The base 128 behind `auto` was "
     "chosen on this world. The last three million images of the shipped model were trained with "
@@ -310,7 +314,8 @@ UNDERSTANDING = Row(
     "understanding", "Learning to generate leaves understanding intact, with either latent",
     "Table 6: the scores with and without generation differ little",
     {name: [train(f"--data builtin:qa {latent}", 4000, f"{{row}}/start{start}", 0),
-            train(f"--init {{row}}/start{start} --data {data} --batch {batch}", 1200),
+            train(f"--init {{row}}/start{start} --data {data} --batch {batch} --lr 1.5e-3 "
+                  "--lr-llm 1e-3", 1200),
             "evaluate.py vqa --run {run} --count 1000"]
      for name, start, latent, data, batch in (
          ("questions alone", "", "", "builtin:qa", 32),
@@ -334,7 +339,7 @@ def unseen_loss(outputs, arm):
 
 
 def loss_and_colours(outputs, arm):
-    return {LOSS: outputs[-1]["flow"], "colour right, %": outputs[0]["colour"]}
+    return {LOSS: outputs[-1]["flow"], "colour right, %": 100 * outputs[1]["colour"]}
 
 
 def sizes_rule(m):
@@ -373,7 +378,8 @@ SIZES = Row(
 HEAD = Row(
     "wide-head", "A wide head (DiT-DH) helps a small DiT, and less with width",
     "Fig. 4b: +11.2 at 0.5B, about 0 from 2.4B",
-    {f"D {D}, {name}": [train(f"--width {D} --heads {D // 28} {flags}", 900), flow()]
+    {f"D {D}, {name}": [train(f"--width {D} --heads {D // 28} {flags} --sample-steps 1", 900),
+                        COLOURS, flow()]
      for D, depth in ((112, 17), (224, 9))
      for name, flags in (("plain", ""), ("head", "--head-width 256 --head-depth 2"),
                          ("depth", f"--depth {depth}"))},
@@ -388,9 +394,9 @@ HEAD = Row(
 # ------------------------------------------------------------------------------------------------
 
 def until_right(outputs, arm):
-    *_, out = outputs
-    final = dict(step=out["log"][-1]["step"], background_right=out["background"] / 100,
-                 colour_right=out["colour"] / 100)
+    *_, out, drawn = outputs
+    final = dict(step=out["log"][-1]["step"], background_right=drawn["background"],
+                 colour_right=drawn["colour"])
     checks = [c for c in out["log"] if c.get("background_right") is not None] + [final]
     right = [c["step"] for c in checks
              if c["background_right"] >= 0.95 and c["colour_right"] >= 0.8]
@@ -424,16 +430,16 @@ def own_encoder(name, flags, steps):
     return [train(flags, steps, f"{{row}}/encoder-{name}", 0, "tiny/train_encoder.py"),
             train(f"--encoder {encoder} --gan 0", 1500, f"{{row}}/decoder-{name}", 0,
                   "train_decoder.py"),
-            checked(f"--encoder {encoder} --decoder {decoder}")]
+            checked(f"--encoder {encoder} --decoder {decoder}"), COLOURS]
 
 
 CONVERGENCE = Row(
     "convergence", "The DiT converges faster on the RAE's latent than on the VAE's",
     "Fig. 1: 4.0 times faster",
-    {"RAE": [checked("--latent siglip2")],
-     "VAE, shift auto (5.66)": [checked("--latent vae")],
-     "VAE, shift 3": [checked("--latent vae --shift 3")],
-     "VAE, shift 10": [checked("--latent vae --shift 10")],
+    {"RAE": [checked("--latent siglip2"), COLOURS],
+     "VAE, shift auto (5.66)": [checked("--latent vae"), COLOURS],
+     "VAE, shift 3": [checked("--latent vae --shift 3"), COLOURS],
+     "VAE, shift 10": [checked("--latent vae --shift 10"), COLOURS],
      "no captions": own_encoder("plain", "--dense 1e6", 3000),
      "random encoder": own_encoder("random", "", 1)},
     (0, 1, 2), until_right, vae_rule, x="images",
@@ -446,11 +452,12 @@ EPOCHS = (4, 16, 64, 256)
 
 
 def finetuned(outputs, arm):
-    trained = outputs[:1 + len(EPOCHS)]
-    seen, unseen = outputs[len(trained)::2], outputs[len(trained) + 1::2]
-    curve = lambda found, key: [[e, out[key]] for e, out in zip((0, *EPOCHS), found)]
-    return {"flow loss, the 64 images": curve(seen, "flow"), LOSS: curve(unseen, "flow"),
-            "colour right, %": curve(trained, "colour")}
+    measured = outputs[1 + len(EPOCHS):]                # after the trainings
+    seen, unseen, drawn = measured[::3], measured[1::3], measured[2::3]
+    curve = lambda values: [[e, v] for e, v in zip((0, *EPOCHS), values)]
+    return {"flow loss, the 64 images": curve(out["flow"] for out in seen),
+            LOSS: curve(out["flow"] for out in unseen),
+            "colour right, %": curve(100 * out["colour"] for out in drawn)}
 
 
 def finetune_rule(m):
@@ -476,7 +483,8 @@ def finetuning(latent, freeze):
     found += [train(f"--init {base} --data {{row}}/few.jsonl {freeze}", 2 * e, run)
               for e, run in zip(EPOCHS, runs[1:])]
     for run in runs:
-        found += [flow(run, "{row}/few.jsonl", 64), flow(run, "builtin:synthetic", 512)]
+        found += [flow(run, "{row}/few.jsonl", 64), flow(run, "builtin:synthetic", 512),
+                  COLOURS.replace("{run}", run)]
     return found
 
 
@@ -496,8 +504,8 @@ FINETUNE = Row(
 # ------------------------------------------------------------------------------------------------
 
 def mixture_measure(outputs, arm):
-    out = outputs[0]
-    return {"right, %": (out["background"] + out["colour"]) / 2, LOSS: outputs[1]["flow"]}
+    _, drawn, loss = outputs
+    return {"right, %": 50 * (drawn["background"] + drawn["colour"]), LOSS: loss["flow"]}
 
 
 def mixture_rule(m):
@@ -515,7 +523,7 @@ def mixture_rule(m):
 MIXTURE = Row(
     "mixture", "Synthetic and web data together beat either, by more than twice the data does",
     "Table 3: the mixture beats either source alone, also when that is doubled",
-    {f"{name}, {n}x": [train(f"--data {{row}}/{file}-{n}.jsonl", 900),
+    {f"{name}, {n}x": [train(f"--data {{row}}/{file}-{n}.jsonl", 900), COLOURS,
                        flow(data="builtin:synthetic", count=512)]
      for n in (1, 2) for name, file in (("clean", "clean"), ("alt text", "alt"), ("half", "half"))},
     (0, 1, 2), mixture_measure, mixture_rule, finite_sets,
@@ -531,18 +539,18 @@ CURVES = ("loss", "flow", "text", "cond_spread", "background_right", "colour_rig
 
 
 def curves(outputs, arm):
-    out = outputs[0]
-    found = {k: [[line["step"], line[k]] for line in out["log"] if line.get(k) is not None]
+    log, drawn = outputs[0]["log"], outputs[1]
+    found = {k: [[line["step"], line[k]] for line in log if line.get(k) is not None]
              for k in CURVES}
-    for key, share in (("background_right", "background"), ("colour_right", "colour")):
-        found[key].append([out["log"][-1]["step"], out[share] / 100])
+    found["background_right"].append([log[-1]["step"], drawn["background"]])
+    found["colour_right"].append([log[-1]["step"], drawn["colour"]])
     return found
 
 
 EXPECTED = Row(
     "expected", "What the default `python train_dit.py` shows, step by step", "",
     {"default": ["train_dit.py --seed {seed} --sample-every 100 --log-every 100 --save-every 100 "
-                 "--keep 1 --workers 1 --out {run}"]},
+                 "--keep 1 --workers 1 --out {run}", COLOURS]},
     (0, 1), curves, None, x="step")
 
 ROWS = [WIDTH, SHIFT, DECODER, BEST, NOISE, UNDERSTANDING, SIZES, HEAD, CONVERGENCE, FINETUNE,
