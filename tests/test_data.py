@@ -7,7 +7,6 @@ import collections
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import os
 import signal
@@ -862,7 +861,9 @@ print("done", flush=True)
 
 
 @pytest.mark.parametrize("end, args, status", [
-    ("", [], 0), ("1 / 0", [], 1), ("sys.exit(3)", [], 3), ("list(batches)", ["mistake"], 1)])
+    ("", [], 0), ("1 / 0", [], 1),
+    pytest.param("sys.exit(3)", [], 3, marks=pytest.mark.slow),
+    pytest.param("list(batches)", ["mistake"], 1, marks=pytest.mark.slow)])
 def test_a_script_of_a_user_s_own_ends(end, args, status):
     """Normally or by an exception, though its workers are busy and ignore SIGTERM; a mistake in its
     collate is a traceback."""

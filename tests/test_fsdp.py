@@ -124,6 +124,7 @@ def test_twenty_steps_on_two_processes(curve):
     check_twenty_steps(curve, 2)
 
 
+@pytest.mark.slow
 def test_one_process_under_torchrun(curve, tmp_path):
     """FSDP2 too, as a check of it on one GPU: every parameter is a DTensor."""
     (out, found), (whole, expected) = (curve("train_dit", 1, None, (), way) for way in (True, False))
@@ -161,6 +162,7 @@ def test_guided_samples_of_two_processes_are_those_of_one(curve):
     close(out, whole)
 
 
+@pytest.mark.slow
 def test_steps_of_questions_alone_leave_the_dit_out_on_every_process(curve):
     """Batches of both kinds: 12 of 13 samples ask, and in some batches all do."""
     more = "--data", "builtin:qa=12", "builtin:synthetic=1"
@@ -170,6 +172,7 @@ def test_steps_of_questions_alone_leave_the_dit_out_on_every_process(curve):
     close(out, whole)
 
 
+@pytest.mark.slow
 def test_stage_one_on_two_processes(curve):
     """Reconstruction, VGG terms, the discriminator, and its adaptive weight."""
     (out, found), (whole, expected) = curve("train_decoder", 2), curve("train_decoder", 1)

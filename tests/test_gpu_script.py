@@ -64,6 +64,7 @@ def test_a_part_that_fails_keeps_its_rows():
     assert found["tail"][-1] == "why"
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_stopped_with_its_children(tmp_path):
     code = ("import os, subprocess, sys, time\n"
             "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"

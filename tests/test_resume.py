@@ -195,7 +195,7 @@ def whole(commands, tmp_path_factory):
     return get
 
 
-SCRIPTS = ["dit", "decoder", *(pytest.param(n, marks=pytest.mark.slow) for n in ("vae", "encoder"))]
+SCRIPTS = ["dit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("decoder", "vae", "encoder"))]
 
 # ------------------------------------------------------------------------------------------------
 # kill -9
@@ -257,7 +257,9 @@ def test_killed_at_every_operation_of_a_save_and_of_the_export(commands, whole, 
 # Asked to stop, no room left, started twice
 # ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, how", [("dit", signal.SIGINT), ("decoder", signal.SIGTERM),
+@pytest.mark.parametrize("name, how", [("dit", signal.SIGINT),
+                                       pytest.param("decoder", signal.SIGTERM,
+                                                    marks=pytest.mark.slow),
                                        pytest.param("encoder", signal.SIGTERM,
                                                     marks=pytest.mark.slow)])
 def test_asked_to_stop(name, how, commands, whole, tmp_path):
@@ -287,6 +289,7 @@ def test_full_disk(commands, whole, tmp_path):
         assert (out / file).read_bytes() == (original / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_full_disk_at_the_end(commands, whole, tmp_path):
     """One line, and the same command writes final/ later."""
     original, _, _ = whole("dit")

@@ -97,6 +97,7 @@ def test_every_script_from_nothing(tmp_path):
     assert Image.open(tmp_path / "r.png").size == (66 + 64, 64)
 
 
+@pytest.mark.slow
 def test_shipped_weights_draw_the_same_image_twice(tmp_path):
     """In any batch, up to rounding: the noise belongs to (prompt, seed)."""
     command = ["sample.py", "a red circle left of a blue star", "--steps", "10"]
@@ -110,7 +111,8 @@ def test_shipped_weights_draw_the_same_image_twice(tmp_path):
 
 @pytest.mark.parametrize("where, error, status, says", [
     ("train_dit.ScaleRAE.forward", "RuntimeError", 1, "RuntimeError: out of memory"),
-    ("train_dit.ScaleRAE.forward", "KeyboardInterrupt", -2, "interrupted"),
+    pytest.param("train_dit.ScaleRAE.forward", "KeyboardInterrupt", -2, "interrupted",
+                 marks=pytest.mark.slow),
     ("data.Mixture.__getitem__", "cli.DataError", 2, "error: out of memory")])
 def test_an_error_ends_the_process(where, error, status, says, tmp_path):
     """The traceback holds the loader, whose workers ignore SIGTERM, and yet the process ends. The

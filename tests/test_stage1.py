@@ -329,6 +329,7 @@ def test_decoder_and_discriminator_leave_each_other_alone(nets, tmp_path):
     assert lines(tmp_path / "b")[1]["loss"] == two["loss"]
 
 
+@pytest.mark.slow
 def test_micro_batches(nets, tmp_path, monkeypatch):
     """With a fixed lambda (which belongs to a micro-batch) the first gradient is the same; the
     spectral norms take one power iteration per step; the decoder's step takes none."""
@@ -464,7 +465,8 @@ def webssl_run(nets, tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("latent", ["siglip2", "webssl", "vae"])
+@pytest.mark.parametrize("latent", ["siglip2", "vae",
+                                    pytest.param("webssl", marks=pytest.mark.slow)])
 def test_every_latent(latent, request):
     """The run ends, has its config from the start, and evaluate.py reads it."""
     out = request.getfixturevalue({"siglip2": "gan_run"}.get(latent, f"{latent}_run"))
