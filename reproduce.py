@@ -47,10 +47,10 @@ def commands(row, arm, seed, root, quick):
     name, found = re.sub(r"[^a-z0-9.]+", "-", arm.lower()).strip("-"), []
     for command in row.arms[arm]:
         if quick:
-            for long, short in row.quick:
-                command = command.replace(long, short)
             script, task, *_ = command.split()
             command += " " + QUICK[task if script == "evaluate.py" else script]
+            for long, short in row.quick:
+                command = command.replace(long, short)
         folder = root / row.name
         found.append(command.format(root=root, row=folder, run=folder / f"{name}-{seed}",
                                     seed=seed))
