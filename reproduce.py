@@ -65,7 +65,7 @@ def output_of(command, root):
         return json.loads(path.read_text())
     print(f"\npython {command}", flush=True)
     script, *words = command.split()
-    start, line = time.time(), ""
+    start, code, line = time.time(), commit(), ""       # the code may change during the run
     process = subprocess.Popen([sys.executable, str(ROOT / script), *words], text=True,
                                stdout=subprocess.PIPE)
     try:
@@ -78,7 +78,7 @@ def output_of(command, root):
     if process.wait():
         raise UserError(f"python {command} ended with status {process.returncode}; the same "
                         "reproduce.py command goes on from there")
-    found = {"command": command, "commit": commit(), "seconds": time.time() - start}
+    found = {"command": command, "commit": code, "seconds": time.time() - start}
     found |= json.loads(line) if script == "evaluate.py" else training_log(words)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found))
