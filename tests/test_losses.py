@@ -27,7 +27,7 @@ import vae as vaes
 from cli import UserError
 from decoder import Decoder, DecoderConfig, size_config
 from losses import (
-    TINY_DISC, TINY_WIDTH, DiscConfig, Discriminator, LocalNorm, Perceptual, SpectralConv1d,
+    TINY_DISC, TINY_WIDTH, Discriminator, LocalNorm, Perceptual, SpectralConv1d,
     adaptive_weight, augment, d_loss_hinge, d_loss_vanilla, g_loss)
 from vae import VAE, VAEConfig
 

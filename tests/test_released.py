@@ -39,7 +39,7 @@ import vae  # noqa: E402
 import weights  # noqa: E402
 from cli import UserError  # noqa: E402
 from dit import DiT, DiTConfig  # noqa: E402
-from text_model import LLMConfig, TextModel  # noqa: E402
+from text_model import TextModel  # noqa: E402
 
 torch.set_num_threads(1)
 CPU = parallel.setup("cpu", "float32")

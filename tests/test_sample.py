@@ -21,7 +21,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"                      # a missing file is not waited for
 import best_of                                                          # noqa: E402
-import checkpoint                                                       # noqa: E402
 import training
 import cli                                                              # noqa: E402
 import flow                                                             # noqa: E402
@@ -34,7 +33,7 @@ import stage2
 from chat import IMAGE, encode_text, load_tokenizer                     # noqa: E402
 from dit import DiT, DiTConfig                                          # noqa: E402
 from files import load_image, open_image                                # noqa: E402
-from text_model import TINY, LLMConfig, TextModel, direct_condition     # noqa: E402
+from text_model import LLMConfig, TextModel, direct_condition     # noqa: E402
 
 torch.set_num_threads(1)
 TOKENIZER = load_tokenizer(weights.TINY)

@@ -30,7 +30,6 @@ import parallel
 import train_decoder
 import training
 import vae as vaes
-import weights
 from losses import Discriminator, adaptive_weight, augment, g_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -42,7 +42,7 @@ from decoder import init_weights as init_decoder
 from dit import DiT, DiTConfig, Block
 from dit import init_weights as init_dit
 from text_model import TextModel
-from tiny import judge, world
+from tiny import judge
 from vae import TINY as TINY_VAE
 from vae import VAE, pack
 
