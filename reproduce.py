@@ -25,7 +25,7 @@ from statistics import fmean as mean
 
 import cli
 from cli import UserError
-from tiny.claims import ROWS
+from claims import ROWS
 
 ROOT = Path(__file__).parent
 FIGURES = ("method", "latents", "trajectory", "ranking", "training")

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate
 import reproduce
-from tiny import claims
-from tiny.claims import NO, PARTLY, ROWS, YES
+import claims
+from claims import NO, PARTLY, ROWS, YES
 
 RESULTS = ROOT / "results"
 WRITTEN = [row for row in ROWS if (RESULTS / f"{row.name}.json").exists()]
