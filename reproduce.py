@@ -28,7 +28,7 @@ from cli import UserError
 from claims import ROWS
 
 ROOT = Path(__file__).parent
-FIGURES = ("method", "latents", "trajectory", "ranking", "training")
+FIGURES = ("method", "latents", "trajectory", "ranking")
 # What --quick adds to each command. argparse keeps the last value of a flag.
 TRAIN = "--steps 4 --batch 4 --log-every 1 --sample-every 0 --save-every 4"
 QUICK = {"train_dit.py": f"{TRAIN} --sample-steps 1", "train_decoder.py": TRAIN,
@@ -115,9 +115,6 @@ def reproduce(row, quick):
         "hours": round(sum(out["seconds"] for out in used.values()) / 3600, 2),
         "machine": machine(), "commits": sorted({out["commit"] for out in used.values()}),
         "date": time.strftime("%Y-%m-%d")}, root / "results" if quick else ROOT / "results")
-    if row.name == "expected" and not quick:
-        from tiny.figures import draw
-        draw("training")
 
 
 def commit():

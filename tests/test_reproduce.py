@@ -213,17 +213,9 @@ def test_quick(row, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in reproduce.FIGURES if name != "training"])
+@pytest.mark.parametrize("name", reproduce.FIGURES)
 def test_figures(name, tmp_path, monkeypatch):
     from tiny import figures
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     figures.draw(name)
     assert Image.open(tmp_path / f"{name}.png").width > 1000
-
-
-def test_figure_of_the_default_run(tmp_path):
-    from tiny import figures
-    for k, step in enumerate((300, 600, 900, 1800)):
-        Image.new("RGB", (530, 134), (60 * k, 0, 0)).save(tmp_path / f"step-{step:07d}.png")
-    figures.training(tmp_path, tmp_path)
-    assert Image.open(tmp_path / "training.png").width > 1000

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import best_of
 import flow
@@ -269,21 +268,6 @@ def ranking():
     save(figure, "ranking")
 
 
-# ------------------------------------------------------------------------------------------------
-# The samples of the default run
-# ------------------------------------------------------------------------------------------------
-
-def training(samples=Path("runs/reproduce/expected/default-0/samples"), to=RESULTS):
-    """Show the sample grids after 300, 600, 900 and 1,800 steps."""
-    figure, axes = plt.subplots(2, 2, figsize=(13, 6), layout="constrained")
-    for axis, step in zip(axes.flat, (300, 600, 900, 1800)):
-        show(axis, Image.open(samples / f"step-{step:07d}.png"))
-        axis.set_title(f"{step:,} steps", fontsize=10)
-    figure.savefig(to / "training.png", dpi=110)
-    plt.close(figure)
-
-
 @torch.no_grad()
 def draw(name):
-    {"method": method, "latents": latents, "trajectory": trajectory, "ranking": ranking,
-     "training": training}[name]()
+    {"method": method, "latents": latents, "trajectory": trajectory, "ranking": ranking}[name]()
