@@ -354,7 +354,7 @@ def contact_sheet(images: list, texts: list, columns: int, side: int = 128) -> I
 
 def show(args):
     """draw the first samples of a stream with their captions"""
-    sources = args.sources or ["builtin:web"]
+    sources = args.sources or args.source or ["builtin:web"]
     mixture = Mixture(sources, args.resolution, args.seed, args.crop, text=False)
     with parsing(f"--out {args.out}"):
         out = open(args.out, "wb")
@@ -409,6 +409,7 @@ def main():
     commands = p.add_subparsers(dest="command", required=True)
     q = commands.add_parser("show", help=show.__doc__, **form)
     q.add_argument("sources", nargs="*", metavar="SOURCE", help="as in --data of the trainers")
+    q.add_argument("--source", nargs="+", help=argparse.SUPPRESS)      # the first edition's way
     q.add_argument("--out", type=image_name, default="sheet.png", help="image file to write")
     q.add_argument("--count", type=cli.positive(), default=24, help="number of samples")
     q.add_argument("--columns", type=cli.positive(), default=6, help="images in a row")
