@@ -15,10 +15,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from training import save_captioned                                      # noqa: E402
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tiny/README.md",
          *sorted((ROOT / "docs").glob("*.md"))]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -154,12 +159,16 @@ def test_lines_that_make_the_images(tmp_path):
         grey.save(tmp_path / f"before/{i}-0.png")
         grey.save(tmp_path / f"after/{i}-0.png")
     for step in (300, 600, 900, 1800):
-        grid = Image.new("RGB", (2 + 8 * 66, 2 + 2 * 66), "grey")           # as training.save_grid
-        grid.save(tmp_path / f"runs/dit-tiny/samples/step-{step:07d}.png")
+        path = tmp_path / f"runs/dit-tiny/samples/step-{step:07d}.png"
+        save_captioned(torch.full((16, 3, 64, 64), 0.5), ["a prompt"] * 16, path)
     run("-c", sheets)
     for name in ("samples", "finetune", "training"):
         assert Image.open(tmp_path / f"docs/{name}.png").size == \
             Image.open(ROOT / f"docs/{name}.png").size
+    first = np.asarray(Image.open(tmp_path / "docs/training.png"))[8:272, 8:272]    # 16 images
+    grey = np.full((64, 64, 3), 128)
+    assert all((first[y:y + 64, x:x + 64] == grey).all()
+               for y in range(2, 264, 66) for x in range(2, 264, 66))
 
 
 def test_the_readme_lists_every_file():
