@@ -36,7 +36,7 @@ import networks
 from cli import UserError, printable
 from flow import flow_loss, interpolate
 from metrics import add_features, distances, interval, load_inception, measure, round8
-from prompts import check_finite
+from prompts import check_finite, check_out, check_sampler, check_text
 from questions import accuracy, answers, file_questions
 from text_model import direct_condition
 
@@ -190,7 +190,7 @@ def t2i(args):
         return print(json.dumps({"task": "t2i", **values}))
     from tiny import benchmark
     from tiny.judge import judge
-    sample.check_sampler(args)
+    check_sampler(args)
     prompts = benchmark.prompts(args.per_category)
     devices, model = load_model(args)
     guidance = sample.guidance_of(args, model)
@@ -223,7 +223,7 @@ def prompt_of(record):
 
 def fid(args):
     """measure the Frechet distance between images and images drawn from their captions"""
-    sample.check_sampler(args)
+    check_sampler(args)
     devices, model = load_model(args)
     guidance = sample.guidance_of(args, model)
     inception = load_inception(args.inception, devices) if args.inception else None
@@ -247,7 +247,7 @@ def fid(args):
 def colours(args):
     """draw single shapes that no training has seen, and count right backgrounds and colours"""
     from tiny import judge, world
-    sample.check_sampler(args)
+    check_sampler(args)
     devices, model = load_model(args)
     guidance = sample.guidance_of(args, model)
     _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
@@ -265,7 +265,7 @@ def candidates(args):
     """rank candidates for the benchmark's prompts about shapes, and judge the picks"""
     from tiny import benchmark
     from tiny.judge import judge
-    sample.check_sampler(args)
+    check_sampler(args)
     devices, model = load_model(args)
     guidance = sample.guidance_of(args, model)
     _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
@@ -323,7 +323,7 @@ def flow(args):
 def vqa(args):
     """ask questions about images and compare the answers with the references, by kind"""
     if args.answers:
-        sample.check_out(args.answers, "--answers", ".jsonl")
+        check_out(args.answers, "--answers", ".jsonl")
     devices, model = load_model(args)
     encoder, _ = stage2.load_codec(model.config, args, devices, decoder=False)
     if args.data.startswith("builtin:"):
@@ -334,7 +334,7 @@ def vqa(args):
     rows, bar = [], tqdm(desc="answering", unit="", disable=not sys.stderr.isatty())
     while some := list(itertools.islice(stream, 256)):
         for row, _ in some:
-            sample.check_text(row["question"], f"--data: question {row['id']}", model)
+            check_text(row["question"], f"--data: question {row['id']}", model)
         z = torch.cat([encoder(torch.cat([x for _, x in some[k:k + 64]]).to(devices.device))
                        for k in range(0, len(some), 64)])                   # [n,N,C]
         check_finite("the latent (made by the encoder)", z)

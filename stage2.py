@@ -18,7 +18,6 @@ import chat
 import flow
 import parallel
 import training
-import weights
 from cli import UserError, parsing
 from dit import SIZES, DiT, DiTConfig
 from encoder import SO400M, WEBSSL_300M, ViT
@@ -27,7 +26,7 @@ from text_model import QWEN_1_5B, QWEN_7B, LLMConfig, TextModel, direct_conditio
 from text_model import TINY as TINY_LLM
 from vae import VAE
 from weights import (DIT, HUB, TINY, TINY_PAIR, Weights, check_config, load, locate, open_weights,
-                     read_fields, read_json, weights_of)
+                     read_fields, read_json, rows_for, stage2_key, weights_of)
 
 RECOMPUTED = ("rope.freqs_", "rotary_emb.inv_freq")     # in files, but recomputed in fp32
 
@@ -438,7 +437,7 @@ def initial_rows(model, initial, args, init, files, tokenizer):
         own, added = ("llm.",), ("latent_queries", "projector")     # what the file has and lacks
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     tied = ("lm_head.weight",) if model.llm.config.tie_word_embeddings else ()
-    return weights.rows_for(
+    return rows_for(
         model, source, lambda key: initial(key, shapes[key], args.seed),
         lambda key: not key.startswith(own) or any(a in key for a in added), RECOMPUTED + tied)
 
@@ -447,7 +446,7 @@ def export(run, model, named, ema, tokenizer):
     """Write final/: the weights and their averages in the released layout, and the tokenizer."""
     for name in ("model", "ema") if ema else ("model",):
         with training.averaged(named, ema if name == "ema" else {}):
-            state = {weights.stage2_key(k): v for k, v in model.state_dict().items()}
+            state = {stage2_key(k): v for k, v in model.state_dict().items()}
             state.pop(None, None)                               # REPA's projector
             run.export(name, state, run.config)
     if run.main:
