@@ -188,10 +188,3 @@ def initial(name, shape, seed):
     else:
         value = np.full(shape, float(name.endswith("weight")))
     return torch.from_numpy(value).float()
-
-
-def init_weights(model, seed):
-    """Give a network on the CPU its initial weights."""
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.data.copy_(initial(name, p.shape, seed))

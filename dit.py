@@ -360,10 +360,3 @@ def initial(name, shape, seed):
         bound = (6 / (shape[0] + shape[1])) ** 0.5
         value = (2 * draw.random(shape, np.float32) - 1) * bound
     return torch.from_numpy(value).float()
-
-
-def init_weights(model, seed):
-    """Give a network on the CPU its initial weights."""
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.data.copy_(initial(name, p.shape, seed))

@@ -191,13 +191,6 @@ def initial(name, shape, seed):
     return torch.from_numpy(value).float()
 
 
-def init_weights(model, seed):
-    """Give a network on the CPU its initial weights."""
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.data.copy_(initial(name, p.shape, seed))
-
-
 # ------------------------------------------------------------------------------------------------
 # Published files
 # ------------------------------------------------------------------------------------------------

@@ -360,21 +360,3 @@ def initial(name, shapes, seed):
     else:
         value = draw.standard_normal(shape, np.float32) * 0.02
     return torch.from_numpy(value).float()
-
-
-def init_discriminator(model, seed):
-    """Give a discriminator on the CPU its initial weights."""
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("dino.x_"):              # ImageNet's statistics
-            tensor.copy_(initial(name, shapes, seed))
-
-
-def init_perceptual(model, seed):
-    """Draw He-normal convolutions with zero biases, to train a VGG of one's own. (VGG has no
-    norms.) The LPIPS weights stay 1/C."""
-    from data import rng
-    for name, p in model.features.named_parameters():
-        std = (2 / p[0].numel()) ** 0.5 if p.dim() > 1 else 0.0
-        draw = rng(seed, f"init vgg {name}").standard_normal(p.shape, np.float32)
-        p.data.copy_(torch.from_numpy(draw) * std)

@@ -178,11 +178,6 @@ def build(model, rows, devices, blocks=()):
     return model
 
 
-def rows_of(state):
-    """Return `rows` for `build` from a dict of whole tensors."""
-    return lambda name, first, last: cut(state[name], first, last)
-
-
 def initial_rows(model, initial, seed):
     """Return `rows` for `build` from a component's initial(name, shape, seed), which makes one
     tensor at a time. Tensors of the model that are not on meta (positions) keep their values."""

@@ -61,10 +61,11 @@ def record_hidden(monkeypatch, keys):
 
 def trainee(arch="vit", **changed):
     """A network as the script begins with it."""
-    args = dict(arch=arch, patch=8, width=48, depth=2, heads=4, resolution=16, **changed)
-    model, config, _ = train_encoder.network(types.SimpleNamespace(**args), 64, torch.float32)
-    train_encoder.init_weights(model, 0)
-    return model, config
+    args = types.SimpleNamespace(arch=arch, patch=8, width=48, depth=2, heads=4, resolution=16,
+                                 seed=0, init=None, **changed)
+    with torch.device("meta"):
+        model, config, _ = train_encoder.network(args, 64, torch.float32)
+    return parallel.build(model, train_encoder.initial_rows(model, args), CPU), config
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,7 +174,8 @@ def test_the_exported_encoder_gives_the_trained_latent(run):
         return {k for k in state if ".layers." not in k or ".layers.0." in k}
     exported = load_file(run.out / "final/model.safetensors")
     assert layout(exported) == layout(load_file(weights.TINY / "encoder.safetensors"))
-    args = types.SimpleNamespace(arch="vit", patch=8, width=48, depth=2, heads=4, resolution=64)
+    args = types.SimpleNamespace(arch="vit", patch=8, width=48, depth=2, heads=4, resolution=64,
+                                 seed=5)
     model, config, _ = train_encoder.network(args, 1024, torch.float32)
     model.load_state_dict({k: v for k, v in state(run.out, 2).items()
                            if not k.startswith("optimizer.")})
@@ -182,9 +184,10 @@ def test_the_exported_encoder_gives_the_trained_latent(run):
     with torch.no_grad():
         _, z = model.encode(x)
         assert torch.equal(networks.load_encoder(run.out, CPU)(x), z)
-    for source in (run.out, run.out / "checkpoints/step-0000002"):          # --init takes both
-        train_encoder.init_weights(model, 5)
-        train_encoder.load_init(model.encoder, source)
+    for args.init in (run.out, run.out / "checkpoints/step-0000002"):       # --init takes both
+        with torch.device("meta"):
+            model, _, _ = train_encoder.network(args, 1024, torch.float32)
+        parallel.build(model, train_encoder.initial_rows(model, args), CPU)
         assert all(torch.equal(v, exported[train_encoder.released_key(k)])
                    for k, v in model.encoder.state_dict().items())
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from conftest import init_weights
 from test_sample import call, close, with_nan               # noqa: F401  (call is a fixture)
 
 import data
@@ -179,7 +180,7 @@ def untrained(tmp_path_factory):
     """A decoder with random weights, as a file."""
     config = decoder.size_config("tiny", 96, 64, 8, (.5,) * 3, (.5,) * 3, weights.TINY_ENCODER)
     model = decoder.Decoder(config)
-    decoder.init_weights(model, 0)
+    init_weights(model, decoder.initial)
     path = tmp_path_factory.mktemp("decoder") / "decoder.safetensors"
     save_file(model.state_dict(), path, {"config": json.dumps(asdict(config))})
     return path
@@ -463,8 +464,8 @@ def vae_run(tmp_path_factory):
         dit=dit.DiTConfig(64, 64, 80, 1, 5), llm=replace(text_model.TINY, num_hidden_layers=1),
         image_channels=96, alpha=5.0, encoder=weights.TINY_ENCODER, vae=weights.TINY_VAE)
     llm, model = stage2.build_stage2(config, torch.float32)
-    text_model.init_weights(llm, 0)
-    dit.init_weights(model, 0)
+    init_weights(llm, text_model.initial)
+    init_weights(model, dit.initial)
     state = {**{f"llm.{k}": v for k, v in llm.state_dict().items()},
              **{f"dit.{k}": v for k, v in model.state_dict().items()}}
     save_file({weights.stage2_key(k): v.contiguous() for k, v in state.items()},

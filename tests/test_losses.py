@@ -25,6 +25,7 @@ import networks
 import parallel
 import vae as vaes
 from cli import UserError
+from conftest import init_discriminator, init_vgg, init_weights
 from decoder import Decoder, DecoderConfig, size_config
 from losses import (
     TINY_DISC, TINY_WIDTH, Discriminator, LocalNorm, Perceptual, SpectralConv1d,
@@ -38,16 +39,12 @@ HALVES = (0.5,) * 3
 
 @pytest.fixture(scope="module")
 def disc():
-    model = Discriminator(TINY_DISC)
-    losses.init_discriminator(model, 0)
-    return model
+    return init_discriminator(Discriminator(TINY_DISC))
 
 
 @pytest.fixture
 def vgg():
-    model = Perceptual(TINY_WIDTH)
-    losses.init_perceptual(model, 0)
-    return model
+    return init_vgg(Perceptual(TINY_WIDTH))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -79,7 +76,7 @@ def test_decoder_against_the_reference():
 def test_decoder_inverts_the_encoder_s_normalisation():
     """x std + mean per channel. (With 0.5 for both a mix-up of the two would not show.)"""
     model = Decoder(size_config("tiny", 96, 64, 8, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
-    decoders.init_weights(model, 0)
+    init_weights(model, decoders.initial)
     z = torch.randn(2, 64, 96)
     with torch.no_grad():
         x = model.unpatchify(model.patches(z))
@@ -117,7 +114,7 @@ def test_decoder_sizes_that_do_not_fit(wrong):
 
 def test_initial_weights_of_the_decoder():
     model = Decoder(size_config("tiny", 96, 64, 8, HALVES, HALVES))
-    decoders.init_weights(model, 0)
+    init_weights(model, decoders.initial)
     for name, p in model.named_parameters():
         if p.dim() == 2:
             assert p.std().item() == pytest.approx(0.02, rel=0.15) and p.abs().max() <= 2, name
@@ -165,8 +162,7 @@ def test_gradient_is_finite_where_all_features_are_zero(vgg):
 
 
 def test_perceptual_files(tmp_path):
-    model = Perceptual(TINY_WIDTH)
-    losses.init_perceptual(model, 1)
+    model = init_vgg(Perceptual(TINY_WIDTH), 1)
     state = model.state_dict()
     features = {k: v for k, v in state.items() if k.startswith("features.")}
     torch.save({**features, "classifier.0.weight": torch.zeros(2, 2)}, tmp_path / "vgg16.pth")

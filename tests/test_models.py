@@ -24,6 +24,7 @@ import flow
 import stage2
 import text_model
 from cli import UserError
+from conftest import init_weights
 from dit import PAPER_NAMES, SIZES, DiT, DiTConfig
 
 torch.set_num_threads(1)
@@ -33,7 +34,7 @@ TOKENIZER = chat.load_tokenizer(ROOT / "tiny")
 
 def small_dit(**options):
     model = DiT(DiTConfig(channels=24, tokens=16, width=64, depth=2, heads=4, **options))
-    dit.init_weights(model, 0)
+    init_weights(model, dit.initial)
     return model
 
 
@@ -41,7 +42,7 @@ def small_llm(tokens=4):
     config = replace(text_model.TINY, vocab_size=TOKENIZER.get_vocab_size(), hidden_size=32,
                      num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)
     model = text_model.TextModel(config, tokens, 8, 16)
-    text_model.init_weights(model, 0)
+    init_weights(model, text_model.initial)
     return model
 
 
@@ -301,7 +302,7 @@ def test_the_latent_by_hand(config):
     """The last block's output, read by a hook, then the norm; other sizes are resized bicubically;
     no class token is in the latent."""
     net, seen = encoder.ViT(config), []
-    encoder.init_weights(net, 0)
+    init_weights(net, encoder.initial)
     net.blocks[-1].register_forward_hook(lambda block, inputs, out: seen.append(out))
     S = net.image_size
     with torch.no_grad():
@@ -443,7 +444,7 @@ def test_an_llm_keeps_the_rows_of_its_own_tokens(own, padding, tied, tmp_path):
     known, rows = tokenizer.get_vocab_size(), tokenizer.get_vocab_size() + padding
     config = replace(text_model.TINY, vocab_size=rows, tie_word_embeddings=tied)
     plain = text_model.TextModel(config)
-    text_model.init_weights(plain, 3)
+    init_weights(plain, text_model.initial, 3)
     state = {k: v.bfloat16() for k, v in plain.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(vars(config)))

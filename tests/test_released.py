@@ -38,6 +38,7 @@ import text_model  # noqa: E402
 import vae  # noqa: E402
 import weights  # noqa: E402
 from cli import UserError  # noqa: E402
+from conftest import init_weights   # noqa: E402
 from dit import DiT, DiTConfig  # noqa: E402
 from text_model import TextModel  # noqa: E402
 
@@ -414,9 +415,9 @@ FIELDS = dict(
 def test_export_then_load_is_the_same(tmp_path, options):
     k = DiTConfig(24, 16, 64, 2, 4, **options)
     network, qwen = DiT(k), replace(text_model.TINY, vocab_size=VOCABULARY)
-    dit.init_weights(network, 0)
+    init_weights(network, dit.initial)
     llm = TextModel(qwen, 16, 24, 64)
-    text_model.init_weights(llm, 0)
+    init_weights(llm, text_model.initial)
     config = stage2.ModelConfig(k, qwen, 24, flow.shift_alpha(16, 24), weights.HUB["siglip2"][0])
     saved = stage2.save_config(config)
     if not options:

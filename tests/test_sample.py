@@ -31,6 +31,7 @@ import text_model                                                       # noqa: 
 import weights                                                          # noqa: E402
 import stage2
 from chat import IMAGE, encode_text, load_tokenizer                     # noqa: E402
+from conftest import init_weights   # noqa: E402
 from dit import DiT, DiTConfig                                          # noqa: E402
 from files import load_image, open_image                                # noqa: E402
 from text_model import LLMConfig, TextModel, direct_condition     # noqa: E402
@@ -52,7 +53,7 @@ def small_dit(dtype=torch.float32, **options):
 def small_llm(channels=8):
     config = LLMConfig(32, 3, 2, 1, 48, TOKENIZER.get_vocab_size(), True)
     model = TextModel(config, 4, channels, 16).requires_grad_(False)
-    text_model.init_weights(model, 0)
+    init_weights(model, text_model.initial)
     return model
 
 

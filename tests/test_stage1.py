@@ -30,6 +30,7 @@ import parallel
 import train_decoder
 import training
 import vae as vaes
+from conftest import init_weights
 from losses import Discriminator, adaptive_weight, augment, g_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +78,7 @@ def first_batch(first=0):
 
 def new_decoder(encoder, seed=0):
     model = decoders.Decoder(decoders.size_config("tiny", 96, 64, 8, encoder.mean, encoder.std))
-    decoders.init_weights(model, seed)
+    init_weights(model, decoders.initial, seed)
     return model
 
 

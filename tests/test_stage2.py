@@ -36,11 +36,12 @@ import text_model
 import train_dit
 import training
 import weights
+from conftest import init_weights
 from cli import UserError
 from decoder import Decoder, size_config
-from decoder import init_weights as init_decoder
+from decoder import initial as init_decoder
 from dit import DiT, DiTConfig, Block
-from dit import init_weights as init_dit
+from dit import initial as init_dit
 from text_model import TextModel
 from tiny import judge
 from vae import TINY as TINY_VAE
@@ -102,14 +103,14 @@ def first_batch(encoder, sources, vae=None, batch=4):
 
 def new_llm(image_channels=96, dtype=torch.float32):
     llm = TextModel(LLM, 64, image_channels, 160, dtype)
-    text_model.init_weights(llm, 0)
+    init_weights(llm, text_model.initial)
     return llm
 
 
 def new_dit(channels=96, dtype=torch.float32, **fields):
     values = dict(channels=channels, tokens=64, width=160, depth=6, heads=5)
     dit = DiT(DiTConfig(**{**values, **fields}), dtype)
-    init_dit(dit, 0)
+    init_weights(dit, init_dit)
     return dit
 
 
@@ -174,7 +175,7 @@ def dino(tmp_path_factory):
     (folder / "encoder/preprocessor_config.json").write_text('{"resample": 3}')
     config = size_config("tiny", C, 64, 8, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     decoder = Decoder(config)
-    init_decoder(decoder, 0)
+    init_weights(decoder, init_decoder)
     save_file(decoder.state_dict(), folder / "decoder.safetensors",
               metadata={"config": json.dumps(asdict(config))})
     return ["--latent", "webssl", "--encoder", folder / "encoder", "--decoder",
@@ -377,7 +378,7 @@ def test_vae_latent_has_two_encoders(scale, tmp_path, encoder, vae_file):
         z = (z - config.shift_factor) * config.scaling_factor
         tenths, flow_loss = by_time(batch, z, alpha)
         model = train_dit.ScaleRAE(None, new_dit(64), alpha, 4, 96)
-        init_dit(model.repa, 0)
+        init_weights(model.repa, init_dit)
         t = alpha / (alpha - 1 + (1 / torch.sigmoid(batch["normal"])))[:, None, None]
         x_t = (1 - t) * z + t * batch["eps"]
         tokens = model.dit.x_embedder(x_t) + model.dit.pos_embed

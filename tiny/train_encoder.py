@@ -17,6 +17,7 @@ sigmoid loss alone, DINO from both terms: without the dense term, its tokens do 
 image from its reconstruction.
 """
 import dataclasses
+import functools
 import math
 import re
 import sys
@@ -132,8 +133,9 @@ class Trainee(nn.Module):
         self.image_projection = nn.Identity() if pooled else nn.Linear(features, E)
         if patch:
             self.pixels = nn.Linear(features, 3 * patch ** 2)           # of the dense term
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))   # SigLIP's t' and b
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        for name, value in (("scale", math.log(10.0)), ("bias", -10.0)):    # SigLIP's t' and b
+            value = torch.tensor(value, device="cpu")                   # in meta builds too
+            self.register_parameter(f"logit_{name}", nn.Parameter(value))
 
     def encode(self, images):
         """Images [B,3,S,S] -> pooled features [B,F] and tokens [B,N,F] (None for VGG), fp32."""
@@ -222,25 +224,24 @@ def network(args, vocab_size, dtype):
     return Trainee(net, features, patch, vocab_size, dtype), config, flops
 
 
-def init_weights(model, seed):
-    """Draw the initial weights on the CPU: each network as in its own file, the projections and the
-    dense term from N(0, 0.02) with zero biases."""
-    e = model.encoder
-    if isinstance(e, vit.ViT):
-        vit.init_weights(e, seed)                                           # with its head
-    elif isinstance(e, losses.Perceptual):
-        losses.init_perceptual(e, seed)
-    else:
-        whole = losses.Discriminator(e.config)
-        whole.dino = e
-        losses.init_discriminator(whole, seed)
-    text_model.init_weights(model.text, seed)
-    for name, module in model.named_children():
-        if isinstance(module, nn.Linear):
-            draw = data.rng(seed, f"init encoder's trainer {name}")
-            draw = draw.standard_normal(module.weight.shape, np.float32)
-            module.weight.data.copy_(torch.from_numpy(draw) * 0.02)
-            module.bias.data.zero_()
+def initial(arch, name, shape, seed):
+    """Return the initial value of one parameter: each network's as in its own file, He-normal
+    convolutions for a VGG, N(0, 0.02) for the projections and the dense term. Biases are zero."""
+    part, _, key = name.partition(".")
+    if part == "text":
+        return text_model.initial(key, shape, seed)
+    if part == "encoder" and arch == "vit":
+        return vit.initial(key, shape, seed)                                # with its head
+    if part == "encoder" and arch == "dino":
+        return losses.initial(f"dino.{key}", {f"dino.{key}": shape}, seed)
+    if key.startswith("lin"):
+        return torch.full(shape, 1 / shape[1])                              # LPIPS' weights
+    if len(shape) == 1:
+        return torch.zeros(shape)
+    vgg, key = part == "encoder", key.removeprefix("features.")
+    draw = data.rng(seed, f"init vgg {key}" if vgg else f"init encoder's trainer {part}")
+    std = (2 / math.prod(shape[1:])) ** 0.5 if vgg else 0.02
+    return torch.from_numpy(draw.standard_normal(shape, np.float32)) * std
 
 
 def released_key(name):
@@ -253,18 +254,24 @@ def released_key(name):
     return "vision_model." + name
 
 
-def load_init(encoder, path):
-    """Fill an encoder on the CPU from --init. Raises UserError for weights that do not fit."""
-    path, = weights.locate([("weights", path, "--init")])
-    source, own = weights.open_weights(path, "--init"), encoder.state_dict()
-    shapes, name = source.shapes, lambda k: k
-    if "logit_scale" in shapes:                         # a checkpoint of this script
-        shapes = {k: shape for k, shape in shapes.items() if k.startswith("encoder.")}
-        name = "encoder.{}".format
-    elif isinstance(encoder, vit.ViT):
-        name = released_key
-    weights.check_keys({name(k): tuple(v.shape) for k, v in own.items()}, shapes, source.what)
-    encoder.load_state_dict({k: source.rows(name(k)) for k in own})
+def initial_rows(model, args):
+    """Return `rows` for parallel.build: initial values, the encoder's from --init where it is
+    given. Raises UserError for weights that do not fit."""
+    draw = functools.partial(initial, args.arch)
+    if not args.init:
+        return parallel.initial_rows(model, draw, args.seed)
+    path, = weights.locate([("weights", args.init, "--init")])
+    source = weights.open_weights(path, "--init")
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    ours = {released_key(k.removeprefix("encoder.")): k for k in shapes if k.startswith("encoder.")}
+    if "logit_scale" in source.shapes:                  # a checkpoint of this script
+        source = source.renamed(lambda key: key if key.startswith("encoder.") else None)
+    elif args.arch == "vit":
+        source = source.renamed(lambda key: ours.get(key, key))
+    else:
+        source = source.renamed("encoder.{}".format)
+    return weights.rows_for(model, source, lambda key: draw(key, shapes[key], args.seed),
+                            lambda key: not key.startswith("encoder."))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -345,11 +352,7 @@ def main():
     with torch.device("meta"):
         model, config, forward_flops = network(args, vocab_size, devices.dtype)
     if not args.dry_run:
-        twin, *_ = network(args, vocab_size, devices.dtype)
-        init_weights(twin, args.seed)
-        if args.init:
-            load_init(twin.encoder, args.init)
-        model = parallel.build(model, parallel.rows_of(twin.state_dict()), devices)
+        model = parallel.build(model, initial_rows(model, args), devices)
     encoder = model.encoder
     text_blocks = sum(p.numel() for p in model.text.model.layers.parameters())
     flops = {"encoder": 3 * forward_flops, "text": 6 * 24 * text_blocks}    # about 24 tokens
