@@ -28,45 +28,19 @@ from tqdm import tqdm
 
 import best_of
 import data
-import parallel
 import sample
 import weights
 import stage2
 import networks
 from cli import UserError, printable
 from flow import flow_loss, interpolate
-from metrics import add_features, distances, interval, load_inception, measure, round8
+from metrics import (add_features, distances, image_count, images, images_and_records, interval,
+                     load_inception, measure, round8)
 from prompts import check_finite, check_out, check_sampler, check_text
 from questions import accuracy, answers, file_questions
 from text_model import direct_condition
 
 SMALL = " (small, trained on the built-in data by tiny/train_encoder.py; not the pretrained one)"
-
-
-def images(mixture, count, devices, batch=64):
-    """Yield the first `count` images of a mixture in batches [B,3,S,S] in [0,1]."""
-    for x, _ in images_and_records(mixture, count, devices, batch):
-        yield x
-
-
-def images_and_records(mixture, count, devices, batch):
-    """Yield (images [B,3,S,S], their records). Names broken records; raises DataError for many."""
-    skips = data.SkipCounter(mixture.records)
-    for start in range(0, count, batch):
-        records = [mixture[i] for i in range(start, min(count, start + batch))]
-        skips.update([s for r in records for s in r["skipped"]], len(records))
-        images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
-        yield parallel.to_device({"images": images}, devices)["images"].float() / 255, records
-
-
-def image_count(mixture, wanted, least=1):
-    """Return how many images to read, so that no image of a file comes twice. Raises UserError for
-    fewer than `least`."""
-    count = wanted if None in mixture.sizes else min(wanted, sum(mixture.sizes))
-    if count < least:
-        raise UserError(f"--data {' '.join(map(printable, mixture.names))} --count {wanted}: "
-                        f"{count} image; a covariance needs at least {least}")
-    return count
 
 
 def report(args, devices, **values):
@@ -160,6 +134,14 @@ def load_model(args):
     return devices, stage2.load_run(path, devices)
 
 
+def load_sampler(args):
+    """Check the sampler's flags and load --run -> (devices, model, guidance, decode)."""
+    check_sampler(args)
+    devices, model = load_model(args)
+    _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
+    return devices, model, sample.guidance_of(args, model), decode
+
+
 def draw(args, prompts, seeds, model, decode, guidance, devices):
     """Draw each prompt with each of its n seeds and yield its images [n,3,S,S] in [0,1].
 
@@ -223,12 +205,9 @@ def prompt_of(record):
 
 def fid(args):
     """measure the Frechet distance between images and images drawn from their captions"""
-    check_sampler(args)
-    devices, model = load_model(args)
-    guidance = sample.guidance_of(args, model)
+    devices, model, guidance, decode = load_sampler(args)
     inception = load_inception(args.inception, devices) if args.inception else None
     encoder, _ = stage2.load_codec(model.config, args, devices, decoder=False)
-    _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
     mixture, count = captioned(args, encoder, least=2)
     rows, prompts = collections.defaultdict(list), []
     for x, records in images_and_records(mixture, count, devices, args.batch):
@@ -247,10 +226,7 @@ def fid(args):
 def colours(args):
     """draw single shapes that no training has seen, and count right backgrounds and colours"""
     from tiny import judge, world
-    check_sampler(args)
-    devices, model = load_model(args)
-    guidance = sample.guidance_of(args, model)
-    _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
+    devices, model, guidance, decode = load_sampler(args)
     scenes = judge.single_shapes(args.seed, args.count)
     prompts, seeds = [world.caption(scene) for scene in scenes], [[args.seed]] * len(scenes)
     drawn = draw(args, prompts, seeds, model, decode, guidance, devices)
@@ -265,10 +241,7 @@ def candidates(args):
     """rank candidates for the benchmark's prompts about shapes, and judge the picks"""
     from tiny import benchmark
     from tiny.judge import judge
-    check_sampler(args)
-    devices, model = load_model(args)
-    guidance = sample.guidance_of(args, model)
-    _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
+    devices, model, guidance, decode = load_sampler(args)
     prompts = [p for p in benchmark.prompts(args.per_category)
                if p.things and all(thing.colour for thing in p.scene.things)]
     seeds, found = range(args.seed, args.seed + args.n), []

@@ -1,4 +1,4 @@
-"""Measures of images: PSNR, SSIM, Frechet distance, and bootstrap intervals.
+"""Images to measure, and measures of them: PSNR, SSIM, Frechet distance, bootstrap intervals.
 
 Images are [B,3,H,W] in [0,1].
 """
@@ -8,8 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import parallel
 import weights
-from cli import UserError, parsing
+from cli import UserError, parsing, printable
+from data import SkipCounter
 from prompts import check_finite
 
 
@@ -66,6 +68,36 @@ def interval(groups):
         means.append(again.mean(1))
     low, high = np.percentile(np.mean(means, 0), (2.5, 97.5))
     return tuple(round(float(v), 4) for v in (np.mean([np.mean(g) for g in groups]), low, high))
+
+
+# ------------------------------------------------------------------------------------------------
+# Images to measure
+# ------------------------------------------------------------------------------------------------
+
+def images(mixture, count, devices, batch=64):
+    """Yield the first `count` images of a mixture in batches [B,3,S,S] in [0,1]."""
+    for x, _ in images_and_records(mixture, count, devices, batch):
+        yield x
+
+
+def images_and_records(mixture, count, devices, batch):
+    """Yield (images [B,3,S,S], their records). Names broken records; raises DataError for many."""
+    skips = SkipCounter(mixture.records)
+    for start in range(0, count, batch):
+        records = [mixture[i] for i in range(start, min(count, start + batch))]
+        skips.update([s for r in records for s in r["skipped"]], len(records))
+        images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
+        yield parallel.to_device({"images": images}, devices)["images"].float() / 255, records
+
+
+def image_count(mixture, wanted, least=1):
+    """Return how many images to read, so that no image of a file comes twice. Raises UserError for
+    fewer than `least`."""
+    count = wanted if None in mixture.sizes else min(wanted, sum(mixture.sizes))
+    if count < least:
+        raise UserError(f"--data {' '.join(map(printable, mixture.names))} --count {wanted}: "
+                        f"{count} image; a covariance needs at least {least}")
+    return count
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The frozen networks, loaded from published files and from ours: encoder, decoder, VAE, and the
 networks of stage 1's losses. Each is built on the meta device and filled from its file. At the end,
-the networks of one run of train_decoder.py, and its start-up table.
+the networks that the trainers need besides the trained ones.
 """
 import math
 import re
@@ -11,16 +11,19 @@ from pathlib import Path
 
 import torch
 
+import chat
 import parallel
 from cli import UserError, parsing
 from decoder import Decoder, DecoderConfig
+from dit import SIZES
 from encoder import ENCODERS, SO400M, WEBSSL_300M, ViT, our_key
 from losses import DiscConfig, Discriminator, Perceptual
 from losses import initial as init_discriminator
 from training import start_table, state_gb
 from vae import VAE, VAEConfig
 from weights import (HUB, TINY, TINY_ENCODER, Weights, check_config, in_memory, load, locate,
-                     open_weights, portable_path, read_fields, read_json, rows_for, weights_of)
+                     open_weights, portable_path, read_fields, read_json, rows_for, tokenizer_folder,
+                     weights_of)
 
 
 def load_encoder(path, devices):
@@ -324,3 +327,49 @@ def describe_stage1(args, devices, model, encoder, vgg, disc, resolution, **rows
                 state_gb(sum(count.values()) - frozen, frozen, args.ema), resolution=resolution,
                 loss={k: getattr(args, k) for k in ("l1", "lpips", "gram", "gan", "kl")}, **rows)
     return flops
+
+
+# ------------------------------------------------------------------------------------------------
+# train_dit.py
+# ------------------------------------------------------------------------------------------------
+
+def frozen_networks(args, init, devices):
+    """Load the frozen networks -> encoder, VAE or None, decoder or None, tokenizer, {name: file}.
+
+    Flags come first, then the model of --init, then the size's own. --dry-run and --random-init of
+    a published size take its shapes: no file is needed.
+    """
+    tiny, vae = args.size == "tiny", args.latent == "vae"
+    if not tiny and (args.dry_run or args.random_init):
+        with torch.device("meta"):
+            encoder = ViT(WEBSSL_300M if args.latent == "webssl" else SO400M, devices.dtype)
+            parts = encoder, VAE() if vae else None
+        if args.random_init and not args.dry_run:
+            for part in filter(None, parts):
+                parallel.build(part, random_rows(part), devices).requires_grad_(False)
+        files = "published shapes" if args.dry_run else "random weights: for timing only"
+        return *parts, None, chat.load_tokenizer(TINY), files
+    llm = args.llm or (tokenizer_folder(args.init) if init else SIZES[args.size].llm)
+    codec = ("vae", args.vae, "--vae") if vae else ("decoder", args.decoder, "--decoder")
+    wanted = [("encoder", args.encoder, "--encoder"), codec,
+              ("llm", TINY if llm in ("tiny", "random") else llm, "--llm")]
+    files = dict(zip((w[0] for w in wanted), locate(wanted)))
+    encoder = load_encoder(files["encoder"], devices)
+    tokenizer = chat.load_tokenizer(files["llm"])
+    if vae:
+        vae, decoder = load_vae(files["vae"], devices), None
+    else:
+        vae, decoder = None, load_decoder(files["decoder"], devices, encoder)
+        if devices.main:
+            note_pair(decoder, args.encoder)
+    return encoder, vae, decoder, tokenizer, files
+
+
+def random_rows(model):
+    """Values for a network that is only timed: small, the same at every start."""
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+
+    def rows(name, first, last):
+        shape = (last - first, *shapes[name][1:]) if shapes[name] else ()
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    return rows

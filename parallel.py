@@ -15,7 +15,6 @@ import itertools
 import math
 import os
 import re
-import sys
 
 import torch
 import torch.distributed as dist
@@ -46,9 +45,6 @@ WHOLE = 2 ** 14
 # A stack of equal blocks (scan.py), [n,...]; its name says which ones: `dit_blocks.0-31.attn...`
 STACK = re.compile(r"\.(\d+)-(\d+)\.")
 
-# Dense bf16 peak by the device's name; the first match counts.
-PEAK_TFLOPS = {"H100 PCIe": 756.5, "H100 NVL": 835.5, "H100": 989.4, "H200": 989.4, "A100": 312.0,
-               "L40S": 362.0, "4090": 165.2}
 
 
 def spec(name, shape):
@@ -391,7 +387,7 @@ def step_done(devices):
 
 
 # ------------------------------------------------------------------------------------------------
-# Numbers between processes, and about the device
+# Numbers between processes
 # ------------------------------------------------------------------------------------------------
 
 def total(values, devices):
@@ -413,24 +409,6 @@ def mean(values, devices):
 def barrier(devices):
     """Wait for every process."""
     total([0.0], devices)
-
-
-def memory_gb(devices):
-    """Return the peak memory of this process on its device in GB (cpu: resident), None on xla."""
-    if devices.kind == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    if devices.kind == "xla":
-        return None
-    import resource                                     # POSIX alone has it
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def peak_tflops(devices):
-    """Return the dense bf16 peak of one device, or None if unknown (MFU is null then)."""
-    if devices.kind != "cuda" or devices.dtype != torch.bfloat16:
-        return None
-    return next((peak for key, peak in PEAK_TFLOPS.items() if key in devices.name), None)
 
 
 def finish():

@@ -20,13 +20,11 @@ import parallel
 import training
 from cli import UserError, parsing
 from dit import SIZES, DiT, DiTConfig
-from encoder import SO400M, WEBSSL_300M, ViT
 from networks import load_decoder, load_encoder, load_vae, note_pair
 from text_model import QWEN_1_5B, QWEN_7B, LLMConfig, TextModel, direct_condition
 from text_model import TINY as TINY_LLM
-from vae import VAE
-from weights import (DIT, HUB, TINY, TINY_PAIR, Weights, check_config, load, locate, open_weights,
-                     read_fields, read_json, rows_for, stage2_key, weights_of)
+from weights import (DIT, HUB, TINY_PAIR, Weights, check_config, load, locate, open_weights,
+                     read_fields, read_json, rows_for, stage2_key, tokenizer_folder)
 
 RECOMPUTED = ("rope.freqs_", "rotary_emb.inv_freq")     # in files, but recomputed in fp32
 
@@ -264,13 +262,6 @@ def load_run(path, devices, flag="--run"):
     return Stage2(llm, dit, tokenizer, config)
 
 
-def tokenizer_folder(path):
-    """Return the folder of a model's tokenizer: its own, or its run's."""
-    place = weights_of(path)
-    folder = place if place.is_dir() else place.parent
-    return folder.parent.parent if (folder / "meta.json").is_file() else folder
-
-
 def load_codec(config, args, devices, encoder=True, decoder=True):
     """Load the encoder and the decode function of a ModelConfig; None for one not asked for.
 
@@ -314,48 +305,6 @@ class Normalisation:
 # ------------------------------------------------------------------------------------------------
 # What a training needs besides the networks that it trains
 # ------------------------------------------------------------------------------------------------
-
-def frozen_networks(args, init, devices):
-    """Load the frozen networks -> encoder, VAE or None, decoder or None, tokenizer, {name: file}.
-
-    Flags come first, then the model of --init, then the size's own. --dry-run and --random-init of
-    a published size take its shapes: no file is needed.
-    """
-    tiny, vae = args.size == "tiny", args.latent == "vae"
-    if not tiny and (args.dry_run or args.random_init):
-        with torch.device("meta"):
-            encoder = ViT(WEBSSL_300M if args.latent == "webssl" else SO400M, devices.dtype)
-            parts = encoder, VAE() if vae else None
-        if args.random_init and not args.dry_run:
-            for part in filter(None, parts):
-                parallel.build(part, random_rows(part), devices).requires_grad_(False)
-        files = "published shapes" if args.dry_run else "random weights: for timing only"
-        return *parts, None, chat.load_tokenizer(TINY), files
-    llm = args.llm or (tokenizer_folder(args.init) if init else SIZES[args.size].llm)
-    codec = ("vae", args.vae, "--vae") if vae else ("decoder", args.decoder, "--decoder")
-    wanted = [("encoder", args.encoder, "--encoder"), codec,
-              ("llm", TINY if llm in ("tiny", "random") else llm, "--llm")]
-    files = dict(zip((w[0] for w in wanted), locate(wanted)))
-    encoder = load_encoder(files["encoder"], devices)
-    tokenizer = chat.load_tokenizer(files["llm"])
-    if vae:
-        vae, decoder = load_vae(files["vae"], devices), None
-    else:
-        vae, decoder = None, load_decoder(files["decoder"], devices, encoder)
-        if devices.main:
-            note_pair(decoder, args.encoder)
-    return encoder, vae, decoder, tokenizer, files
-
-
-def random_rows(model):
-    """Values for a network that is only timed: small, the same at every start."""
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-
-    def rows(name, first, last):
-        shape = (last - first, *shapes[name][1:]) if shapes[name] else ()
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-    return rows
-
 
 def open_init(args):
     """Open --init -> its weights and its ModelConfig; None, None without. It chooses --size and

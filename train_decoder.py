@@ -29,9 +29,8 @@ from checkpoint import Run
 from cli import UserError, positive, share
 from decoder import SIZES, Decoder, size_config
 from decoder import initial as init_decoder
-from evaluate import images
 from losses import adaptive_weight, augment, d_loss_hinge, d_loss_vanilla, g_loss
-from metrics import psnr, round8
+from metrics import images, psnr, round8
 from training import (
     averaged, averages, check_batch, cosine, ema_weight, save_grid, set_lr, update_ema)
 from vae import TINY, VAE, VAEConfig

@@ -25,6 +25,7 @@ import chat
 import data
 import dit as dit_file
 import flow
+import networks
 import parallel
 import stage2
 import text_model
@@ -257,7 +258,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     # Models: the frozen encoder (and decoder, to look at samples), the LLM, the DiT
     # --------------------------------------------------------------------------------------------
-    encoder, vae, decoder, tokenizer, files = stage2.frozen_networks(args, init, devices)
+    encoder, vae, decoder, tokenizer, files = networks.frozen_networks(args, init, devices)
     config = (stage2.finetuned_config(args, config) if config else
               stage2.new_config(args, encoder, vae, tokenizer))
     N, C = config.dit.tokens, config.dit.channels

@@ -145,6 +145,29 @@ class FirstBatch:
 # In the loop
 # ------------------------------------------------------------------------------------------------
 
+# Dense bf16 peak by the device's name; the first match counts.
+PEAK_TFLOPS = {"H100 PCIe": 756.5, "H100 NVL": 835.5, "H100": 989.4, "H200": 989.4, "A100": 312.0,
+               "L40S": 362.0, "4090": 165.2}
+
+
+def memory_gb(devices):
+    """Return the peak memory of this process on its device in GB (cpu: resident), None on xla."""
+    if devices.kind == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    if devices.kind == "xla":
+        return None
+    import resource                                     # POSIX alone has it
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def peak_tflops(devices):
+    """Return the dense bf16 peak of one device, or None if unknown (MFU is null then)."""
+    if devices.kind != "cuda" or devices.dtype != torch.bfloat16:
+        return None
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in devices.name), None)
+
+
 class Meter:
     """Averages of the values since the last log line, and the speed. Values stay on the device
     until they are read: a sum there would be part of the next step's program."""
@@ -186,10 +209,10 @@ class Meter:
                 s / c if c else None for s, c in ((next(numbers), next(numbers)) for _ in v)]
         seconds = time.perf_counter() - self.since
         tflops = self.flops / seconds / 1e12
-        peak = parallel.peak_tflops(devices)
+        peak = peak_tflops(devices)
         values.update(images_per_s=self.images / seconds, tflops=tflops,
                       mfu=tflops / (peak * devices.count) if peak else None,
-                      memory_gb=parallel.memory_gb(devices), data_wait_s=self.wait / self.count,
+                      memory_gb=memory_gb(devices), data_wait_s=self.wait / self.count,
                       step_s=seconds / self.count)
         self.__init__()
         return values

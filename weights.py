@@ -94,6 +94,13 @@ def weights_of(path):
     return next(reversed(checkpoints(path)), Path(path))
 
 
+def tokenizer_folder(path):
+    """Return the folder of a model's tokenizer: its own, or its run's."""
+    place = weights_of(path)
+    folder = place if place.is_dir() else place.parent
+    return folder.parent.parent if (folder / "meta.json").is_file() else folder
+
+
 # ------------------------------------------------------------------------------------------------
 # Opening
 # ------------------------------------------------------------------------------------------------

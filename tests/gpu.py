@@ -140,6 +140,7 @@ def dit_alone(size):
     import torch.nn as nn
 
     import chat
+    import networks
     import stage2
     import weights
     from dit import DiT
@@ -185,7 +186,7 @@ def dit_alone(size):
             return 0
 
     encoder = Latents(64, 96) if size == "tiny" else Latents(256, 1152)
-    stage2.frozen_networks = lambda args, init, devices: (
+    networks.frozen_networks = lambda args, init, devices: (
         encoder, None, None, chat.load_tokenizer(weights.TINY), "stand-ins")
     stage2.build_stage2 = lambda config, dtype: (
         Conditions(config.dit.tokens, config.dit.width), DiT(config.dit, dtype))

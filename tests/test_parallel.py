@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import parallel
+import training
 from cli import UserError
 from decoder import Decoder, size_config
 from dit import SIZES, DiT, DiTConfig
@@ -18,9 +19,7 @@ from encoder import SO400M, WEBSSL_300M, ViT
 from losses import Discriminator, Perceptual
 from text_model import QWEN_1_5B, QWEN_7B, TextModel
 from train_dit import ScaleRAE
-from training import Meter
 from vae import VAE
-
 
 CPU = parallel.setup("cpu", "float32")
 
@@ -137,11 +136,11 @@ def test_mesh():
                                         ("Some GPU", None)])
 def test_mfu_counts_all_devices(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
-    monkeypatch.setattr(parallel, "memory_gb", lambda devices: 0.0)
+    monkeypatch.setattr(training, "memory_gb", lambda devices: 0.0)
     gpus = parallel.Devices("cuda", torch.device("cpu"), 0, 1, torch.bfloat16,
                             {"fsdp": 4, "tensor": 2})
-    assert parallel.peak_tflops(gpus) == peak
-    meter = Meter()
+    assert training.peak_tflops(gpus) == peak
+    meter = training.Meter()
     meter.add(loss=torch.tensor(1.0))
     meter.step(10, 2e12)
     values = meter.read(gpus)

@@ -25,6 +25,7 @@ import cli
 import data
 import decoder as decoders
 import evaluate
+import metrics
 import networks
 import parallel
 import train_decoder
@@ -380,7 +381,7 @@ def test_averages_and_exports(long_run):
 def vae_run(nets, tmp_path_factory):
     out = tmp_path_factory.mktemp("vae") / "run"
     with pytest.MonkeyPatch.context() as m:                 # scale and PSNR on 16 images, for speed
-        m.setattr(train_decoder, "images", lambda m, n, d: evaluate.images(m, min(n, 16), d))
+        m.setattr(train_decoder, "images", lambda m, n, d: metrics.images(m, min(n, 16), d))
         call(train_decoder, *SMALL, *nets, *ON, "--latent", "vae", "--kl", "0.01", "--steps", "2",
              "--lr", "3e-3", "--warmup", "0", "--disc-start", "0", "--gan-start", "0", "--out", out)
     return out
@@ -414,11 +415,11 @@ def test_first_step_of_the_vae(vae_run, nets):
 def test_each_exported_vae_has_its_own_scale(vae_run):
     for name in ("model", "ema"):
         vae = networks.load_vae(vae_run / f"final/{name}.safetensors", CPU)
-        found = vae.measure(evaluate.images(mixture(), 16, CPU))
+        found = vae.measure(metrics.images(mixture(), 16, CPU))
         assert (vae.scale, vae.shift) != (1, 0)
         assert (vae.scale, vae.shift) == pytest.approx(
             (found["scaling_factor"], found["shift_factor"]), rel=1e-4)
-    z = vae.encode(next(evaluate.images(mixture(), 16, CPU)))
+    z = vae.encode(next(metrics.images(mixture(), 16, CPU)))
     assert z.shape == (16, 64, 64) and z.mean().abs() < 0.2
 
 

@@ -834,23 +834,6 @@ def test_defaults_are_the_paper_s():
     assert defaults("--cond-drop", "0").guidance == 1.0
 
 
-@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H200", 989.4),
-                                        ("NVIDIA H100 PCIe", 756.5), ("NVIDIA A100-SXM4", 312),
-                                        ("Some GPU", None)])
-def test_mfu_counts_all_devices(name, peak, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
-    monkeypatch.setattr(parallel, "memory_gb", lambda devices: 0.0)
-    gpus = parallel.Devices("cuda", torch.device("cpu"), 0, 1, torch.bfloat16,
-                            {"fsdp": 4, "tensor": 2})
-    assert parallel.peak_tflops(gpus) == peak
-    meter = training.Meter()
-    meter.add(loss=torch.tensor(1.0))
-    meter.step(10, 2e12)
-    values = meter.read(gpus)
-    assert values["mfu"] == (pytest.approx(values["tflops"] / 8 / peak) if peak else None)
-    assert values["tflops"] == pytest.approx(2 * values["images_per_s"])
-
-
 def test_logged_averages_are_over_the_steps_that_have_the_value():
     meter = training.Meter()
     for values in (dict(a=1.0), dict(a=3.0, b=5.0), dict(a=5.0)):

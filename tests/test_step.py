@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import flow
+import networks
 import parallel
 import stage2
 import text_model
@@ -60,7 +61,7 @@ def made(monkeypatch, *flags, questions_only=False):
     args = train_dit.arguments()
     train_dit.fill_defaults(args, None)
     devices = parallel.Devices("cuda", META, 0, 1, torch.bfloat16, {"fsdp": 1, "tensor": 1})
-    encoder, vae, _, tokenizer, _ = stage2.frozen_networks(args, None, devices)
+    encoder, vae, _, tokenizer, _ = networks.frozen_networks(args, None, devices)
     del encoder.blocks[2:]                              # all of them are alike
     config = stage2.new_config(args, encoder, vae, tokenizer)
     with META:
