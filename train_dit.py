@@ -143,7 +143,7 @@ class ScaleRAE(nn.Module):
         if hasattr(self, "repa"):
             y = self.repa(self.tapped).float()                              # [B,N,C']
             repa_loss = (1 - F.cosine_similarity(y, u, dim=-1).mean(1)) * answer
-        return text_loss, flow_loss, repa_loss, t, cond
+        return text_loss, flow_loss, repa_loss, t, cond.detach()            # cond: for the log alone
 
 
 # ------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def launch(processes, *command):
                           cwd=ROOT, text=True, capture_output=True, timeout=900,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "FSDP2-wrapped" not in done.stderr           # torch warns of a view among the outputs
     return done.stdout
 
 
