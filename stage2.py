@@ -26,6 +26,11 @@ from text_model import TINY as TINY_LLM
 from weights import (DIT, HUB, TINY_PAIR, Weights, check_config, load, locate, open_weights,
                      read_fields, read_json, rows_for, stage2_key, tokenizer_folder)
 
+# Flags of train_dit.py -> the fields of a config that they set. A flag that is not here and not in
+# `finetuned_config` would be ignored with --init.
+DIT_FLAGS = {k: k for k in ("width", "depth", "heads", "head_width", "head_depth", "qk_norm",
+                            "predict")}
+LLM_FLAGS = {"llm_width": "hidden_size", "llm_depth": "num_hidden_layers"}
 RECOMPUTED = ("rope.freqs_", "rotary_emb.inv_freq")     # in files, but recomputed in fp32
 
 
@@ -314,19 +319,15 @@ def open_init(args):
     args.init, = locate([("weights", args.init, "--init")])
     init = open_weights(args.init, "--init")
     config = model_config(init)
-    k, llm = config.dit, config.llm
+    k = config.dit
     shape = lambda row: (row.width, row.depth, row.heads)
-    for flag, given, found in (
-            ("--size", args.size and shape(SIZES[args.size]), shape(k)),
-            ("--width", args.width, k.width), ("--depth", args.depth, k.depth),
-            ("--heads", args.heads, k.heads), ("--head-width", args.head_width, k.head_width),
-            ("--head-depth", args.head_depth, k.head_depth), ("--qk-norm", args.qk_norm, k.qk_norm),
-            ("--predict", args.predict, k.predict),
-            ("--llm-width", args.llm_width, llm.hidden_size),
-            ("--llm-depth", args.llm_depth, llm.num_hidden_layers)):
-        if given is not None and given != found:
-            raise UserError(f"{flag} asks for {given}, the network of --init {args.init} has "
-                            f"{found}; leave the flag out")
+    found = {"size": shape(k), **{flag: getattr(part, field) for flags, part in (
+        (DIT_FLAGS, k), (LLM_FLAGS, config.llm)) for flag, field in flags.items()}}
+    given = {**vars(args), "size": args.size and shape(SIZES[args.size])}
+    for flag, value in found.items():
+        if given[flag] is not None and given[flag] != value:
+            raise UserError(f"--{flag.replace('_', '-')} asks for {given[flag]}, the network of "
+                            f"--init {args.init} has {value}; leave the flag out")
     args.size = next((name for name, row in SIZES.items() if shape(row) == shape(k)),
                      "tiny" if k.width < 1024 else "2b")
     args.latent = "vae" if config.vae else args.latent
@@ -337,6 +338,12 @@ def alpha_of(args, dit):
     """Return the time shift that --shift asks for."""
     return flow.shift_alpha(dit.tokens, dit.channels, args.shift_base) if args.shift == "auto" \
         else args.shift
+
+
+def asked(args, flags):
+    """Return {field: value} of the given ones of `flags` {flag: field of a config}."""
+    return {field: getattr(args, flag) for flag, field in flags.items()
+            if getattr(args, flag) is not None}
 
 
 def finetuned_config(args, config):
@@ -355,11 +362,9 @@ def finetuned_config(args, config):
 def new_config(args, encoder, vae, tokenizer):
     """Return the ModelConfig that the flags ask for, without --init."""
     size, name = SIZES[args.size], args.llm or SIZES[args.size].llm
-    dit = DiTConfig(
-        channels=(vae or encoder).channels, tokens=encoder.tokens, width=args.width or size.width,
-        depth=args.depth or size.depth, heads=args.heads or size.heads,
-        head_width=args.head_width or 0, head_depth=args.head_depth or 0,
-        qk_norm=bool(args.qk_norm), null=args.cond_drop > 0, predict=args.predict or "v")
+    dit = replace(DiTConfig(
+        channels=(vae or encoder).channels, tokens=encoder.tokens, width=size.width,
+        depth=size.depth, heads=size.heads, null=args.cond_drop > 0), **asked(args, DIT_FLAGS))
     if args.size == "tiny":
         llm = replace(TINY_LLM, vocab_size=tokenizer.get_vocab_size())
     elif (Path(name) / "config.json").is_file():        # a folder, perhaps of another shape
@@ -368,8 +373,7 @@ def new_config(args, encoder, vae, tokenizer):
                                  tokenizer.get_vocab_size())
     else:
         llm = QWEN_7B if "7b" in name.lower() else QWEN_1_5B
-    llm = replace(llm, hidden_size=args.llm_width or llm.hidden_size,
-                  num_hidden_layers=args.llm_depth or llm.num_hidden_layers)
+    llm = replace(llm, **asked(args, LLM_FLAGS))
     return ModelConfig(dit, llm, encoder.channels, alpha_of(args, dit), args.encoder, args.decoder,
                        args.vae)
 
