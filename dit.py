@@ -346,9 +346,12 @@ def initial(name, shape, seed):
 
     Linears and embedders: Xavier-uniform with zero bias. Time MLP: N(0, 0.02). AdaLN and the last
     layer: zero, so that every block starts as the identity and v as 0 (adaLN-zero of DiT). Norms:
-    one. Null condition: zero.
+    one. Null condition: zero. Raises ValueError for a parameter of another kind, whose value in the
+    constructor is lost, because networks are built on the meta device.
     """
     from data import rng
+    if not name.endswith(("weight", "bias", "dropout_embedding")):
+        raise ValueError(f"{name} has no initial value; give it one in dit.initial")
     draw = rng(seed, f"init dit {name}")
     if len(shape) == 1:
         value = np.full(shape, float(name.endswith("weight")))

@@ -268,9 +268,13 @@ def initial(name, shape, seed):
     """Return the initial value of one parameter, which any rank or framework can make alone.
 
     Qwen2 from scratch, and the projector to the DiT: N(0, 0.02). Queries: N(0, 1/H). mm_projector:
-    uniform +-1/sqrt(fan in), PyTorch's default for a Linear. Biases: zero. Norms: one.
+    uniform +-1/sqrt(fan in), PyTorch's default for a Linear. Biases: zero. Norms: one. Raises
+    ValueError for a parameter of another kind, whose value in the constructor is lost, because
+    networks are built on the meta device.
     """
     from data import rng
+    if not name.endswith(("weight", "bias", "latent_queries")):
+        raise ValueError(f"{name} has no initial value; give it one in text_model.initial")
     draw = rng(seed, f"init llm {name}")
     if len(shape) == 1:
         value = np.full(shape, float(name.endswith("weight")))

@@ -132,6 +132,14 @@ def test_a_parameter_is_made_alone():
     assert not torch.equal(alone, dit.initial(name.replace("1", "0", 1), (192, 64), 0))
 
 
+@pytest.mark.parametrize("initial, name", [
+    (dit.initial, "dit_blocks.0.gamma"), (text_model.initial, "model.layers.0.mlp.lora_b")])
+def test_a_new_kind_of_parameter_needs_an_initial_value(initial, name):
+    """Its value in the constructor is lost, so a guess from the shape would be a silent mistake."""
+    with pytest.raises(ValueError, match=f"{name} has no initial value"):
+        initial(name, (8, 4), 0)
+
+
 def test_the_null_condition_and_one_time_broadcast():
     """cond [1,1,Z] equals the same vector at every token of every image, t [1] the same time."""
     model = small_dit()
