@@ -11,7 +11,8 @@ One ViT serves both published encoders. They differ in five places:
     GELU        tanh                                            erf
     last norm   without affine (its own is not used)            its own, with affine
 
-Another encoder is a class with `tokens, channels, mean, std` and `forward`, and a row in ENCODERS.
+Another encoder is a class with the attributes of ViT, `forward` and `forward_flops`, and a row in
+ENCODERS (docs/forking.md has one without weights).
 B batch, N tokens, C channels, H heads.
 """
 import re

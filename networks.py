@@ -28,9 +28,13 @@ from weights import (HUB, TINY, TINY_ENCODER, Weights, check_config, in_memory, 
 
 def load_encoder(path, devices):
     """Load a frozen encoder in the compute dtype: a file of ours, a published folder, or the name
-    of an encoder that needs no weights."""
-    if str(path) in ENCODERS:
-        return ENCODERS[str(path)]({}, devices.dtype).to(devices.device)
+    of an encoder that needs no weights (a str; files and folders are a Path)."""
+    if path in ENCODERS:
+        model = ENCODERS[path]({}, devices.dtype).to(devices.device)
+        if any(True for _ in model.parameters()):       # they would be other ones at every start
+            raise UserError(f"--encoder {path}: this encoder has weights; give their file, folder "
+                            f"(./{path}) or hub id")
+        return model
     source = open_weights(path, "--encoder")
     config = source.config.get("vision_config", source.config)
     kind = config.get("model_type", "siglip_vision_model") if isinstance(config, dict) else None

@@ -71,7 +71,7 @@ def locate(wanted):
 def portable_path(name):
     """Return a name that a config can hold, which is read from any folder: an absolute path for
     files and folders. Leave tiny/, hub ids, built-in names and None unchanged."""
-    if not name or not Path(name).exists():
+    if not name or name in ENCODERS or not Path(name).exists():
         return name
     path = Path(name).resolve()
     return str(path.relative_to(HERE.resolve()) if path.is_relative_to(TINY.resolve()) else path)

@@ -118,6 +118,7 @@ BAD = [
     # weights
     (f"{DIT} --encoder IN/none.safetensors", ["--encoder", "none.safetensors"]),
     (f"{DIT} --size 2b", ["--encoder google/siglip2", "--llm Qwen/", "--decoder ", "weights/"]),
+    (f"{DIT} --encoder siglip2", ["--encoder siglip2", "has weights", "hub id"]),
     (f"{DIT} --encoder IN/notes.txt", ["--encoder", "notes.txt"]),
     (f"{DIT} --encoder IN/cut.safetensors", ["--encoder", "cut.safetensors"]),
     (f"{DIT} --encoder IN/code.pt", ["--encoder", "code.pt", "holds code to run"]),
