@@ -153,8 +153,8 @@ class Run:
                             f"{before[-1].name if before else 'the start'}")
 
     def _read_optimizer(self, optimizer, source, numbers):
-        """Rebuild the state of any torch optimizer. A state tensor that is not a scalar has the
-        shape of its parameter, and is split like it."""
+        """Rebuild the state of a torch optimizer. A state tensor of its parameter's shape is split
+        like it. What an optimizer keeps in its groups is not saved."""
         states = {}
         for index, p in enumerate(parallel.parameters_of(optimizer)):
             name = self.names[p]
@@ -163,7 +163,8 @@ class Run:
                      if key.startswith(prefix)}
             for key in (key for key in source.shapes if key.startswith(prefix)):
                 kind = key.removeprefix(prefix)
-                fresh = torch.zeros_like(p) if source.shapes[key] else torch.zeros(())
+                alike = source.shapes[key] == tuple(p.shape)
+                fresh = torch.zeros_like(p) if alike else torch.zeros(source.shapes[key])
                 state[kind] = optimizer.state[p].get(kind, fresh)       # on xla it is there already
                 parallel.fill(f"optimizer.{name}.{kind}", state[kind], source.rows, self.devices)
             if state:

@@ -433,6 +433,28 @@ def load(out, **other):
     return run.start, found["a"][0, 0].item(), found["ema.a"][0, 0].item()
 
 
+@pytest.mark.parametrize("kind", ["Adafactor", "Adam", "AdamW", "Muon", "NAdam", "SGD"])
+def test_an_optimizer_goes_on(kind, tmp_path, restore_signals):
+    """Two steps and two more are the four of one process. Adafactor's state has its own shapes."""
+    def train(out, steps):
+        w = torch.nn.Parameter(torch.arange(6.0).view(3, 2))
+        options = {"momentum": 0.9} if kind == "SGD" else {}
+        optimizer = getattr(torch.optim, kind)([w], lr=0.1, **options)
+        run = Run(arguments(out), CPU)
+        run.load({"w": w}, [optimizer])
+        for step in range(run.start, steps):
+            w.grad = torch.cos(step + w.detach())
+            optimizer.step()
+        run.done = steps
+        run.save()
+        run.lock.close()
+        return w.detach(), [v for _, v in sorted(optimizer.state[w].items())]
+
+    train(tmp_path / "a", 2)
+    (w, state), (w4, state4) = train(tmp_path / "a", 4), train(tmp_path / "b", 4)
+    assert torch.equal(w, w4) and all(map(torch.equal, state, state4))
+
+
 def test_what_a_resumption_may_change():
     """Nothing that changes what is computed."""
     assert checkpoint.FREE == {
