@@ -100,14 +100,14 @@ def arguments():
     a("--shift-base", type=positive, help="4096; tiny: 128")
     a("--diffusion-weight", type=cli.positive(float, zero=True), default=2.0,
       help="weight of the flow loss")
-    a("--cond-drop", type=cli.share, default=0.1,
-      help="share of the images that train the null condition")
+    a("--cond-drop", type=cli.share, help="share of the images that train the null condition "
+      "(default: 0.1; 0 with --init of a model that has none)")
     a("--repa", type=whole, default=0, metavar="LAYER",
       help="align the tokens after this DiT block with the encoder's features (REPA)")
     a("--repa-weight", type=positive, default=0.5, help="weight of REPA, relative to the flow loss")
     a = p.add_argument_group("optimizer").add_argument
-    a("--optimizer", choices=["adamw", "muon"], default="adamw",
-      help="muon: for the DiT's matrices, where torch has it; AdamW for everything else")
+    a("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the matrices of "
+      "the DiT's blocks, where torch has it and not on xla; AdamW for everything else")
     a("--lr", type=positive, help="learning rate of the DiT and its projector")
     a("--lr-llm", type=positive, help="learning rate of the LLM, queries and mm_projector")
     a("--warmup", type=cli.share, help="share of the steps")
@@ -150,9 +150,12 @@ def fill_defaults(args, config):
         if getattr(args, key) is None:
             setattr(args, key, value)
     choose_networks(args, config)
-    if config:
-        args.cond_drop *= config.dit.null
-    else:
+    null = not config or config.dit.null
+    if args.cond_drop and not null:
+        raise UserError(f"--cond-drop {args.cond_drop:g}: the network of --init {args.init} has no "
+                        "null condition; leave the flag out")
+    args.cond_drop = 0.1 * null if args.cond_drop is None else args.cond_drop
+    if not config:
         args.shift = args.shift or "auto"
     depth = config.dit.depth if config else args.depth or SIZES[args.size].depth
     if args.repa > depth:

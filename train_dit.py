@@ -251,6 +251,8 @@ def main():
     devices = parallel.setup(args.device, args.dtype, args.mesh, args.dry_run)
     if args.scan and devices.target != "xla":
         raise UserError(f"--scan is for --device xla, not {devices.target}; leave it out")
+    if args.optimizer == "muon" and devices.target == "xla":    # stacked biases are matrices there
+        raise UserError("--optimizer muon: not on xla; use adamw")
     init, config = stage2.open_init(args)
     fill_defaults(args, config)
     training.check_batch(args, devices, None if args.size == "tiny" else 8)   # 8 images a device

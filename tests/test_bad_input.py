@@ -49,6 +49,7 @@ BAD = [
     (f"{DIT} --save-every 0", ["--save-every", "'0'"]),
     (f"{DIT} --bench 0", ["--bench", "'0'"]),
     (f"{DIT} --scan", ["--scan", "xla"]),
+    (f"{DIT} --device xla --dry-run --optimizer muon", ["--optimizer muon", "xla"]),
     (f"{DIT} --dry-run --device xla --compile", ["--compile", "xla"]),
     (f"{DECODER} --dry-run --device xla --compile", ["--compile", "xla"]),
     (f"{DIT} --epochs 2 --steps 5", ["--epochs", "--steps"]),

@@ -460,7 +460,7 @@ def draw(run, out, *args):
                  "--run", str(run), "--out", str(out), *map(str, args)])
 
 
-def test_no_null_condition(tmp_path):
+def test_no_null_condition(tmp_path, capsys):
     """--cond-drop 0: the parameter does not exist, the config says so, nothing is guided. final/
     also holds what the authors' slow tokenizer reads."""
     line, = train(tmp_path / "r", "--cond-drop", 0, "--data", "builtin:synthetic")
@@ -475,6 +475,8 @@ def test_no_null_condition(tmp_path):
     assert Image.open(tmp_path / "o.png").info["guidance"] == "1.0"
     with pytest.raises(UserError, match="no null condition"):
         draw(tmp_path / "r", tmp_path / "p.png", "--guidance", 3)
+    train(tmp_path / "i", "--init", tmp_path / "r", "--cond-drop", 0.2, status=2)
+    assert "--cond-drop 0.2: the network of --init" in capsys.readouterr().err
 
 
 @pytest.mark.slow
