@@ -85,13 +85,12 @@ def checkpoints(folder):
 
 
 def weights_of(path):
-    """Return the file or folder with a model's weights. For a run folder this is its final/ (the
-    EMA if there is one), or before the run ends its newest checkpoint."""
+    """Return the file or folder with a model's weights. For a run folder this is its final/, or
+    before the run ends its newest checkpoint; in a folder with ema.safetensors, that file."""
     final = Path(path) / "final"
-    if final.is_dir():
-        ema = final / "ema.safetensors"
-        return ema if ema.is_file() else final
-    return next(reversed(checkpoints(path)), Path(path))
+    folder = final if final.is_dir() else next(reversed(checkpoints(path)), Path(path))
+    ema = folder / "ema.safetensors"
+    return ema if ema.is_file() else folder
 
 
 def tokenizer_folder(path):

@@ -432,7 +432,8 @@ def test_export_then_load_is_the_same(tmp_path, options):
         save_file(tensors, final / f"{name}.safetensors", {"config": json.dumps(saved)})
     (final / "config.json").write_text(json.dumps(saved))
     chat.save_tokenizer(chat.load_tokenizer(TOKENIZER.parent), final)
-    for path, want in ((tmp_path / "run", average), (final / "model.safetensors", state)):
+    for path, want in ((tmp_path / "run", average), (final, average),
+                       (final / "model.safetensors", state)):
         run = stage2.load_run(path, CPU)
         loaded = model_state(run.llm, run.dit)
         assert loaded.keys() == want.keys() and run.config == config
