@@ -84,6 +84,10 @@ class Run:
             if differ:
                 raise UserError(f"{self.dir} was started with other arguments: "
                                 f"{'; '.join(differ)}. Use the same, another --out, or --fresh")
+            new = [f"--{k.replace('_', '-')} {v}" for k, v in self.saved_args.items()
+                   if k not in theirs and v]
+            if new and self.main:
+                say(f"note: {self.dir} was started by code that does not know {', '.join(new)}")
 
     def load(self, tensors, optimizers=()):
         """Open the folder, and fill `tensors` {name: tensor} and the optimizers' state from the

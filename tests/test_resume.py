@@ -545,6 +545,14 @@ def test_contradicting_arguments(saved):
         Run(arguments(saved), parallel.setup("cpu", "bfloat16"))    # another machine's default
 
 
+def test_a_flag_that_the_checkpoint_does_not_know_is_named(saved, capsys):
+    Run(arguments(saved, huber=0.1, ranks=None), CPU)
+    said = capsys.readouterr().err
+    assert "does not know --huber 0.1\n" in said
+    Run(arguments(saved), CPU)
+    assert not capsys.readouterr().err
+
+
 def test_fresh_moves_the_old_run_aside(saved):
     assert load(saved, fresh=True, lr=0.5) == (0, 0, 0)
     assert load(saved.with_name("run.old1")) == (5, 5, 2.5)
