@@ -418,9 +418,11 @@ def draw(model, tokenizer, decode, prompts, seed, args, devices, bar=None):
         parallel.step_done(devices)
         steps.update()
     with parallel.unsharded(model), steps:
+        model.eval()                                    # a fork may have dropout
         noise = torch.stack([flow.noise_for(p, seed, k.tokens, k.channels) for p in prompts])
         cond = direct_condition(model.llm, tokenizer, prompts, devices.device)
         parallel.step_done(devices)
         z = flow.sample(model.dit, cond, noise.to(devices.device), model.alpha, args.sample_steps,
                         args.guidance, on_step=on_step)
+        model.train()
     return parallel.full_tensor(decode(z))                      # by every process

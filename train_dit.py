@@ -320,8 +320,9 @@ def main():
     # Resume
     # --------------------------------------------------------------------------------------------
     run.skips.records = mixture.records
-    run.load({**dict(model.named_parameters()), **{f"ema.{k}": v for k, v in ema.items()}},
-             optimizers)
+    saved = {k: v for k, v in model.state_dict(keep_vars=True).items()      # buffers too
+             if not any(part in k for part in stage2.RECOMPUTED)}
+    run.load({**saved, **{f"ema.{k}": v for k, v in ema.items()}}, optimizers)
     if run.main and not args.bench:
         chat.save_tokenizer(tokenizer, run.dir)         # so that a checkpoint is a model
     if args.overfit:

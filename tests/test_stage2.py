@@ -660,6 +660,24 @@ def test_a_run_knows_its_own_encoder_and_decoder(tmp_path, monkeypatch, capsys):
 # Optimizers
 # ------------------------------------------------------------------------------------------------
 
+def test_a_checkpoint_holds_the_buffers_of_a_fork(tmp_path, monkeypatch):
+    """A statistic that a fork counts in a buffer goes on after a resumption."""
+    init, forward = DiT.__init__, DiT.forward
+
+    def counting(self, *inputs):
+        self.steps_bias += self.training
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(DiT, "__init__", lambda self, *arguments: (
+        init(self, *arguments), self.register_buffer("steps_bias", torch.zeros(1)))[0])
+    monkeypatch.setattr(DiT, "forward", counting)
+    flags = ["--data", "builtin:hq", "--steps", 2, "--save-every", 1]
+    train(tmp_path / "r", *flags)
+    shutil.rmtree(tmp_path / "r/checkpoints/step-0000002")
+    train(tmp_path / "r", *flags)
+    assert last_state(tmp_path / "r")["dit.steps_bias"] == 2
+
+
 def test_muon(tmp_path):
     """Muon for the DiT's matrices, AdamW for everything else; a resumed run is identical."""
     flags = ["--data", "builtin:hq", "--optimizer", "muon", "--steps", 4, "--save-every", 2,
