@@ -357,7 +357,7 @@ def initial(name, shape, seed):
         value = np.full(shape, float(name.endswith("weight")))
     elif "adaLN_modulation" in name or name.startswith("final_layer.linear"):
         value = np.zeros(shape)
-    elif name.startswith("t_embedder"):
+    elif "embedder.mlp" in name:
         value = draw.standard_normal(shape, np.float32) * 0.02
     else:
         bound = (6 / (shape[0] + shape[1])) ** 0.5

@@ -252,8 +252,8 @@ def load_run(path, devices, flag="--run"):
         llm, dit = build_stage2(config, devices.dtype)
     for model in (llm, dit):
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)) and "t_embedder" not in name:
-                module.to(devices.dtype)                # the time's MLP computes in fp32
+            if isinstance(module, (nn.Linear, nn.Embedding)) and "embedder.mlp" not in name:
+                module.to(devices.dtype)                # a TimeEmbedder computes in fp32
     tied = ("lm_head.weight",) if config.llm.tie_word_embeddings else ()
     head, rest = (source.renamed(lambda k: k.removeprefix(DIT) if k.startswith(DIT) else None),
                   source.renamed(lambda k: None if k.startswith(DIT) else k))

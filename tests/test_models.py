@@ -129,6 +129,8 @@ def test_a_parameter_is_made_alone():
     alone = dit.initial(name, (192, 64), 0)
     assert torch.equal(alone, model.state_dict()[name])
     assert not torch.equal(alone, dit.initial(name, (192, 64), 1))
+    second = dit.initial("r_embedder.mlp.0.weight", (64, 512), 0)       # a fork's second time
+    assert second.std().item() == pytest.approx(0.02, rel=0.1)
     assert not torch.equal(alone, dit.initial(name.replace("1", "0", 1), (192, 64), 0))
 
 
