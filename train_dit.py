@@ -291,8 +291,8 @@ def main():
         f"train_dit --size {args.size}", args, devices, count, flops, memory, latent=[N, C],
         alpha=config.alpha, steps=args.steps, epochs=records and args.steps * args.batch / records,
         learning_rates=dict(dit=args.lr, llm=args.lr_llm), run=args.out,
-        trained=f"DiT, its projector, queries{'' if args.freeze else ', LLM, mm_projector'}",
-        frozen=f"encoder{', VAE' if vae else ''}{', LLM, mm_projector' if args.freeze else ''}",
+        trained={part: sum(p.numel() for p in net.parameters() if p.requires_grad)
+                 for part, net in model.named_children()},
         files=files, data=sources, sample_prompts=len(prompts))
     if args.dry_run:
         return

@@ -65,10 +65,11 @@ def test_no_flag_is_needed(photos, plan):
     assert (told["alpha"], told["run"]) == (3, "runs/dit-tiny-finetuned")
     assert told["learning_rates"] == {"dit": 3e-4, "llm": 2e-4}
     assert (told["steps"], told["epochs"]) == (300, 300 * 32 / 6)
-    assert told["sample_prompts"] == 6 and told["frozen"] == "encoder"
+    assert told["sample_prompts"] == 6 and told["trained"]["llm"] == told["parameters"]["llm"]
     frozen = plan("--init", "tiny", "--data", photos, "--freeze", "llm")
-    assert frozen["frozen"] == "encoder, LLM, mm_projector"
-    assert frozen["trained"] == "DiT, its projector, queries"
+    assert frozen["trained"]["llm"] == 64 * 128 + 128 * 160 + 160       # queries, projector to DiT
+    assert frozen["trained"]["dit"] == told["trained"]["dit"] == (      # all but the positions
+        told["parameters"]["dit"] - 64 * 160)
     told = plan("--data", photos)
     assert (told["steps"], told["run"]) == (1800, "runs/dit-tiny")
     assert told["learning_rates"] == {"dit": 1.5e-3, "llm": 1e-3}
