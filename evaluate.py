@@ -44,9 +44,8 @@ SMALL = " (small, trained on the built-in data by tiny/train_encoder.py; not the
 
 
 def report(args, devices, **values):
-    """Print one JSON object: the flags that the numbers depend on, and the numbers."""
-    known = ("task", "run", "data", "seed", "steps", "schedule", "solver", "guidance_interval", "n")
-    flags = {k: v for k, v in vars(args).items() if k in known}
+    """Print one JSON object: the flags, and the numbers."""
+    flags = {k: v for k, v in vars(args).items() if k not in ("function", "device", "batch")}
     print(json.dumps({**flags, "dtype": str(devices.dtype), **values}, default=str))
 
 
