@@ -416,7 +416,8 @@ def test_vqa_of_a_file(call, capsys):                       # noqa: F811
     assert run(call, "vqa", "--data", "q.jsonl", "--answers", "answers.jsonl") == 0
     out, found = last_line(capsys)
     assert "14 questions" in out and "12 with a reference" in out
-    assert {**found, "data": "builtin:qa"} == builtin
+    flags = {k: builtin[k] for k in ("data", "count", "answers")}
+    assert {**found, **flags} == builtin
     said = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     assert [a["question_id"] for a in said] == [f"q{i}" for i in range(12)] + [99, 13]
     assert said[12]["prompt"] == "What is in the picture?" and said[12]["reference"] is None
