@@ -40,6 +40,12 @@ FINETUNE = {
 }
 FINETUNE_EPOCHS, FINETUNE_STEPS = 4, 300
 
+# Flags -> the fields of a config that they set. With --init they must agree with the checkpoint. A
+# flag that sets a field and is not here would be ignored.
+DIT_FLAGS = {k: k for k in ("width", "depth", "heads", "head_width", "head_depth", "qk_norm",
+                            "predict")}
+LLM_FLAGS = {"llm_width": "hidden_size", "llm_depth": "num_hidden_layers"}
+
 
 def dit_size(text):
     """Argparse type: a row of the size table, by our name or the paper's."""

@@ -21,16 +21,12 @@ import training
 from cli import UserError, parsing
 from dit import SIZES, DiT, DiTConfig
 from networks import load_decoder, load_encoder, load_vae, note_pair
+from recipe import DIT_FLAGS, LLM_FLAGS
 from text_model import QWEN_1_5B, QWEN_7B, LLMConfig, TextModel, direct_condition
 from text_model import TINY as TINY_LLM
 from weights import (DIT, HUB, TINY_PAIR, Weights, check_config, load, locate, open_weights,
                      read_fields, read_json, rows_for, stage2_key, tokenizer_folder)
 
-# Flags of train_dit.py -> the fields of a config that they set. A flag that is not here and not in
-# `finetuned_config` would be ignored with --init.
-DIT_FLAGS = {k: k for k in ("width", "depth", "heads", "head_width", "head_depth", "qk_norm",
-                            "predict")}
-LLM_FLAGS = {"llm_width": "hidden_size", "llm_depth": "num_hidden_layers"}
 RECOMPUTED = ("rope.freqs_", "rotary_emb.inv_freq")     # in files, but recomputed in fp32
 
 
