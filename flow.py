@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 
-SHIFT_BASE = 4096      # the paper's; the tiny preset takes 128 (train_dit.py says why)
+SHIFT_BASE = 4096      # the paper's; the tiny preset takes 128 (recipe.py says why)
 
 
 # ------------------------------------------------------------------------------------------------
