@@ -142,8 +142,9 @@ def chat(tokenizer, conversation, has_image=True):
 
     `<image>` becomes `<im_start><image><im_end>`, with the placeholder IMAGE in the middle. The
     assistant's turns have labels, with their headers, and so does every newline, <|im_start|> and
-    <|im_end|> anywhere (the authors' quirk). The label of the placeholder in an assistant's turn is
-    V, because no vocabulary holds `<image>`. A first turn that is not the human's is dropped.
+    <|im_end|> anywhere (the authors' quirk). The placeholder in an assistant's turn has the label
+    V, which tells insert_image_tokens that the image is to be generated. A first turn that is not
+    the human's is dropped.
     """
     turns = [(ROLES[turn["from"]], turn["value"]) for turn in conversation]
     if has_image and not any("<image>" in text for _, text in turns):

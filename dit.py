@@ -86,13 +86,9 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-# ------------------------------------------------------------------------------------------------
-# Positions: a fixed additive table and rotary angles; both are used
-# ------------------------------------------------------------------------------------------------
-
 def sincos_positions(D, side):
-    """Return the fixed table [side*side, D]: the first half of the channels encodes the column, the
-    second half the row."""
+    """Return the fixed table [N,D] that is added to the tokens (RoPE comes on top of it): the first
+    half of the channels encodes the column, the second half the row."""
     omega = 10000.0 ** (-torch.arange(D // 4, dtype=torch.float64, device="cpu") / (D // 4))
     angle = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega  # [side, D/4]
     axis = torch.cat([angle.sin(), angle.cos()], 1)                         # [side, D/2]
@@ -123,14 +119,10 @@ class RoPE(nn.Module):
         return x * self.freqs_cos.to(x.dtype) + turned * self.freqs_sin.to(x.dtype)
 
 
-# ------------------------------------------------------------------------------------------------
-# Blocks
-# ------------------------------------------------------------------------------------------------
-
 def attention(q, k, v):
     """Softmax attention from all tokens to all tokens, each [B,H,N,hd]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # torch's fused kernel is three to five times slower here (LOG.md, 2026-11-23)
+        # torch's fused kernel is two to six times slower here (LOG.md, 2026-11-23)
         return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -145,7 +137,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):                                             # [B,N,D]
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                # [B,N,3,H,hd]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # [B,H,N,hd]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # each [B,H,N,hd]
         q, k = rope(self.q_norm(q)), rope(self.k_norm(k))
         return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))     # [B,N,D]
 
@@ -235,22 +227,14 @@ class TimeEmbedder(nn.Module):
         return self.mlp(torch.cat([angle.sin(), angle.cos()], -1))
 
 
-class NullCondition(nn.Module):
-    """Hold the learned condition for no prompt: one vector [Z], the same for all tokens."""
-
-    def __init__(self, Z):
-        super().__init__()
-        self.dropout_embedding = nn.Parameter(torch.zeros(Z))
-
-
 class DiT(nn.Module):
     """The network of paper section 3 and Table 10. The reference classes are LightningDiT and, with
     a wide head, LightningDDT.
 
-    dtype: of the token stream (tokens, positions, modulation, residuals). The weights, which are
-    cast where they are used, the statistics of the norms, and the time with its SiLUs are fp32. Set
-    `remat` to recompute each block's activations in the backward pass. Raises ValueError for sizes
-    that do not divide.
+    dtype: the dtype of tokens, positions, modulation and residuals. In fp32 are the weights (cast
+    where they are used), the statistics of the norms, and time + cond with its SiLUs. Set `remat`
+    to recompute each block's activations in the backward pass. Raises ValueError for sizes that do
+    not divide.
     """
 
     def __init__(self, config, dtype=torch.float32):
@@ -273,8 +257,9 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_positions(D, side)[None], requires_grad=False)
         self.x_embedder = TokenEmbedder(C, D)
         self.t_embedder = TimeEmbedder(Z)
-        if k.null:
-            self.y_embedder = NullCondition(Z)
+        if k.null:                  # the learned condition for no prompt, the same for all tokens
+            self.y_embedder = nn.Module()
+            self.y_embedder.dropout_embedding = nn.Parameter(torch.zeros(Z))
         self.dit_blocks = nn.ModuleList(
             [Block(D, k.heads, Z, k.qk_norm, k.eps) for _ in range(k.depth)]
             + [Block(D2, heads2, D2, k.qk_norm, k.eps) for _ in range(k.head_depth)])

@@ -52,9 +52,9 @@ def sampling_times(schedule, steps, alpha):
     """Return the steps of a schedule, [(t_from, t_to), ...], as numbers.
 
     euler: `steps` steps over the shifted uniform grid from 1 to 0. authors: the `steps` - 1 steps
-    of the authors' code, which made the published figures. Their grid ascends while their loop
-    takes it to descend. So the walk starts with the label 0.9976 on pure noise, ends at 0.0084, and
-    then takes one stray step with the label of the noise end on the almost clean latent.
+    of the authors' code, which made the published figures. Their loop expects a descending grid,
+    but theirs ascends. So pure noise gets the label 0.9976, the walk ends at 0.0084, and a stray
+    last step gives the almost clean latent the label of the noise end.
     """
     if schedule == "euler":
         t = time_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).tolist()
@@ -93,8 +93,8 @@ def sample(dit, cond, noise, alpha, steps=50, guidance=1.0, schedule="euler", so
            interval=(0.0, 1.0), on_step=None):
     """Draw latents [B,N,C] from noise [B,N,C].
 
-    cond: [B,N,Z], or [1,N,Z] for one prompt. That form broadcasts, so its modulation is computed
-    once for all images. interval: the times at which guidance acts (arXiv 2404.07724).
+    cond: [B,N,Z], or [1,N,Z] for one prompt, whose modulation is then computed once for all
+    images. interval: the times at which guidance acts (arXiv 2404.07724).
     """
     def velocity(x, t):
         time = torch.tensor([t], dtype=torch.float32).to(x.device)          # [1]

@@ -3,7 +3,7 @@
     h    = LLM([chat(prompt), <im_start>, q_1..q_N, <im_end>])      # causal, also among the queries
     cond = diff_head_projector(h at the queries)                    # [B,N,Z], conditions the DiT
 
-An image in a question enters as mm_projector(z) [B,N,H] in the place of the queries. Paper section
+In a question, mm_projector(z) [B,N,H] of the image takes the place of the queries. Paper section
 3.1; the reference is ScaleRAEQwenForCausalLM. Parameter names are the keys of the released
 checkpoints and, without the additions, of Qwen2ForCausalLM. chat.py makes the ids and the labels.
 
@@ -68,7 +68,7 @@ def rope(x, cos, sin):
 def attention(q, k, v, mask=None):
     """Causal softmax attention, each [B,heads,L,hd]. mask [L,T] bool: q continues a cache."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # torch's fused kernel is three to five times slower here (LOG.md, 2026-11-23)
+        # torch's fused kernel is two to six times slower here (LOG.md, 2026-11-23)
         if mask is None:
             mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()      # [L,L]
         scores = (q * q.shape[-1] ** -0.5) @ k.mT                           # [B,heads,L,T]
@@ -129,7 +129,7 @@ class Layer(nn.Module):
 
 
 def gather_rows(x, index):
-    """Gather rows index [B,M] of x [B,K,H] -> [B,M,H]. A row that x does not have is zero.
+    """Gather the rows `index` [B,M] of x [B,K,H] -> [B,M,H]. A row that x does not have is zero.
 
     The product with ones and zeros is exact where fp32 products are (`parallel.setup` sees to it).
     The backward pass of torch.gather is a scatter, for which the TPU's compiler sums the whole
@@ -190,8 +190,8 @@ class TextModel(nn.Module):
     def forward(self, x, cache=None):
         """Embeddings [B,L,H] -> hidden states after the last norm [B,L,H]; causal.
 
-        cache: a list, empty at first, with one entry per layer. x continues and extends it. Right
-        padding needs no mask of its own: under a causal mask no real token sees it.
+        cache: a list, empty at first, then with one entry per layer. x follows the cached positions
+        and joins them. Right padding needs no mask of its own: no real token comes after it.
         """
         layers = self.model.layers
         if cache is not None and not cache:
@@ -317,7 +317,8 @@ def question(llm, tokenizer, z, words, more=()):
     if z is None:
         return llm.embed(ids.to(llm.head_weight().device))
     start = torch.full((len(z),), rows[0][2], device=z.device)                      # [B]
-    return llm.embed(ids.to(z.device).expand(len(z), -1), start, start < 0, z)
+    answer = torch.zeros_like(start, dtype=torch.bool)      # [B]: no image is to be generated
+    return llm.embed(ids.to(z.device).expand(len(z), -1), start, answer, z)
 
 
 def greedy(llm, tokenizer, x, limit, cache):
