@@ -77,7 +77,7 @@ def arguments():
     a("--size", type=dit_size, metavar="|".join(SIZES), help="of the DiT (default: tiny); the "
       "paper's spellings (2.4B, 9.8B, ...) work too")
     for flag in ("width", "depth", "heads", "llm-width", "llm-depth"):
-        a(f"--{flag}", type=whole, help="instead of the size's own")
+        a(f"--{flag}", type=whole, help="overrides the size's own")
     a("--latent", choices=["siglip2", "webssl", "vae"], help="default: siglip2; vae: the baseline, "
       "FLUX's latent, where siglip2 stays for understanding")
     a("--encoder", help="file, folder or hub id of the frozen encoder")
@@ -123,7 +123,7 @@ def arguments():
     a("--ema", type=cli.share, help="decay of the average of the weights; 0: off")
     a = p.add_argument_group("samples").add_argument
     a("--guidance", type=cli.positive(float, zero=True),
-      help="1: off (default with --cond-drop 0); else 3")
+      help="guidance scale; 1: off (default: 3; 1 with --cond-drop 0)")
     a("--sample-steps", type=whole, default=25, help="Euler steps")
     a("--sample-prompts", type=Path, metavar="FILE", help="prompts to draw: a text file with one "
       "per line, a .jsonl or a folder of .txt (default: captions of the data)")

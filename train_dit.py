@@ -9,8 +9,8 @@
     x_t  = (1-t) z + t eps;   v = DiT(x_t, t, cond)
     loss = CE(text) + 2 |v - (eps - z)|^2                   paper section 3.1, Table 8
 
-Three files follow a step: this one, flow.py and dit.py (and text_model.py for the LLM). recipe.py
-has the flags and the paper's values.
+To follow a step, read this file, flow.py and dit.py (and text_model.py for the LLM). recipe.py has
+the flags and the paper's values.
 """
 import functools
 import math
@@ -47,8 +47,8 @@ class Collate:
     """Records -> one batch; runs in the loader's worker.
 
     images uint8 [B,3,S,S]; ids [B,L]; where, targets [B,K]: the positions with a text loss, and
-    their tokens; start, answer [B]; and drawn per image: normal [B] (for the time), eps [B,N,C],
-    drop [B], for a VAE posterior [B,N,C]. counts: labelled tokens and images to generate.
+    their next tokens; start, answer [B]; and drawn per image: normal [B] (for the time), drop [B],
+    eps [B,N,C], with a VAE posterior [B,N,C]. counts: labelled tokens and images to generate.
     """
 
     def __init__(self, tokenizer, tokens, channels, seed, cond_drop, length=None, posterior=False):
@@ -58,7 +58,8 @@ class Collate:
         self.labelled = length and max(length - tokens, 1)      # image positions have no label
 
     def row(self, record):
-        """Return a record's (ids, labels, start, answer), and why it is rejected, or ""."""
+        """Return a record's (ids, labels, start, answer), and why it is rejected, or "". A rejected
+        record is replaced by one token without a loss."""
         ids, labels = chat.chat(self.tokenizer, record["conversations"])
         row = chat.insert_image_tokens(ids, labels, self.tokens)
         special = [s for s in chat.SPECIAL
@@ -73,37 +74,37 @@ class Collate:
         pad = self.tokenizer.token_to_id("<|endoftext|>")
         ids, labels, start, answer = chat.pad_batch(rows, pad, self.multiple)
         where, targets = chat.labelled(labels, self.labelled)
-        draws = [data.rng(self.seed, "flow", r["n"]) for r in records]  # one per sample: neither
-        shape = (self.tokens, self.channels)            # mesh nor micro-batch changes a draw
+        # one generator per sample, so that neither mesh nor micro-batch changes a draw
+        draws = [data.rng(self.seed, "flow", r["n"]) for r in records]
         normal = lambda *shape: torch.from_numpy(
             np.stack([g.standard_normal(shape, np.float32) for g in draws]))
         batch = {
             "images": torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records]),
             **{k: torch.from_numpy(v) for k, v in dict(ids=ids, where=where, targets=targets,
                                                        start=start, answer=answer).items()},
-            "normal": normal(),                         # for the time
+            "normal": normal(),                         # for the time; the order of draws is fixed
             "drop": torch.tensor([g.random() < self.cond_drop for g in draws]),
-            "eps": normal(*shape),
+            "eps": normal(self.tokens, self.channels),
             "counts": {"tokens": int((targets != chat.IGNORE).sum()),
                        "images_to_draw": int(answer.sum())},
             "keys": [r["key"] for r in records],
             "rejected": [(r["key"], why) for r, why in zip(records, whys) if why],
             "skipped": [s for r in records for s in r["skipped"]]}
         if self.posterior:                              # last, so that the other draws are the same
-            batch["posterior"] = normal(*shape)
+            batch["posterior"] = normal(self.tokens, self.channels)
         return batch
 
 
 # ------------------------------------------------------------------------------------------------
-# The model and its losses
+# The model, and one step
 # ------------------------------------------------------------------------------------------------
 
 class ScaleRAE(nn.Module):
-    """The two networks that are trained, and the losses of a batch.
+    """The two trained networks, and the losses of a batch.
 
-    repa: a DiT block whose tokens a projector (three Linears, left out of exports) aligns with the
-    frozen encoder's features (REPA, arXiv 2410.06940, equation 8). It gives a VAE's latent the
-    semantics that the RAE's has by itself; there it aligns with the clean latent.
+    repa: number of the DiT block whose output a projector (three Linears, not exported) aligns with
+    the frozen encoder's features of C' = `channels` (REPA, arXiv 2410.06940, equation 8); 0: none.
+    REPA helps a VAE's latent, which lacks the semantics that the RAE's latent has by itself.
     """
 
     def __init__(self, llm, dit, alpha, repa=0, channels=0):
@@ -119,12 +120,12 @@ class ScaleRAE(nn.Module):
         self.tapped = tokens                                                # [B,N,D]
 
     def forward(self, z, u, batch, has_targets=True):
-        """Latents z [B,N,C], what the LLM sees of the images u [B,N,C'] (the same, but for a VAE)
-        and a batch of `Collate` -> text loss, summed over the labelled tokens; flow loss and REPA's
-        per image [B], zero where the image is not to be generated; times t [B]; cond [B,N,Z].
+        """Latents z [B,N,C], features u [B,N,C'] that the LLM reads (z itself, but for a VAE) and a
+        batch of `Collate` -> text loss, summed over the labelled tokens; flow loss and REPA's per
+        image [B], zero where the image is not to be generated; times t [B]; cond [B,N,Z].
 
         Images in questions pass through the DiT too and count zero: one graph for every batch.
-        has_targets False: the whole batch asks, so the DiT is left out.
+        has_targets: whether the whole batch has any image to generate; if not, the DiT is left out.
         """
         h = self.llm(self.llm.embed(batch["ids"], batch["start"], batch["answer"], u))  # [B,L,H]
         text_loss = self.llm.text_loss(h, batch["where"], batch["targets"])
@@ -143,12 +144,8 @@ class ScaleRAE(nn.Module):
         if hasattr(self, "repa"):
             y = self.repa(self.tapped).float()                              # [B,N,C']
             repa_loss = (1 - F.cosine_similarity(y, u, dim=-1).mean(1)) * answer
-        return text_loss, flow_loss, repa_loss, t, cond.detach()            # cond: for the log alone
+        return text_loss, flow_loss, repa_loss, t, cond.detach()        # cond: for the log alone
 
-
-# ------------------------------------------------------------------------------------------------
-# The trained networks and their initial values
-# ------------------------------------------------------------------------------------------------
 
 def build(config, args, dtype):
     """Build ScaleRAE from its config; under torch.device("meta") its shapes alone. Raises UserError
@@ -175,8 +172,8 @@ def initial(name, shape, seed):
 
 @torch.no_grad()
 def encode(encoder, vae, batch):
-    """Return a batch's latents z [B,N,C], and what the LLM sees of its images u [B,N,C']: the same,
-    or with a VAE, whose latent says little of what is in the image, the encoder's."""
+    """Return a batch's latents z [B,N,C] and the features u [B,N,C'] that the LLM reads. They are
+    the same, but for a VAE: its latent says little about the content, so the encoder gives u."""
     x = batch["images"].float() / 255                                   # [B,3,S,S]
     u = encoder(x)                                                      # [B,N,C']
     if not vae:
@@ -187,9 +184,9 @@ def encode(encoder, vae, batch):
 
 
 def train_step(model, encode, batches, trained, ema_weight, args, devices):
-    """Make one update from micro-batches on the devices; the host waits for no device in it.
+    """Make one update from micro-batches on the devices. The host does not wait for a device.
 
-    encode(batch) -> z, u; trained: (parameters by name, optimizers, averages by name). Returns the
+    encode(batch) -> z, u. trained: (parameters by name, optimizers, averages by name). Returns the
     values to log {name: tensor}, the flow losses by time [10,2] and the gradient's norm.
     """
     named, optimizers, ema = trained
@@ -198,7 +195,7 @@ def train_step(model, encode, batches, trained, ema_weight, args, devices):
         has_targets = batch["totals"]["images_to_draw"] > 0
         z, u = encode(batch)                                            # [B,N,C], [B,N,C']
         text, flow_losses, repa, t, cond = model(z, u, batch, has_targets)
-        # sums over this micro-batch, divided by numbers of the whole batch: together its means
+        # sums over this micro-batch, divided by the whole batch's counts: they add up to its means
         losses = dict(text=text / batch["tokens"])
         loss = losses["text"]
         if has_targets:
@@ -215,7 +212,7 @@ def train_step(model, encode, batches, trained, ema_weight, args, devices):
     if has_targets:
         spread = training.condition_spread(parallel.average(cond_sums, devices))
         values["cond_spread"] = spread
-    else:                               # zeros, with which AdamW would still follow its momentum
+    else:       # this gradient is zero, not None, and AdamW would still follow its momentum
         named["llm.model.latent_queries"].grad = None
     grad_norm = parallel.clip_grad(named.values(), args.clip, devices)
     for optimizer in optimizers:
@@ -235,11 +232,11 @@ def optimizers_for(named, args, devices):
     groups = [dict(params=[p for k, p in named.items() if k in names], lr=lr, betas=betas)
               for names, lr, betas in ((of_dit, args.lr, args.betas),
                                        (of_llm, args.lr_llm, args.betas_llm))]
-    found = [parallel.adamw(groups, devices, eps=1e-8, weight_decay=0.0)]
+    optimizers = [parallel.adamw(groups, devices, eps=1e-8, weight_decay=0.0)]
     if args.optimizer == "muon":
-        found.append(torch.optim.Muon([p for k, p in named.items() if k in muon], lr=args.lr,
-                                      weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-    return found
+        optimizers.append(torch.optim.Muon([p for k, p in named.items() if k in muon], lr=args.lr,
+                                           weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def main():
@@ -255,7 +252,7 @@ def main():
         raise UserError("--optimizer muon: not on xla; use adamw")
     init, config = stage2.open_init(args)
     fill_defaults(args, config)
-    training.check_batch(args, devices, None if args.size == "tiny" else 8)   # 8 images a device
+    training.check_batch(args, devices, None if args.size == "tiny" else 8)   # 8 per device
 
     # --------------------------------------------------------------------------------------------
     # Models: the frozen encoder (and decoder, to look at samples), the LLM, the DiT
@@ -357,9 +354,9 @@ def main():
             model, latents, run.micro_batches(loader), (named, optimizers, ema),
             parallel.scalar(training.ema_weight(args.ema, step), devices.device), args, devices)
         images = run.totals["images_to_draw"]
-        logged = {k: v for k, v in values.items()       # one image has no spread; `values` keeps
-                  if images != 1 or k != "cond_spread"}     # it: on xla another output would be
-        run.meter.add(flow_by_t=by_time, **logged)          # another program
+        if images == 1:         # one image has no spread; on xla one program serves all batches
+            values.pop("cond_spread")
+        run.meter.add(flow_by_t=by_time, **values)
         work = {k: v for k, v in flops.items() if images or k not in ("dit", "repa")}
         run.end_step(step + 1, grad_norm, work, PLOT, can_draw and sample, lr=args.lr * factor,
                      lr_llm=args.lr_llm * factor, grad_norm=grad_norm)
