@@ -29,10 +29,6 @@ KEYS = {"prompt": lambda r: (-r["prompt_conf"], -r["yes_logit"], r["no_logit"]),
         "loss": lambda r: r["prompt_loss"]}
 
 
-# ------------------------------------------------------------------------------------------------
-# Answers
-# ------------------------------------------------------------------------------------------------
-
 def decode(tokenizer, steps):
     """Turn the tokens [B] of each step, -1 after the end of an answer, into B strings."""
     return [tokenizer.decode([i for i in row if i >= 0]) for row in torch.stack(steps, 1).tolist()]
@@ -40,14 +36,10 @@ def decode(tokenizer, steps):
 
 @torch.no_grad()
 def answers(llm, tokenizer, z, words, limit=48):
-    """Answer text_model.question greedily for all images at once -> B strings."""
+    """Answer the question `words` about the images z [B,N,C] greedily, all at once -> B strings."""
     steps = greedy(llm, tokenizer, question(llm, tokenizer, z, words), limit, [])
     return decode(tokenizer, [token.masked_fill(~alive, -1) for _, token, alive in steps])
 
-
-# ------------------------------------------------------------------------------------------------
-# Verifiers
-# ------------------------------------------------------------------------------------------------
 
 def certainty(logits):
     """Logits [...,V] -> [...]: -mean over the vocabulary of log(V p), 0 for a uniform p. fp32."""
@@ -87,7 +79,7 @@ def answer_scores(llm, tokenizer, z, prompt, limit=512):
     """z [B,N,C] -> dict of [B]: score (1: said yes), yes_logit and no_logit (the raw logit of the
     word where it is written, the last time if often, 0 if never), yes_prob; `answer`, B strings.
 
-    Answers all candidates at once, greedily, with one KV cache. yes_prob needs only limit=1.
+    Answers all candidates at once, greedily, with one KV cache.
     """
     yes, no, yes1, no1 = (torch.tensor(ids, device=z.device) for ids in
                           (*word_ids(tokenizer), *word_ids(tokenizer, first=True)))

@@ -92,7 +92,7 @@ def sincos_positions(width, side):
 def attention(q, k, v):
     """Softmax attention from all tokens to all tokens, each [B,H,L,W/H]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # torch's fused kernel is three to five times slower here (LOG.md, 2026-11-23)
+        # torch's fused kernel is two to six times slower here (LOG.md, 2026-11-23)
         return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -124,8 +124,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """config: a DecoderConfig. dtype: of the matrix products. Set `remat` to recompute each block's
-    activations in the backward pass."""
+    """The ViT decoder. dtype: the dtype of the token stream; weights, statistics of the norms and
+    pixels are fp32. Set `remat` to recompute each block's activations in the backward pass."""
 
     def __init__(self, config, dtype=torch.float32):
         super().__init__()

@@ -2,9 +2,10 @@
 
     images [B,3,H,W] in [0,1]  ->  latent z [B,N,C],  z = LayerNorm(ViT(x))
 
-One ViT serves both published encoders. They differ in five places:
+One ViT serves both published encoders. They differ in:
 
                 SigLIP-2 (google/siglip2-so400m-patch14-224)    WebSSL-DINO (facebook/webssl-dino*)
+    images      squashed to a square, mean and std 0.5          centre crop, ImageNet's mean and std
     latent      C = 1152, N = 16 x 16                           C = 1024, N = 16 x 16
     class token no                                              yes, dropped from the latent
     layer scale no                                              yes
@@ -61,7 +62,7 @@ def attention(q, k, v, heads):
     """Softmax attention over all tokens; q [B,L,C], k and v [B,N,C] -> [B,L,C]."""
     q, k, v = (a.unflatten(-1, (heads, -1)).transpose(1, 2) for a in (q, k, v))  # [B,H,.,C/H]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # torch's fused kernel is three to five times slower here (LOG.md, 2026-11-23)
+        # torch's fused kernel is two to six times slower here (LOG.md, 2026-11-23)
         y = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
     else:
         y = F.scaled_dot_product_attention(q, k, v)                         # [B,H,L,C/H]
@@ -132,9 +133,8 @@ class ViT(nn.Module):
         self.image_size, self.patch_size = k.image_size, k.patch_size
         self.grid = k.image_size // k.patch_size
         self.tokens, self.channels = self.grid ** 2, C                      # N, C
-        # The published processors normalise an image and make it square. SigLIP's squashes it,
-        # DINO's cuts out the middle. resample: Pillow's number of the bicubic filter (networks.py
-        # reads the number of a published folder).
+        # What the published processors do. resample: Pillow's number of the bicubic filter;
+        # networks.py takes the number of a published folder instead.
         self.mean = (0.485, 0.456, 0.406) if dino else (0.5, 0.5, 0.5)
         self.std = (0.229, 0.224, 0.225) if dino else (0.5, 0.5, 0.5)
         self.crop, self.resample = "center" if dino else "squash", 3

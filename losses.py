@@ -33,9 +33,9 @@ TINY_WIDTH = 1 / 8                          # the tiny preset: 8, 16, 32, 64, 64
 class Perceptual(nn.Module):
     """A frozen VGG16 with the weights of LPIPS.
 
-    width: factor on the number of channels. dtype: of the convolutions; the losses are in fp32. The
-    LPIPS weights are 1/C, which knows no human judgement, until a file replaces them. The tiny
-    network keeps 1/C.
+    width: factor on the number of channels. dtype: the dtype of the convolutions; the losses are in
+    fp32. The LPIPS weights, fitted to human judgements, come from a file. Without one they are 1/C;
+    the tiny network keeps 1/C.
     """
 
     def __init__(self, width=1.0, dtype=torch.float32):
@@ -98,12 +98,12 @@ class Perceptual(nn.Module):
 
     def forward_flops(self, side):
         """Return the FLOPs of the maps of one square image, 2 per multiply-add."""
-        total, c_in = 0, 3
-        for stage, (n, c) in enumerate(zip(CONVS, WIDTHS)):
-            c = round(c * self.width)
-            for _ in range(n):
-                total += 2 * 9 * c_in * c * (side >> stage) ** 2
-                c_in = c
+        total = 0
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                side //= 2
+            elif isinstance(layer, nn.Conv2d):
+                total += 2 * layer.weight.numel() * side ** 2
         return total
 
 
@@ -114,7 +114,7 @@ def unit(f):
 
 
 # ------------------------------------------------------------------------------------------------
-# The discriminator's frozen trunk
+# The discriminator: a frozen trunk and trained heads
 # ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -186,10 +186,6 @@ class Dino(nn.Module):
                 out.append(x[:, 1:].mT)                                         # [B, d, N]
         return [x[:, 1:].mT] + out
 
-
-# ------------------------------------------------------------------------------------------------
-# The discriminator's trained heads
-# ------------------------------------------------------------------------------------------------
 
 class SpectralConv1d(nn.Module):
     """A circular conv1d with the weight W / sigma_max(W) (arXiv 1802.05957). The length stays.
@@ -283,8 +279,8 @@ def augment(images, draws):
     """Augment images [B,3,H,W] in [0,1] differentiably (DiffAug, arXiv 2006.10738).
 
     draws: uniform numbers [B,5] in [0,1): two for the translation, then brightness, saturation and
-    contrast. The translation is at most 1/8 of the side and fills with grey. There is no cutout, as
-    in the RAE code. That code's numbers are for [-1,1], so this function goes there and back.
+    contrast. The translation is at most 1/8 of the side and fills with grey. As in the RAE code,
+    there is no cutout, and the numbers are those for images in [-1,1].
     """
     x, (_, _, H, W) = 2 * images - 1, images.shape
     r = draws.mT[..., None, None, None]                                 # [5, B, 1, 1, 1]
@@ -330,10 +326,6 @@ def adaptive_weight(rec_loss, gan_loss, last_weight, average=lambda gradient: gr
                 for loss in (rec_loss, gan_loss))
     return (rec.norm() / (gan.norm() + 1e-6)).clamp(0, 1e4).detach()
 
-
-# ------------------------------------------------------------------------------------------------
-# Initial weights
-# ------------------------------------------------------------------------------------------------
 
 def initial(name, shapes, seed):
     """Return the initial value of one tensor of the discriminator, whose tensors have `shapes`.

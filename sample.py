@@ -11,9 +11,9 @@
     cond = LLM(prompt, queries);  z = flow.sample(dit, cond, noise);  image = decoder(z)
 
 The schedule `euler` walks from t = 1 to 0. `authors` is the authors' sampler, with their noise and
-their stray last step, to repeat their numbers. Guidance does nothing in their code, so it is off
-with this schedule unless you give it. The same prompt and seed give the same image in any batch, up
-to rounding (one of 255 levels). prompts.py holds the prompt files, the checks and the PNG files.
+their stray last step, to repeat their numbers. Guidance does nothing in their code, so guidance is
+off with this schedule unless you give --guidance. The same prompt and seed give the same image in
+any batch, up to rounding (one of 255 levels). prompts.py holds prompt files, checks and PNG files.
 """
 import argparse
 import json
@@ -58,18 +58,6 @@ def template(text):
     return text
 
 
-def model_flags(parser):
-    """Add the flags that name a model and its device."""
-    a = parser.add_argument_group("model").add_argument
-    a("--run", default=weights.TINY,
-      help="run folder, checkpoint folder, released folder or hub id (default: the shipped model)")
-    a("--encoder", help="file, folder or hub id (default: the one the run was trained with)")
-    a("--decoder", help="file, folder or hub id (default: the one that belongs to the encoder)")
-    a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
-    a("--dtype", choices=["bfloat16", "float32"],
-      help="of matrix products (default: bfloat16 on accelerators, float32 on the CPU)")
-
-
 def sampler_flags(group, steps=50, seed=0):
     """Add the sampler's flags to an argument group and return their actions."""
     a = group.add_argument
@@ -95,7 +83,14 @@ def arguments(argv=None):
     a("--latent", type=Path, help="decode saved latents, or answer a question about them")
     a("--prompts", type=Path, help="draw many prompts: a text file with one per line, a .jsonl "
       "with \"prompt\", or a folder of .txt")
-    model_flags(p)
+    a = p.add_argument_group("model").add_argument
+    a("--run", default=weights.TINY,
+      help="run folder, checkpoint folder, released folder or hub id (default: the shipped model)")
+    a("--encoder", help="file, folder or hub id (default: the one the run was trained with)")
+    a("--decoder", help="file, folder or hub id (default: the one that belongs to the encoder)")
+    a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
+    a("--dtype", choices=["bfloat16", "float32"],
+      help="of matrix products (default: bfloat16 on accelerators, float32 on the CPU)")
     g = p.add_argument_group("drawing")
     a, number, drawing = g.add_argument, g.add_mutually_exclusive_group(), sampler_flags(g)
     drawing += [
@@ -135,7 +130,7 @@ def answer(llm, tokenizer, words, z=None, limit=512):
     """Answer greedily: yield the text as it is written and, if the model opens an image, its
     condition [1,N,Z] at the end. The model writes `<im_start>` itself; the queries follow.
 
-    words: the user's. z [1,N,C]: the image that they are about, or None.
+    words: the user's text. z [1,N,C]: the image that the text is about, or None.
     """
     opens = tokenizer.token_to_id("<im_start>")
     cache, written, shown = [], [], ""
@@ -166,8 +161,8 @@ def ask(args, model, z):
 def condition(args, model, words, device):
     """Let the LLM read a prompt -> cond [1,N,Z], and whether it was forced to open the image.
 
-    --direct forces it. Without, an answer in words is an error for a single prompt. One of many
-    prompts is then forced, and a line says so, because one prompt should not end the run.
+    --direct forces it. Without --direct, an answer in words is an error for a single prompt. With
+    --prompts, such a prompt is forced and named, because one prompt should not end the run.
     """
     if not args.direct:
         *said, cond = list(answer(model.llm, model.tokenizer, words, limit=args.max_tokens)) or [""]

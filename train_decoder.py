@@ -8,8 +8,9 @@
     L   = l1 |x_hat - x| + lpips LPIPS(x_hat, x) + gram Gram(x_hat, x) - gan lambda D(T(x_hat))
     L_D = hinge(D(T(x)), D(T(x')))
 
-D is the discriminator of losses.py and T its augmentation; x' = decoder(encoder(x)) in 8 bits, from
-the decoder that was just updated. The VAE adds kl KL to L and draws z from its posterior.
+D is the discriminator of losses.py, T its augmentation, and lambda its adaptive weight. x' is
+decoder(encoder(x)) in 8 bits, from the decoder that was just updated. The VAE adds kl KL to L and
+draws z from its posterior.
 """
 import argparse
 import dataclasses
@@ -41,8 +42,9 @@ from vae import initial as init_vae
 # ------------------------------------------------------------------------------------------------
 
 EPOCH = 1_280_000       # images in a virtual epoch: `7e` is seven epochs, `500` is 500 steps
-DEFAULTS = {            # paper, Table 7, and the RAE code; the EMA is ours. tiny's small VGG pulls
-    # harder against L1 than the real one, so it has a tenth of the weights, and less of the GAN's
+# Paper, Table 7, and the RAE code; the EMA is ours. tiny's small VGG pulls harder against L1 than
+# the real one, so its LPIPS and Gram have a tenth of the paper's weights, and its GAN a hundredth.
+DEFAULTS = {
     "tiny": dict(steps=1500, batch=32, lr=1.5e-3, lr_final=1e-5, warmup="200", ema=0.998,
                  lr_disc=2e-3, lr_disc_final=2e-4, warmup_disc="100", disc_start="500",
                  gan_start="600", lpips=0.1, gram=10.0, gan=0.1),
@@ -71,7 +73,8 @@ def span(text):
     return text
 
 
-def parser():
+def arguments():
+    """Read the flags. The rest follows from --size and --latent."""
     p = cli.Parser(description=__doc__.split("\n")[0])
     cli.training_flags(p, steps=None, batch=None, data=DATA, log=20, sample=500, save=1000)
     number = positive(float, zero=True)
@@ -109,12 +112,7 @@ def parser():
         a(f"--warmup{name}", type=span, help="steps, or virtual epochs (2e)")
     a("--betas", type=share, nargs=2, default=[0.9, 0.95], help="of both optimizers")
     a("--ema", type=share, help="decay of the averaged weights; 0: off. Ours, not the paper's")
-    return p
-
-
-def arguments():
-    """Read the flags. The rest follows from --size and --latent."""
-    args = parser().parse_args()
+    args = p.parse_args()
     vae, recipe = args.latent == "vae", "tiny" if args.size == "tiny" else args.latent
     for key, value in DEFAULTS[recipe].items():
         if getattr(args, key) is None:
@@ -136,10 +134,6 @@ def arguments():
     args.out = args.out or Path(f"runs/{'vae' if vae else 'decoder'}-{args.size}")
     return args
 
-
-# ------------------------------------------------------------------------------------------------
-# The network to train
-# ------------------------------------------------------------------------------------------------
 
 def build(args, encoder, devices):
     """Build the decoder or VAE on its devices, with initial weights or those of --init. encoder:
@@ -192,8 +186,8 @@ def latent_noise(numbers, seed, shape, dist, tau=1.0):
 class Collate:
     """Records -> one batch; runs in the loader's worker.
 
-    images uint8 [B,3,S,S]; fake_g, fake_d, real_d [B,5]: the draws of losses.augment; noise: of the
-    latent, by the function noise(numbers, seed), if there is one.
+    images uint8 [B,3,S,S]; fake_g, fake_d, real_d [B,5]: the draws of losses.augment; noise: what
+    the function noise(numbers, seed) draws for the latent, if there is one.
     """
 
     def __init__(self, seed=0, noise=None):
@@ -212,16 +206,12 @@ class Collate:
         return batch
 
 
-# ------------------------------------------------------------------------------------------------
-# A gradient that is computed once, and the end of a run
-# ------------------------------------------------------------------------------------------------
-
 def at_image(loss, x_hat):
     """Return the same loss, with the same gradient at x_hat, as a linear function of x_hat.
 
-    A later backward pass then begins at x_hat. So VGG and the discriminator are passed once, though
-    the adaptive weight needs each loss' gradient too, and the discriminator's own weights get no
-    gradient from the decoder's step.
+    A later backward pass then begins at x_hat. So the backward pass runs once through VGG and the
+    discriminator, although the adaptive weight needs the gradient of each loss, and the
+    discriminator's own weights get no gradient from the decoder's step.
     """
     gradient, = torch.autograd.grad(loss, x_hat)                            # [B,3,S,S]
     linear = (x_hat * gradient).sum()
@@ -229,8 +219,8 @@ def at_image(loss, x_hat):
 
 
 def export(run, model, named, ema, batches):
-    """Write the weights and their averages to final/ and return the folder. Each VAE has the scale
-    and the shift that its latent of `batches` of images asks for."""
+    """Write the weights and their averages to final/ and return the folder. The scale and the shift
+    of a VAE are measured on `batches` of images."""
     batches = list(batches) if isinstance(model, VAE) else []
     for name, average in (("model", {}), ("ema", ema)):
         with averaged(named, average):

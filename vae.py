@@ -21,16 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """diffusers' fields that this network reads, under the same names. The defaults are FLUX.1-dev:
-    f = 8, 256 px -> 32 x 32 x 16 -> 256 tokens of 64 channels."""
+    """Fields of diffusers' config, under the same names. The defaults are FLUX.1-dev's: f = 8,
+    256 px -> 32 x 32 x 16 -> 256 tokens of 64 channels."""
     in_channels: int = 3
     out_channels: int = 3
     block_out_channels: tuple = (128, 256, 512, 512)
     layers_per_block: int = 2
     latent_channels: int = 16
     norm_num_groups: int = 32
-    use_quant_conv: bool = False            # FLUX's form has neither of these two convolutions
-    use_post_quant_conv: bool = False
+    use_quant_conv: bool = False            # FLUX has neither of these two convolutions. Nothing
+    use_post_quant_conv: bool = False       # here reads them; diffusers' default is True
     scaling_factor: float = 0.3611
     shift_factor: float | None = 0.1159
 
@@ -165,10 +165,8 @@ def unpack(tokens):
 
 
 class VAE(nn.Module):
-    """AutoencoderKL with FLUX's packing of the latent into tokens. config: a VAEConfig.
-
-    `channels` is C. `stride` is the number of pixels on a token's side (16).
-    """
+    """AutoencoderKL with FLUX's packing of the latent into tokens. `stride` is the number of pixels
+    on a token's side (16)."""
     crop, resample = "squash", 1                    # diffusers' VaeImageProcessor; 1 is Lanczos
 
     def __init__(self, config=VAEConfig()):
