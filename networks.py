@@ -22,8 +22,8 @@ from losses import initial as init_discriminator
 from training import start_table, state_gb
 from vae import VAE, VAEConfig
 from weights import (HUB, TINY, TINY_ENCODER, Weights, check_config, in_memory, load, locate,
-                     open_weights, portable_path, read_fields, read_json, rows_for, tokenizer_folder,
-                     weights_of)
+                     open_weights, portable_path, read_fields, read_json, rows_for,
+                     tokenizer_folder, weights_of)
 
 
 def load_encoder(path, devices):
