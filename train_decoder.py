@@ -222,8 +222,8 @@ def export(run, model, named, ema, batches):
     """Write the weights and their averages to final/ and return the folder. The scale and the shift
     of a VAE are measured on `batches` of images."""
     batches = list(batches) if isinstance(model, VAE) else []
-    for name, average in (("model", {}), ("ema", ema)):
-        with averaged(named, average):
+    for name in ("model", "ema") if ema else ("model",):
+        with averaged(named, ema if name == "ema" else {}):
             found = model.measure(batches) if batches else {}
             run.export(name, model.state_dict(),
                        dataclasses.asdict(dataclasses.replace(model.config, **found)))
@@ -385,7 +385,8 @@ def main():
         score = sample(args.steps)["psnr"]
         if run.main:
             what = "unseen images" if mixture.endless() else "images of the data, which it has seen"
-            print(f"{final}: PSNR {score:.2f} dB on 64 {what} (averaged weights)")
+            print(f"{final}: PSNR {score:.2f} dB on 64 {what}"
+                  f"{' (averaged weights)' if ema else ''}")
 
 
 if __name__ == "__main__":
