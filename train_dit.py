@@ -284,13 +284,12 @@ def main():
     toy = args.size == "tiny" and not mixture.records   # then shapes can be judged
 
     count, flops, memory = training.costs(model, encoder, vae, first, args, devices)
+    trained, frozen = training.trained_and_frozen(model, count)
     training.start_table(
         f"train_dit --size {args.size}", args, devices, count, flops, memory, latent=[N, C],
         alpha=config.alpha, steps=args.steps, epochs=records and args.steps * args.batch / records,
         learning_rates=dict(dit=args.lr, llm=args.lr_llm), run=args.out,
-        trained={part: sum(p.numel() for p in net.parameters() if p.requires_grad)
-                 for part, net in model.named_children()},
-        files=files, data=sources, sample_prompts=len(prompts))
+        trained=trained, frozen=frozen, files=files, data=sources, sample_prompts=len(prompts))
     if args.dry_run:
         return
     run = Run(args, devices, stage2.save_config(config), free={"micro_batch"})

@@ -65,6 +65,15 @@ def costs(model, encoder, vae, batch, args, devices):
     return count, flops, state_gb(stored[True], frozen, args.ema)
 
 
+def trained_and_frozen(model, count):
+    """Return the numbers of trained and of frozen parameters by network. count: all, by network.
+    Of the DiT, the table of positions is not trained."""
+    trained = {part: sum(p.numel() for p in net.parameters() if p.requires_grad)
+               for part, net in model.named_children()}
+    frozen = {part.removesuffix(" (frozen)"): n - trained.get(part, 0) for part, n in count.items()}
+    return trained, {part: n for part, n in frozen.items() if n}
+
+
 # How the start-up table shows values whose names hold their unit.
 UNITS = {"train_tflop_per_image": ("training per image", "TFLOP"),
          "memory_gb_per_device": ("state per device", "GB")}

@@ -70,6 +70,8 @@ def test_no_flag_is_needed(photos, plan):
     assert frozen["trained"]["llm"] == 64 * 128 + 128 * 160 + 160       # queries, projector to DiT
     assert frozen["trained"]["dit"] == told["trained"]["dit"] == (      # all but the positions
         told["parameters"]["dit"] - 64 * 160)
+    assert told["frozen"].keys() == {"dit", "encoder"}
+    assert frozen["frozen"].keys() == {"dit", "llm", "encoder"}
     told = plan("--data", photos)
     assert (told["steps"], told["run"]) == (1800, "runs/dit-tiny")
     assert told["learning_rates"] == {"dit": 1.5e-3, "llm": 1e-3}
