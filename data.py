@@ -318,11 +318,15 @@ def copied(batches, workers):
     """Yield batches. Those of workers are copied: each of their tensors is an open file."""
     while True:
         try:
+            if any(p.exitcode is not None for p in workers):
+                raise EOFError                          # torch would take its lock, see below
             batch = next(batches)
         except (RuntimeError, OSError, EOFError) as e:
             codes = [p.exitcode for p in workers if p.exitcode is not None]
             if not codes:
                 raise
+            kill(workers)               # the dead one may hold the lock of torch's event for ever
+            batches._workers_done_event = multiprocessing.Event()
             raise WorkerDied(f"a loader worker died (exit code {codes[0]}); the system kills one "
                              "when memory or /dev/shm runs out; use fewer --workers") from e
         if isinstance(batch, UserError):
