@@ -46,7 +46,6 @@ WHOLE = 2 ** 14
 STACK = re.compile(r"\.(\d+)-(\d+)\.")
 
 
-
 def spec(name, shape):
     """Return the mesh axis of each dimension of a parameter, its moment or its average; None for a
     dimension that is not split."""

@@ -304,7 +304,7 @@ class Normalisation:
 
 
 # ------------------------------------------------------------------------------------------------
-# What a training needs besides the networks that it trains
+# The config and the initial values of a training, its export and its samples
 # ------------------------------------------------------------------------------------------------
 
 def open_init(args):

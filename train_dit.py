@@ -277,7 +277,8 @@ def main():
     collate = Collate(tokenizer, N, C, args.seed, args.cond_drop, args.length, vae is not None)
     first = collate([mixture[i] for i in range(16)])
     if not first["counts"]["tokens"]:
-        raise UserError("--data: none of the first 16 samples can be used, such as "
+        length = f" with --length {args.length}" if args.length else ""
+        raise UserError(f"--data{length}: none of the first 16 samples can be used, such as "
                         f"{': '.join(first['rejected'][-1])}")
     prompts = sample_prompts(args.sample_prompts, mixture,
                              stage2.Stage2(llm, dit, tokenizer, config))
@@ -353,9 +354,9 @@ def main():
             model, latents, run.micro_batches(loader), (named, optimizers, ema),
             parallel.scalar(training.ema_weight(args.ema, step), devices.device), args, devices)
         images = run.totals["images_to_draw"]
-        logged = {k: v for k, v in values.items()       # one image has no spread. `values` keeps it:
-                  if images != 1 or k != "cond_spread"}     # without this output, xla would compile
-        run.meter.add(flow_by_t=by_time, **logged)          # another program
+        # One image has no spread. `values` keeps it: without it, xla would compile another program.
+        logged = {k: v for k, v in values.items() if images != 1 or k != "cond_spread"}
+        run.meter.add(flow_by_t=by_time, **logged)
         work = {k: v for k, v in flops.items() if images or k not in ("dit", "repa")}
         run.end_step(step + 1, grad_norm, work, PLOT, can_draw and sample, lr=args.lr * factor,
                      lr_llm=args.lr_llm * factor, grad_norm=grad_norm)

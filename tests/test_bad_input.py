@@ -68,7 +68,7 @@ BAD = [
     (f"{DIT} --shift-base 0", ["--shift-base", "'0'"]),
     (f"{DIT} --guidance -1", ["--guidance", "'-1'"]),
     (f"{DIT} --sample-steps 0", ["--sample-steps", "'0'"]),
-    (f"{DIT} --length 60", ["more than 60 (--length)"]),
+    (f"{DIT} --length 60", ["--length 60", "more than 60"]),
     (f"{DIT} --sample-prompts IN/none", ["--sample-prompts", "IN/none"]),
     (f"{DIT} --sample-prompts IN/empty", ["--sample-prompts", "IN/empty", "no prompt"]),
     (f"{DIT} --sample-prompts IN/special.txt", ["--sample-prompts", "special.txt", "<|im_end|>"]),

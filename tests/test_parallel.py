@@ -80,7 +80,8 @@ def test_a_stack_is_split_as_its_blocks_and_files_have_it_block_by_block():
         assert [(key, first) for key, _, first in saved] == [
             (f"m.blocks.{i}.w.x", 0) for i in (2, 3, 4)]
         found, rows = torch.zeros_like(stack), {key: part for key, part, _ in saved}
-        parallel.fill("m.blocks.2-4.w.x", found, lambda key, a, b: parallel.cut(rows[key], a, b), CPU)
+        read = lambda key, first, last: parallel.cut(rows[key], first, last)
+        parallel.fill("m.blocks.2-4.w.x", found, read, CPU)
         assert torch.equal(found, stack)
     assert list(parallel.unstack("m.blocks.2.w", torch.ones(2))) == ["m.blocks.2.w"]
 
