@@ -11,6 +11,7 @@ what to measure, and the rule that turns the numbers into a verdict. The rule is
 run. Seeds are paired: arms with the same seed see the same data, noise and initial draws.
 """
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -28,6 +30,7 @@ from cli import UserError
 from claims import ROWS
 
 ROOT = Path(__file__).parent
+UNFINISHED = "not finished"
 FIGURES = ("method", "latents", "trajectory", "ranking")
 # What --quick adds to each command. argparse keeps the last value of a flag.
 TRAIN = "--steps 4 --batch 4 --log-every 1 --sample-every 0 --save-every 4"
@@ -96,25 +99,41 @@ def training_log(words):
 
 
 def reproduce(row, quick):
-    """Run what is missing of a row, one command at a time, and write its results."""
+    """Run what is missing of a row, one command at a time. The results are written after each arm
+    and seed. A row that results/ has unfinished goes on from there, also on another machine."""
     root = Path("runs/reproduce-quick" if quick else "runs/reproduce")
+    folder = root / "results" if quick else ROOT / "results"
     if quick:
         shutil.rmtree(root, ignore_errors=True)
+        row = replace(row, seeds=row.seeds[:1])
     if row.prepare:
         row.prepare(root / row.name)
-    points, used = [], {}
-    for seed in row.seeds[:1] if quick else row.seeds:
-        for arm in row.arms:
-            outputs = [output_of(c, root) for c in commands(row, arm, seed, root, quick)]
-            used.update((out["command"], out) for out in outputs)
-            points.append({"arm": arm, "seed": seed, "values": row.measure(outputs, arm)})
-    write(row, {
-        "name": row.name, "claim": row.claim, "paper": row.paper, "points": points,
-        "commands": {arm: [f"python {c}" for c in commands(row, arm, "SEED", root, quick)]
-                     for arm in row.arms},
-        "hours": round(sum(out["seconds"] for out in used.values()) / 3600, 2),
-        "machine": machine(), "commits": sorted({out["commit"] for out in used.values()}),
-        "date": time.strftime("%Y-%m-%d")}, root / "results" if quick else ROOT / "results")
+    result, counted = begun(row, root, folder, quick), set()
+    measured = [(point["arm"], point["seed"]) for point in result["points"]]
+    for seed, arm in itertools.product(row.seeds, row.arms):
+        if (arm, seed) in measured:
+            continue
+        outputs = [output_of(c, root) for c in commands(row, arm, seed, root, quick)]
+        result["points"].append({"arm": arm, "seed": seed, "values": row.measure(outputs, arm)})
+        seconds = sum(out["seconds"] for out in outputs if out["command"] not in counted)
+        counted.update(out["command"] for out in outputs)       # arms may share a training
+        result["hours"] = round(result["hours"] + seconds / 3600, 2)
+        result["machines"] = sorted({*result["machines"], machine()})
+        result["commits"] = sorted({*result["commits"], *(out["commit"] for out in outputs)})
+        result["date"] = time.strftime("%Y-%m-%d")
+        write(row, result, folder)
+
+
+def begun(row, root, folder, quick):
+    """Return the unfinished result in results/ if it is of the same commands, else an empty one."""
+    empty = {"name": row.name, "claim": row.claim, "paper": row.paper, "points": [],
+             "commands": {arm: [f"python {c}" for c in commands(row, arm, "SEED", root, quick)]
+                          for arm in row.arms},
+             "hours": 0, "machines": [], "commits": []}
+    path = folder / f"{row.name}.json"
+    old = json.loads(path.read_text()) if path.exists() else empty
+    same = old["commands"] == empty["commands"] and judged(row, old)[0] == UNFINISHED
+    return old if same else empty
 
 
 def commit():
@@ -140,6 +159,9 @@ def machine():
 def judged(row, result):
     """Return the verdict and our numbers, by the row's rule from the points; None without a rule.
     """
+    runs = len(row.arms) * len(row.seeds)
+    if len(result["points"]) < runs:
+        return UNFINISHED, f"{len(result['points'])} of {runs} runs"
     found = {}
     for point in result["points"]:
         for metric, value in point["values"].items():
@@ -175,8 +197,9 @@ def page(row, result):
     lines += ["", f"`python reproduce.py {row.name}` runs these commands for each seed:", ""]
     for command in dict.fromkeys(c for arm in result["commands"].values() for c in arm):
         lines.append(f"    {command}")
-    return "\n".join([*lines, "", f"{result['hours']} hours on {result['machine']}; "
-                      f"{result['date']}, commit {', '.join(result['commits'])}.", ""])
+    return "\n".join([*lines, "", f"{result['hours']} hours on "
+                      f"{' and '.join(result['machines'])}; {result['date']}, commit "
+                      f"{', '.join(result['commits'])}.", ""])
 
 
 def table(folder):
@@ -220,7 +243,8 @@ def plot(row, result, path):
 
 def panel(axis, row, metric, points):
     """Draw one metric: numbers above the names of the arms, or a curve for each arm."""
-    for k, arm in enumerate(row.arms):
+    arms = [arm for arm in row.arms if any(p["arm"] == arm for p in points)]
+    for k, arm in enumerate(arms):
         values = [p["values"][metric] for p in points if p["arm"] == arm]
         if not isinstance(values[0], list):
             axis.plot([k] * len(values), values, "o", color=f"C{k}", alpha=0.6)
@@ -236,7 +260,7 @@ def panel(axis, row, metric, points):
         if row.log_x:
             axis.set_xscale("log", base=2 if row.x == "N" else 10)
     else:
-        axis.set_xticks(range(len(row.arms)), row.arms, rotation=20, ha="right", fontsize=9)
+        axis.set_xticks(range(len(arms)), arms, rotation=20, ha="right", fontsize=9)
     axis.set_title(metric, fontsize=11)
     axis.grid(alpha=0.3)
 

@@ -39,8 +39,43 @@ def test_a_written_row_follows_from_its_points(row):
     assert (RESULTS / f"{row.name}.png").is_file()
     assert (RESULTS / f"{row.name}.md").read_text() == reproduce.page(row, result)
     points = {(point["arm"], point["seed"]) for point in result["points"]}
-    assert points == {(arm, seed) for arm in row.arms for seed in row.seeds}
+    every = {(arm, seed) for arm in row.arms for seed in row.seeds}
+    assert points <= every and len(points) == len(result["points"])
+    assert points == every or result["verdict"] == reproduce.UNFINISHED
     assert [result["verdict"], result["ours"]] == list(reproduce.judged(row, result))
+
+
+def test_an_unfinished_row_goes_on(tmp_path, monkeypatch):
+    """Its points are kept, also without runs/. Another command makes them worthless."""
+    row = claims.Row("sizes", "larger is better", "Fig. 5", {"a": ["a {seed}"], "b": ["b {seed}"]},
+                     (0, 1), lambda outputs, arm: {claims.LOSS: outputs[0]["flow"]},
+                     claims.sizes_rule)
+    ran = []
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    read = lambda: json.loads((tmp_path / "results/sizes.json").read_text())
+
+    def output_of(command, root, last=3):
+        if len(ran) == last:
+            raise KeyboardInterrupt
+        ran.append(command)
+        return {"command": command, "seconds": 360, "commit": "c", "flow": 1.0 - len(ran) / 10}
+
+    monkeypatch.setattr(reproduce, "output_of", output_of)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.reproduce(row, quick=False)
+    found = read()
+    assert (found["verdict"], found["ours"]) == ("not finished", "3 of 4 runs")
+    assert "| not finished |" in (tmp_path / "results/README.md").read_text()
+    monkeypatch.setattr(reproduce, "output_of", lambda *a: output_of(*a, last=9))
+    reproduce.reproduce(row, quick=False)
+    assert ran == ["a 0", "b 0", "a 1", "b 1"] and read()["verdict"] == YES
+    assert read()["points"][:3] == found["points"] and read()["hours"] == 0.4
+    (tmp_path / "results/sizes.json").write_text(json.dumps(found))
+    row.arms["a"] = ["c {seed}"]
+    reproduce.reproduce(row, quick=False)
+    assert ran[4:] == ["c 0", "b 0", "c 1", "b 1"]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
