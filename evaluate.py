@@ -336,11 +336,8 @@ def judge(args):
     with one attribute of it changed"""
     from tiny.benchmark import judge_table
     devices = sample.setup(args)
-    encoder, decoder = (getattr(args, kind) or weights.TINY / f"{kind}.safetensors"
-                        for kind in ("encoder", "decoder"))
-    paths = weights.locate([("encoder", encoder, "--encoder"), ("decoder", decoder, "--decoder")])
-    encoder = networks.load_encoder(paths[0], devices)
-    decode = networks.load_decoder(paths[1], devices, encoder)
+    config = stage2.model_config(weights.open_weights(weights.TINY, "--run"))
+    encoder, decode = stage2.load_codec(config, args, devices)
     rows = judge_table(encoder, decode, args.count, args.seed)
     report(args, devices, count=args.count, rows=rows)
 
