@@ -265,14 +265,14 @@ def flow(args):
     encoder, _ = stage2.load_codec(model.config, args, devices, decoder=bool(model.config.vae))
     shape = model.dit.config.tokens, model.dit.config.channels
     mixture, count = captioned(args, encoder)
-    loss, done = [[] for _ in args.times], 0
+    loss = [[] for _ in args.times]
     for x, records in images_and_records(mixture, count, devices, args.batch):
         prompts = [prompt_of(r) for r in records]
         cond = direct_condition(model.llm, model.tokenizer, prompts, devices.device)    # [B,N,Z]
         z = check_finite("the latent (made by the encoder)", encoder(x).float())        # [B,N,C]
-        eps = np.stack([data.rng(args.seed, "evaluate flow", done + i).standard_normal(
-            shape, dtype=np.float32) for i in range(len(x))])
-        eps, done = torch.from_numpy(eps).to(z.device), done + len(x)
+        draws = [data.rng(args.seed, "evaluate flow", r["n"]) for r in records]
+        eps = np.stack([g.standard_normal(shape, np.float32) for g in draws])           # [B,N,C]
+        eps = torch.from_numpy(eps).to(z.device)
         for values, time in zip(loss, args.times):
             t = torch.full((len(z),), time, device=z.device)
             v = model.dit(interpolate(z, eps, t), t, cond)
