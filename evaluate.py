@@ -109,16 +109,14 @@ def decoder(args):
     print(f"reconstructions by {args.run}, {resolution} px, on {devices}\nLPIPS net: {note}\n\n"
           f"{'source':<28}{'images':>8}{'PSNR dB':>9}{'SSIM':>8}{'LPIPS':>8}{'FD-enc':>10}"
           f"{'rFID':>10}")
-    results, everything = {}, collections.defaultdict(list)
+    results, every = {}, []
     for name, mixture in mixtures.items():
         mixture.resolution = resolution
-        rows = measure(reconstruct, images(mixture, counts[name], devices, args.batch), features,
-                       vgg, inception)
-        total = results[name] = show_row(name, rows)
-        for k, v in rows.items():
-            everything[k].append(v)
-    if len(mixtures) > 1:
-        total = show_row("all", {k: torch.cat(v) for k, v in everything.items()})
+        x = images(mixture, counts[name], devices, args.batch)
+        every.append(measure(reconstruct, x, features, vgg, inception))
+        total = results[name] = show_row(name, every[-1])
+    if len(every) > 1:
+        total = show_row("all", {k: torch.cat([rows[k] for rows in every]) for k in every[0]})
     report(args, devices, lpips_net=note, **total, sources=results)
 
 
