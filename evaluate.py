@@ -82,10 +82,8 @@ def load_codec(args, devices):
 def show_row(name, rows):
     """Print a row of the table for the tensors of `measure` -> its numbers."""
     fd_enc, rfid = distances(rows)
-    r = {"images": len(rows["psnr"]), "psnr": rows["psnr"].mean().item(),
-         "ssim": rows["ssim"].mean().item(),
-         "lpips": rows["lpips"].mean().item() if "lpips" in rows else None,
-         "fd_enc": fd_enc, "rfid": rfid}
+    means = {k: rows[k].mean().item() if k in rows else None for k in ("psnr", "ssim", "lpips")}
+    r = {"images": len(rows["psnr"]), **means, "fd_enc": fd_enc, "rfid": rfid}
     lpips, rfid = ("-" if v is None else f"{v:.4f}" for v in (r["lpips"], rfid))
     print(f"{printable(name)[-27:]:<28}{r['images']:>8}{r['psnr']:>9.2f}{r['ssim']:>8.4f}"
           f"{lpips:>8}{fd_enc:>10.4f}{rfid:>10}", flush=True)
