@@ -20,7 +20,7 @@ class Row:
     seeds: tuple
     measure: Callable       # outputs of an arm's commands, arm -> {metric: number or curve}
     rule: Callable | None   # its docstring is the rule in words
-    prepare: Callable | None = None     # writes the row's own data into its folder
+    data: dict | None = None    # the row's own images: the `files` of write_images
     quick: tuple = ()       # (long, short): replacements in the commands for --quick
     x: str = ""             # what x is in a curve
     log_x: bool = False
@@ -49,38 +49,22 @@ def last(log, key, count=1):
     return mean([line[key] for line in log if line.get(key) is not None][-count:])
 
 
-def write_images(folder, count, texts):
-    """Write shapes that no training has seen, and JSONL files {name: (first, last, is it alt text)}
-    which each list a part of them with captions."""
+def write_images(folder, files):
+    """Write shapes that no training has seen, and JSONL files that list parts of them with
+    captions. files: {name: [(first, last + 1, whether the captions are alt text)]}."""
     from PIL import Image
     from data import random_stream
     from tiny import world
     folder.mkdir(parents=True, exist_ok=True)
+    count = max(end for parts in files.values() for _, end, _ in parts)
     scenes = [world.scene("builtin:synthetic", 5000, k) for k in range(count)]
     for k, scene in enumerate(scenes):
         Image.fromarray(world.render(scene, 64)).save(folder / f"{k:04d}.png")
-    for name, parts in texts.items():
+    for name, parts in files.items():
         lines = [json.dumps({"image": f"{k:04d}.png", "caption": world.caption(
             scenes[k], random_stream("caption", k), web)})
             for first, end, web in parts for k in range(first, end)]
         (folder / name).write_text("\n".join(lines) + "\n")
-
-
-def one_image(folder):
-    write_images(folder, 1, {"one.jsonl": [(0, 1, False)]})
-
-
-def few_images(folder):
-    write_images(folder, 64, {"few.jsonl": [(0, 64, False)]})
-
-
-def finite_sets(folder):
-    n = 2000
-    write_images(folder, 2 * n, {
-        "clean-1.jsonl": [(0, n, False)], "clean-2.jsonl": [(0, 2 * n, False)],
-        "alt-1.jsonl": [(0, n, True)], "alt-2.jsonl": [(0, 2 * n, True)],
-        "half-1.jsonl": [(0, n // 2, False), (n // 2, n, True)],
-        "half-2.jsonl": [(0, n, False), (n, 2 * n, True)]})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -111,7 +95,7 @@ WIDTH = Row(
      "v, D 96": [train(f"{ONE} --width 96 --heads 3 --allow-narrow", 150)],
      "v, D 160": [train(f"{ONE} --width 160 --heads 5", 150)],
      "x, D 64": [train(f"{ONE} --width 64 --heads 2 --allow-narrow --predict x", 150)]},
-    (0, 1, 2), flow_at_the_end, width_rule, one_image,
+    (0, 1, 2), flow_at_the_end, width_rule, {"one.jsonl": [(0, 1, False)]},
     note="C = 96. One image with 8 fresh noises per step. The value is the mean of the last 50 "
     "steps. Shortened from 300 to 150 steps for time, after a look at an unfinished first try "
     "(0.36 for v, D 64 at step 300); the rule, set after a pilot of other runs, did not change.")
@@ -495,7 +479,7 @@ FINETUNE = Row(
     {f"{name}, {what}": finetuning(latent, freeze)
      for name, latent in (("RAE", "siglip2"), ("VAE", "vae"))
      for what, freeze in (("LLM + DiT", ""), ("DiT alone", "--freeze llm"))},
-    (0, 1, 2), finetuned, finetune_rule, few_images, x="epochs",
+    (0, 1, 2), finetuned, finetune_rule, {"few.jsonl": [(0, 64, False)]}, x="epochs",
     note="64 fixed shapes, from the models of `convergence` with the default shift. Flow loss at "
     "t = 0.1 to 0.9 with fixed noise; unseen: 512 shapes.")
 
@@ -527,7 +511,11 @@ MIXTURE = Row(
     {f"{name}, {n}x": [train(f"--data {{row}}/{file}-{n}.jsonl", 900), COLOURS,
                        flow(data="builtin:synthetic", count=512)]
      for n in (1, 2) for name, file in (("clean", "clean"), ("alt text", "alt"), ("half", "half"))},
-    (0, 1, 2), mixture_measure, mixture_rule, finite_sets,
+    (0, 1, 2), mixture_measure, mixture_rule,
+    {"clean-1.jsonl": [(0, 2000, False)], "clean-2.jsonl": [(0, 4000, False)],
+     "alt-1.jsonl": [(0, 2000, True)], "alt-2.jsonl": [(0, 4000, True)],
+     "half-1.jsonl": [(0, 1000, False), (1000, 2000, True)],
+     "half-2.jsonl": [(0, 2000, False), (2000, 4000, True)]},
     note="2,000 shapes (1x) or 4,000 (2x), the same images in all arms of a size; only the "
     "captions differ: complete ones stand for synthetic data, alt text for web data.")
 

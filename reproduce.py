@@ -27,7 +27,7 @@ from statistics import fmean as mean
 
 import cli
 from cli import UserError
-from claims import ROWS
+from claims import ROWS, write_images
 
 ROOT = Path(__file__).parent
 UNFINISHED = "not finished"
@@ -106,8 +106,8 @@ def reproduce(row, quick):
     if quick:
         shutil.rmtree(root, ignore_errors=True)
         row = replace(row, seeds=row.seeds[:1])
-    if row.prepare:
-        row.prepare(root / row.name)
+    if row.data:
+        write_images(root / row.name, row.data)
     result, counted = begun(row, root, folder, quick), set()
     measured = [(point["arm"], point["seed"]) for point in result["points"]]
     for seed, arm in itertools.product(row.seeds, row.arms):
