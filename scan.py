@@ -55,9 +55,7 @@ class Stacks(nn.Module):
                 yield view(stack, i)
 
     def __getitem__(self, at):
-        """Return the block with a number, or for a slice Stacks of its blocks."""
-        if not isinstance(at, slice):
-            return next(itertools.islice(self, at, None))
+        """Return Stacks of the blocks of a slice."""
         part, (start, stop, _) = Stacks(), at.indices(len(self))
         for first, end, stack in self.ranges():
             a, b = max(first, start), min(end, stop)
