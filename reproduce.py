@@ -91,7 +91,7 @@ def output_of(command, root):
 def training_log(words):
     """Return a finished training's log, and the seconds of its steps (also those before it was
     interrupted)."""
-    path = Path(words[len(words) - words[::-1].index("--out")]) / "log.jsonl"
+    path = Path(words[words.index("--out") + 1]) / "log.jsonl"
     log = [json.loads(text) for text in path.read_text().splitlines()]
     steps = [0] + [entry["step"] for entry in log]
     seconds = sum((b - a) * entry["step_s"] for a, b, entry in zip(steps, steps[1:], log))
