@@ -17,7 +17,7 @@ import torch
 
 from best_of import KEYS, rank
 from cli import DataError
-from data import Mixture, random_stream
+from data import random_stream
 from metrics import interval
 from tiny import world
 from tiny.judge import Prompt, compare, everything, look, read
@@ -36,14 +36,12 @@ def prompts(per_category=40):
     """Return the benchmark: a list of Prompts, half of each category unseen. Raises DataError."""
     if per_category > 40:
         raise DataError(f"--per-category {per_category}: there are 40 prompts per category")
-    rows = collections.defaultdict(list)
-    for line in (Path(__file__).parent / "benchmark.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        rows[row["category"], row["unseen"]].append(row)
-    chosen = []
-    for (_, unseen), half in rows.items():
-        chosen += half[:per_category // 2 if unseen else (per_category + 1) // 2]
-    return [prompt(row) for row in chosen]
+    rows = (Path(__file__).parent / "benchmark.jsonl").read_text().splitlines()
+    found = []
+    for start in range(0, len(rows), 40):                 # a category: 20 seen, 20 unseen
+        seen, unseen = rows[start:start + 20], rows[start + 20:start + 40]
+        found += seen[:(per_category + 1) // 2] + unseen[:per_category // 2]
+    return [prompt(json.loads(row)) for row in found]
 
 
 def prompt(row):
@@ -95,9 +93,8 @@ def questions(source, count, seed, size):
     if source not in ("builtin:qa", "builtin:align"):
         raise DataError(f"--data {source}: expected builtin:qa, builtin:align or a file of "
                         "questions")
-    mixture = Mixture([source], size, seed)
     for i in range(count):
-        r = mixture[i]
+        r = world.builtin_record(source, seed, i, size)
         x = torch.from_numpy(r["image"]).permute(2, 0, 1)[None].float() / 255
         question, reference = (t["value"].replace("<image>\n", "") for t in r["conversations"])
         yield dict(id=i, image=r["key"], kind=r["question"], question=question,
