@@ -174,7 +174,7 @@ def t2i(args):
     encoder, decode = stage2.load_codec(model.config, args, devices)
     print(f"{len(prompts)} prompts x {args.n} images by {args.run}, {args.steps} steps "
           f"({args.schedule}), guidance {guidance:g}, on {devices}\n", flush=True)
-    x = benchmark.scene_images(prompts, encoder.image_size)
+    x = benchmark.scene_images([p.scene for p in prompts], encoder.image_size)
     x_hat = benchmark.reconstruct(encoder, decode, x)
     ceiling = [judge(x, p)[0] for x, p in zip(x_hat, prompts)]
     seeds = [range(args.seed, args.seed + args.n)] * len(prompts)

@@ -175,17 +175,17 @@ def candidates_table(found, n):
     return rows
 
 
-def scene_images(prompts, size):
-    """Render the scenes of prompts -> [P,3,size,size] in [0,1]."""
-    x = np.stack([render(p.scene, size) for p in prompts])
+def scene_images(scenes, size):
+    """Render scenes -> [B,3,size,size] in [0,1]."""
+    x = np.stack([render(scene, size) for scene in scenes])
     return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
 
 
 @torch.no_grad()
-def reconstruct(encoder, decode, x, batch=64):
+def reconstruct(encoder, decode, x):
     """Encode and decode images [P,3,S,S] -> [P,3,S,S] on the CPU."""
     device = next(encoder.parameters()).device
-    return torch.cat([decode(encoder(part.to(device))).float().cpu() for part in x.split(batch)])
+    return torch.cat([decode(encoder(part.to(device))).float().cpu() for part in x.split(64)])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def judge_table(encoder, decode, count, seed):
     rows = {}
     for source in ("web", "synthetic", "text"):
         prompts = judge_scenes(f"builtin:{source}", count, seed)
-        x = scene_images(prompts, encoder.image_size)
+        x = scene_images([p.scene for p in prompts], encoder.image_size)
         for name, images in (("clean", x), ("reconstruction", reconstruct(encoder, decode, x))):
             true, false = judge_the_judge(prompts, images)
             mean, low, high = interval([true])
