@@ -113,7 +113,7 @@ def test_dense_term_has_its_weight(run):
 def test_last_is_the_end_token():
     records = [dict(caption=c, key=c, skipped=[], image=np.zeros((8, 8, 3), np.uint8))
                for c in ("a cat", "a red circle")]
-    batch = train_encoder.Collate(TOKENIZER)(records)
+    batch = train_encoder.collate(records, TOKENIZER)
     for ids, last, r in zip(batch["ids"], batch["last"], records):
         assert ids[:last].tolist() == TOKENIZER.encode(r["caption"]).ids
         assert ids[last] == TOKENIZER.token_to_id("<|endoftext|>")

@@ -287,26 +287,20 @@ def words_of(record):
     return turns[0] if record["task"] == "t2i" else " ".join(turns)
 
 
-class Collate:
+def collate(records, tokenizer, length=None):
     """Make a batch of records: images uint8 [B,3,S,S], ids [B,L], last [B], keys, skipped.
 
     length: L of all batches (XLA compiles one program per L); None: the batch's longest caption.
     """
-
-    def __init__(self, tokenizer, length=None):
-        self.tokenizer, self.length = tokenizer, length
-        self.pad = tokenizer.token_to_id("<|endoftext|>")
-
-    def __call__(self, records):
-        rows = [chat.encode_text(self.tokenizer, words_of(r))[:LENGTH - 1] + [self.pad]
-                for r in records]
-        ids = torch.full((len(rows), self.length or max(map(len, rows))), self.pad)
-        for row, i in zip(ids, rows):
-            row[:len(i)] = torch.tensor(i)
-        images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
-        return {"images": images, "ids": ids, "last": torch.tensor([len(r) - 1 for r in rows]),
-                "keys": [r["key"] for r in records],
-                "skipped": [s for r in records for s in r["skipped"]]}
+    pad = tokenizer.token_to_id("<|endoftext|>")
+    rows = [chat.encode_text(tokenizer, words_of(r))[:LENGTH - 1] + [pad] for r in records]
+    ids = torch.full((len(rows), length or max(map(len, rows))), pad)
+    for row, i in zip(ids, rows):
+        row[:len(i)] = torch.tensor(i)
+    images = torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records])
+    return {"images": images, "ids": ids, "last": torch.tensor([len(r) - 1 for r in rows]),
+            "keys": [r["key"] for r in records],
+            "skipped": [s for r in records for s in r["skipped"]]}
 
 
 def tokenizer_for(args):
@@ -369,9 +363,10 @@ def main():
                 data=args.data if args.dry_run else mixture.describe())
     if args.dry_run:
         return
-    collate = Collate(tokenizer, LENGTH if devices.kind == "xla" else None)
+    batch_of = functools.partial(collate, tokenizer=tokenizer,
+                                 length=LENGTH if devices.kind == "xla" else None)
     unseen = data.Mixture(args.data, args.resolution, args.seed + 1000)
-    unseen = parallel.to_device(collate([unseen[i] for i in range(256)]), devices)
+    unseen = parallel.to_device(batch_of([unseen[i] for i in range(256)]), devices)
 
     # --------------------------------------------------------------------------------------------
     # Optimizer and resume
@@ -384,7 +379,7 @@ def main():
     run.load(named, [optimizer])
     if run.main and not args.bench:
         write_text(run.dir / "tokenizer.json", tokenizer.to_str(pretty=True))
-    batches = data.loader(mixture, collate, args.micro_batch, run.start * args.batch, args.workers,
+    batches = data.loader(mixture, batch_of, args.micro_batch, run.start * args.batch, args.workers,
                           devices.rank, devices.world)
 
     # --------------------------------------------------------------------------------------------
