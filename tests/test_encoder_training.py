@@ -231,7 +231,6 @@ def test_it_runs_as_a_script_from_anywhere(tmp_path):
 BAD = [
     (["--arch", "vgg", "--depth", "3"], ["--arch vgg", "--depth"]),
     (["--arch", "vgg", "--dense", "1"], ["--dense", "vgg"]),
-    (["--arch", "dino", "--depth", "1"], ["--depth 1"]),
     (["--resolution", "60"], ["--resolution 60", "--patch 8"]),
     (["--width", "50"], ["--width 50", "--heads 4"]),
     (["--init", "no/such"], ["--init", "no/such"]),

@@ -87,8 +87,6 @@ def arguments():
     if args.arch != "vgg" and (args.resolution % args.patch or args.width % args.heads):
         raise UserError(f"--resolution {args.resolution} must be a multiple of --patch "
                         f"{args.patch}, and --width {args.width} of --heads {args.heads}")
-    if args.arch == "dino" and args.depth < 2:
-        raise UserError(f"--depth {args.depth}: every second block is read, so 2 are needed")
     args.out = args.out or Path(f"runs/{'encoder' if args.arch == 'vit' else args.arch}-tiny")
     return args
 
