@@ -101,12 +101,10 @@ def parse_spec(spec: str) -> tuple:
     if not name or "/" in number or os.path.exists(spec):               # such as date=2026/*.tar
         return spec, 1.0
     try:
-        weight = float(number)
-    except ValueError:
-        weight = math.nan
-    if not (weight > 0 and math.isfinite(weight)):
-        raise DataError(f"--data {printable(spec)}: the weight {number!r} is not a positive number")
-    return name, weight
+        return name, cli.positive(float)(number)
+    except ValueError as e:
+        raise DataError(f"--data {printable(spec)}: the weight {number!r} is not a positive "
+                        "number") from e
 
 
 def parse_specs(specs: list) -> tuple:
