@@ -187,7 +187,6 @@ BAD = [
     (f"{ENCODER} --data IN/plain --tokenizer AT/", ["--data", "IN/plain", "caption"]),
     ("data.py show builtin:wep", ["--data", "builtin:wep", "builtin:web"]),
     ("data.py show --count 1 --out s.psd", ["--out", "s.psd"]),
-    ("data.py show --crop round", ["'round'", "squash"]),
     ("data.py show --count 0", ["--count", "'0'"]),
     ("data.py show --count 1 --out IN/notes.txt/s.png", ["--out", "s.png"]),
     # the run folder

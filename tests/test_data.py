@@ -809,7 +809,7 @@ def test_check_reads_every_part(tmp_path, run):
 
 
 @pytest.mark.parametrize("args, words", [
-    (("show", "builtin:wep"), "builtin:wep"), (("show", "--crop", "round"), "round"),
+    (("show", "builtin:wep"), "builtin:wep"),
     (("show", "--out", "/nowhere/s.png"), "--out /nowhere/s.png"),
     (("show", "--count", "0"), "--count"), (("check", "/nowhere"), "/nowhere"),
     (("show", "--out", "sheet"), "expected a name such as sheet.png"),
