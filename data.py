@@ -138,7 +138,7 @@ class Mixture:
     """An endless stream of records: mixture[n], n >= 0, is a pure function of the arguments and n.
 
     A record is a dict: n; key; source; task ("t2i" or "qa"); image uint8 [R, R, 3]; caption or
-    None; conversations [{"from": "human"|"gpt", "value": ...}] with `<image>` in one turn; scene
+    None; conversations [{"from": "human"|"gpt", "value": ...}] with at most one `<image>`; scene
     (a Scene, None for files); skipped [(key, reason)], the broken records that this one replaces.
     A built-in question has its kind as `question`. text: leave out images without a caption. Raises
     DataError for sources that cannot be used.

@@ -146,7 +146,7 @@ def read_fields(fields: dict, text: bool, rand) -> dict:
         raise BrokenRecord(f"its caption is a {type(caption).__name__}, not a string")
     caption, turns, task = caption.strip(), fields.get("conversations"), "t2i"
     if turns:
-        turns, task = read_turns(turns)
+        task = task_of(turns)
     elif "<image>" in caption:
         raise BrokenRecord("its caption contains <image>")
     elif caption:
@@ -158,12 +158,10 @@ def read_fields(fields: dict, text: bool, rand) -> dict:
     return {"task": task, "caption": caption or None, "conversations": turns or []}
 
 
-def read_turns(turns) -> tuple:
-    """Check conversations -> (the turns, with `<image>` in one of them; the task).
-
-    As in the authors' preprocessing, an image that no turn mentions belongs to the human's first
-    turn. A first turn that is not the human's is dropped later (by chat.chat).
-    """
+def task_of(turns) -> str:
+    """Check conversations, and return their task: "t2i" if the assistant shows the image, else
+    "qa". (chat.chat gives an image that no turn mentions to the human's first turn, and drops a
+    first turn that is not the human's.)"""
     if not (isinstance(turns, list) and all(
             isinstance(t, dict) and isinstance(t.get("from"), str)
             and isinstance(t.get("value"), str) for t in turns)):
@@ -176,15 +174,11 @@ def read_turns(turns) -> tuple:
     if "user" not in roles[start:]:
         raise BrokenRecord("conversations: no turn is from the human")
     shown = [k for k, t in enumerate(turns) for _ in range(t["value"].count("<image>"))]
-    if not shown:
-        k = roles.index("user")
-        first = {**turns[k], "value": "<image>\n" + turns[k]["value"]}
-        return [*turns[:k], first, *turns[k + 1:]], "qa"
     if len(shown) > 1:
         raise BrokenRecord(f"{len(shown)} images in one sample; at most 1")
-    if shown[0] < start:
+    if shown and shown[0] < start:
         raise BrokenRecord("conversations: the first turn has the image, but is not the human's")
-    return turns, "t2i" if roles[shown[0]] == "assistant" else "qa"
+    return "t2i" if shown and roles[shown[0]] == "assistant" else "qa"
 
 
 # ------------------------------------------------------------------------------------------------

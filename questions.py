@@ -5,7 +5,7 @@ import re
 import best_of
 from chat import ROLES, encode_text
 from cli import UserError
-from files import BrokenRecord, open_image, open_source, read_turns
+from files import BrokenRecord, open_image, open_source, task_of
 from metrics import interval
 from prompts import to_tensor
 
@@ -20,7 +20,8 @@ def file_questions(path, count, encoder):
             file, fields = source.read(j)
             image = to_tensor(open_image(file), encoder)
             asked = {"from": "human", "value": fields.get("question", fields.get("text"))}
-            turns, _ = read_turns(fields.get("conversations") or [asked])
+            turns = fields.get("conversations") or [asked]
+            task_of(turns)                              # raises if they are no conversation
         except BrokenRecord as error:
             raise UserError(f"--data {source.key(j)}: {error}") from error
         k = next(k for k, turn in enumerate(turns) if ROLES[turn["from"]] == "user")

@@ -286,11 +286,15 @@ def test_conversations(talk, want, tmp_path):
         (_, why), = files.broken_records(files.open_source(source), True)
         assert want in why
         return
-    record = Mixture([source], 8)[0]
-    where = ["<image>" in t["value"] for t in record["conversations"]].index(True)
-    assert (record["task"], where) == want and len(record["conversations"]) == len(talk)
     from chat import IMAGE, chat, load_tokenizer
-    assert chat(load_tokenizer(ROOT / "tiny"), record["conversations"])[0].count(IMAGE) == 1
+    record, (task, where) = Mixture([source], 8)[0], want
+    assert (record["task"], record["conversations"]) == (task, talk)
+    tokenizer, shown = load_tokenizer(ROOT / "tiny"), talk
+    if not any("<image>" in t["value"] for t in talk):
+        shown = [dict(t, value="<image>\n" * (k == where) + t["value"]) for k, t in enumerate(talk)]
+    assert "<image>" in shown[where]["value"]
+    assert chat(tokenizer, record["conversations"]) == chat(tokenizer, shown)
+    assert chat(tokenizer, shown)[0].count(IMAGE) == 1
 
 
 def test_lines_of_a_jsonl(tmp_path, run):
