@@ -48,16 +48,16 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
-def open_image(source, what: str = None, short: int = 0) -> Image.Image:
+def open_image(source, short: int = 0) -> Image.Image:
     """Open an image file: turned as its EXIF tag says, RGB, transparent pixels on white.
 
-    source: path or bytes. what: its name in errors (default: the path). short: a JPEG may be
-    decoded at 1/2, 1/4 or 1/8 of its size as long as its short side keeps this many pixels.
-    Metadata that Pillow cannot read is dropped. Raises BrokenRecord for damaged pixels, for more
-    pixels than Pillow's limit against decompression bombs, and for anything but a regular file.
+    source: path or bytes. short: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as
+    its short side keeps this many pixels. Metadata that Pillow cannot read is dropped. Raises
+    BrokenRecord for damaged pixels, for more pixels than Pillow's limit against decompression
+    bombs, and for anything but a regular file.
     """
+    what = "image" if isinstance(source, bytes) else source
     data = source if isinstance(source, bytes) else read_file(source)
-    what = what or ("image" if isinstance(source, bytes) else source)
     with warnings.catch_warnings(), parsing(what, data, BrokenRecord):
         warnings.simplefilter("ignore")                   # Pillow's, about metadata
         try:

@@ -537,8 +537,6 @@ def test_what_is_no_image_is_named(tmp_path):
                         (tmp_path, "not a regular file"), (tmp_path / "absent", "no such file")):
         with pytest.raises(DataError, match=words):
             files.open_image(path)
-    with pytest.raises(DataError, match="--image x"):
-        files.open_image(tmp_path / "lfs.png", "--image x")
 
 
 def test_memory_is_bounded(tmp_path):
