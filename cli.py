@@ -29,10 +29,7 @@ class DataError(UserError):
 
 
 class Stopped(Exception):
-    """A signal ended the run after it was saved. `signal` is its number."""
-
-    def __init__(self, number):
-        self.signal = number
+    """Stopped(number): this signal ended the run after it was saved."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -203,7 +200,7 @@ def main(function):
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except Stopped as stopped:
-        number = stopped.signal
+        number, = stopped.args
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         number = signal.SIGINT
