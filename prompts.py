@@ -211,12 +211,11 @@ def save_png(image, path, **info):
 
 def settings(args, prompt, guidance, dtype, forced):
     """Return what the metadata of a drawn image say besides its seed. forced: whether the model was
-    made to open the image. The last four are left out at their default."""
+    made to open the image. The last three are left out at their default."""
     info = dict(prompt=prompt, steps=args.steps, guidance=guidance, schedule=args.schedule,
                 model=printable(Path(args.run).name), dtype=str(dtype).removeprefix("torch."))
     for key, value, default in (("guidance_interval", args.guidance_interval, (0.0, 1.0)),
-                                ("solver", args.solver, "euler"), ("direct", forced, False),
-                                ("template", args.template, None)):
+                                ("solver", args.solver, "euler"), ("direct", forced, False)):
         if value != default:
             info[key] = value
     return {**info, "best_of": args.best_of, "verifier": args.verifier} if args.best_of else info

@@ -15,7 +15,6 @@ their stray last step, to repeat their numbers. Guidance does nothing in their c
 off with this schedule unless you give --guidance. The same prompt and seed give the same image in
 any batch, up to rounding (one of 255 levels). prompts.py holds prompt files, checks and PNG files.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -49,13 +48,6 @@ from training import image_sheet
 def schedule(text):
     """Argparse type: a schedule; the first edition's names stand for the same two."""
     return {"clean": "euler", "compat": "authors"}.get(text, text)
-
-
-def template(text):
-    """Argparse type: text with one {} where the prompt goes."""
-    if text.count("{}") != 1:
-        raise argparse.ArgumentTypeError(f"expected one {{}} where the prompt goes, not {text!r}")
-    return text
 
 
 def sampler_flags(group, steps=50, seed=0):
@@ -101,8 +93,6 @@ def arguments(argv=None):
         a("--verifier", choices=list(best_of.KEYS), help="ranks the candidates (default prompt)"),
         a("--direct", action="store_true",
           help="skip the LLM's own words: open the image at once, in one prefill"),
-        a("--template", type=template, help="words around the prompt, such as 'Can you generate a "
-          "photo of {}?'; verifiers are asked about the bare prompt"),
         a("--layout", choices=["geneval", "dpg"], help="of --prompts, for official scorers"),
         a("--grid", action="store_true", help="put the images of a prompt into one PNG"),
         a("--save-latent", type=Path, help="save the latents [n,N,C] as safetensors")]
@@ -229,8 +219,7 @@ def draw(args, items, model, decode, guidance, devices):
     bar = tqdm(total=len(items) * steps, unit="step", disable=not sys.stderr.isatty())
     for name, prompt, record in items:
         bar.set_description(prompt[:40])
-        words = (args.template or "{}").replace("{}", prompt)
-        cond, forced = condition(args, model, words, devices.device)        # [1,N,Z]
+        cond, forced = condition(args, model, prompt, devices.device)       # [1,N,Z]
         seeds = [args.seed + i for i in range(count)]
         z = sample_latents(args, model, cond, [(prompt, seed) for seed in seeds], guidance,
                            devices, bar.update)                             # [count,N,C]
@@ -309,7 +298,7 @@ def main(argv=None):
                         f"{model.config.image_channels}: it cannot judge what it draws (a VAE)")
     for name, words, _ in items if args.prompts or args.text else ():
         flag = f"--prompts: {printable(name)}" if args.prompts else "the prompt"
-        check_text((args.template or "{}").replace("{}", words), flag, model)
+        check_text(words, flag, model)
     if args.latent:
         z = read_latent(args.latent, N, C).to(devices.device)
     if args.image:

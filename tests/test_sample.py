@@ -339,16 +339,6 @@ def test_a_kept_image_is_of_the_seed_it_names(call, monkeypatch):
         assert Image.open(f"b-{i}.png").info["seed"] == str(seed) and close(f"b-{i}.png", "a.png")
 
 
-def test_verifiers_are_asked_about_the_bare_prompt(call, monkeypatch):
-    """The template is for the model that draws."""
-    told, scores = [], best_of.scores
-    monkeypatch.setattr(best_of, "scores", lambda llm, tokenizer, z, prompt:
-                        (told.append(prompt), scores(llm, tokenizer, z, prompt))[1])
-    assert call("a red circle", "--direct", "--steps", 1, "--best-of", 2, "--template", "Draw {}.",
-                "--verifier", "loss") == 0
-    assert told == ["a red circle"]
-
-
 def test_images_metadata_and_grid(call):
     command = ["a red circle", "--steps", 3, "--seed", 4, "--direct", "--guidance", 2.5,
                "--guidance-interval", 0.2, 0.9]
@@ -424,15 +414,13 @@ def test_layouts_for_the_official_scorers(call):
     records = [{"tag": "single_object", "prompt": "a red apple", "include": []},
                {"tag": "two", "prompt": "a \u00e9t\u00e9 and a star"}]
     Path("g.jsonl").write_text("\n\n".join(map(json.dumps, records)))
-    assert call("--prompts", "g.jsonl", "--layout", "geneval", "--steps", 2, "--out", "gen",
-                "--template", "Can you generate a photo of {}?") == 0
+    assert call("--prompts", "g.jsonl", "--layout", "geneval", "--steps", 2, "--out", "gen") == 0
     for i, record in enumerate(records):
         assert json.loads(Path(f"gen/{i:05d}/metadata.jsonl").read_text()) == record
         names = sorted(p.name for p in Path(f"gen/{i:05d}/samples").iterdir())
         assert names == ["0000.png", "0001.png", "0002.png", "0003.png"]
     info = Image.open("gen/00001/samples/0003.png").info
     assert info["prompt"] == records[1]["prompt"] and info["seed"] == "3"
-    assert info["template"] == "Can you generate a photo of {}?"
 
     Path("dpg").mkdir()
     Path("dpg/COCO12.txt").write_text("a red apple\nand a star\n")
@@ -704,7 +692,6 @@ BAD = [
     ("--prompts {f}/good.txt --layout coco", "--layout|geneval|dpg"),
     ("--prompts {f}/good.txt --layout dpg --n 3", "--n|1 or 4"),
     ("--prompts {f}/good.txt --layout dpg --best-of 2", "--best-of 2|1 or 4|--keep"),
-    ("cat --template photo", "--template|{}"), ("cat --template {}+{}", "--template|one {}"),
     ("", "prompt"), ("blank", "prompt"), ("cat --prompts {f}/good.txt", "a cat|--prompts"),
     ("cat --reconstruct {f}/good.png", "a cat|--reconstruct"),
     ("cat --image {f}/good.png --latent {f}/z.safetensors", "--image|--latent"),
@@ -754,7 +741,7 @@ BAD = [
     ("--prompts {f}/good.txt --layout geneval --n 1 --out {f}/more", "--out|0001.png|earlier run"),
     ("--prompts {f}/good.txt --layout geneval --out {f}/other", "--out|00001|earlier run"),
     ("long", "too long|shorten"), ("long --image {f}/good.png", "too long|shorten"),
-    ("image", "<image>|leave it out"), ("cat --template a+<image>+{}", "<image>|leave it out"),
+    ("image", "<image>|leave it out"),
     ("cat --out {f}/folder", "--out|folder|.png"), ("cat --out a.jpg", "--out|a.jpg|.png"),
     ("cat --out {f}/good.txt/a.png", "--out|good.txt|cannot be written"),
     ("cat --out /dev/null/a.png", "--out|cannot be written"),
@@ -782,7 +769,7 @@ WORDS = {"cat": "a cat", "blank": "  \n", "long": "word " * 3000, "image": "a <i
 def test_bad_input_is_one_clear_line(command, says, call, files, capsys, tmp_path):
     """Exit status 2; the value, and the flag that mends it; no traceback, nothing written."""
     given = [WORDS.get(a, a).replace("{f}", str(files)).replace("{t}", str(weights.TINY))
-             .replace("+", " " if "--template" in command else "+") for a in command.split()]
+             for a in command.split()]
     assert call(*given) == 2
     said = capsys.readouterr().err
     assert said.startswith("error:") and said.count("error:") == 1, said
