@@ -211,13 +211,10 @@ def save_png(image, path, **info):
 
 def settings(args, prompt, guidance, dtype, forced):
     """Return what the metadata of a drawn image say besides its seed. forced: whether the model was
-    made to open the image. The last three are left out at their default."""
+    made to open the image."""
     info = dict(prompt=prompt, steps=args.steps, guidance=guidance, schedule=args.schedule,
+                guidance_interval=args.guidance_interval, solver=args.solver, direct=forced,
                 model=printable(Path(args.run).name), dtype=str(dtype).removeprefix("torch."))
-    for key, value, default in (("guidance_interval", args.guidance_interval, (0.0, 1.0)),
-                                ("solver", args.solver, "euler"), ("direct", forced, False)):
-        if value != default:
-            info[key] = value
     return {**info, "best_of": args.best_of, "verifier": args.verifier} if args.best_of else info
 
 

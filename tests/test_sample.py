@@ -347,7 +347,8 @@ def test_images_metadata_and_grid(call):
     assert call(*command, "--out", "one.png") == 0
     one = Image.open("one.png")
     assert one.info == dict(prompt="a red circle", seed="4", steps="3", guidance="2.5",
-                            schedule="euler", model="tiny", guidance_interval="(0.2, 0.9)",
+                            schedule="euler", solver="euler", model="tiny",
+                            guidance_interval="(0.2, 0.9)",
                             direct="True", dtype="float32")
     assert close("one.png", "out-0.png")                                # alone or in a batch
     grid = Image.open("new/grid.png")
@@ -375,7 +376,7 @@ def test_schedules_and_solvers(call):
     assert close("euler.png", "clean.png") and close("authors.png", "compat.png")
     assert not close("euler.png", "heun.png") and not close("euler.png", "authors.png")
     info = {n: Image.open(f"{n}.png").info for n in ("euler", "heun", "authors", "compat")}
-    assert "solver" not in info["euler"] and info["heun"]["solver"] == "heun"
+    assert (info["euler"]["solver"], info["heun"]["solver"]) == ("euler", "heun")
     assert info["compat"]["schedule"] == "authors"
     assert (info["euler"]["guidance"], info["authors"]["guidance"]) == ("3.0", "1.0")
 
