@@ -67,9 +67,9 @@ def read_prompts(path, layout=None, flag="--prompts"):
     return items
 
 
-def sample_prompts(file, mixture, model, count=16):
+def sample_prompts(file, mixture, model):
     """Return the prompts of a trainer's samples: those of --sample-prompts (`file`), else captions
-    of the first records of the user's data, else fixed ones of the toy world.
+    of the first 16 records of the user's data, else fixed ones of the toy world.
 
     `check_text` with `model` says which ones cannot be drawn: a UserError for those of `file`;
     captions are left out.
@@ -85,7 +85,7 @@ def sample_prompts(file, mixture, model, count=16):
         return judge.FIXED
     prompts = []
     for source in sources:
-        for j in range(min(len(source), math.ceil(count / len(sources)))):
+        for j in range(min(len(source), math.ceil(16 / len(sources)))):
             with contextlib.suppress(UserError):        # a broken record, or words that do not fit
                 record = read_fields(source.read(j)[1], True, float)    # float() is 0.0
                 if record["task"] == "t2i":

@@ -22,7 +22,6 @@ from pathlib import Path
 import cli               # before torch: it sets how threads wait
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -257,18 +256,6 @@ def reconstruct(args, image, encoder, decode, device):
           f"PSNR {psnr(x_hat, x).item():.2f} dB")
 
 
-def show_latents(args, z, decode):
-    """Decode stored latents [n,N,C] into one PNG, with their prompts and seeds if the file has
-    them."""
-    images, info = torch.cat([decode(row[None]) for row in z]), {}
-    if args.latent.suffix == ".safetensors":
-        with safe_open(args.latent, "pt") as f:
-            info = {k: v for k, v in (f.metadata() or {}).items() if k == "prompt, seed"}
-    save_png(image_sheet(images, min(4, len(images))), args.out, latent=printable(args.latent.name),
-             model=printable(Path(args.run).name), **info)
-    print(printable(args.out))
-
-
 @torch.no_grad()
 def main(argv=None):
     args = arguments(argv)
@@ -310,7 +297,10 @@ def main(argv=None):
     guidance = guidance_of(args, model)
     _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
     if args.latent:
-        return show_latents(args, z, decode)
+        images = torch.cat([decode(row[None]) for row in z])                # [n,3,H,W]
+        save_png(image_sheet(images, min(4, len(z))), args.out,
+                 latent=printable(args.latent.name), model=printable(Path(args.run).name))
+        return print(printable(args.out))
     draw(args, items, model, decode, guidance, devices)
 
 
