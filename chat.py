@@ -11,6 +11,10 @@ import re
 from pathlib import Path
 
 import numpy as np
+from tokenizers import (
+    AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers)
+
+from cli import UserError, parsing
 
 IGNORE = -100          # label of a position without a loss
 IMAGE = -200           # input id of a position that an image token or a query fills
@@ -30,7 +34,6 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 
 def byte_level(tokenizer):
     """Give a BPE model the normalisation, splitting and byte alphabet of Qwen2."""
-    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
@@ -40,14 +43,12 @@ def byte_level(tokenizer):
 
 
 def add_special(tokenizer, words):
-    from tokenizers import AddedToken
     tokenizer.add_special_tokens([AddedToken(w, normalized=False, special=True) for w in words])
 
 
 def train_tokenizer(texts, vocab_size=1024):
     """Train a byte-level BPE in Qwen2's form. The special tokens come last, as in the released
     vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     tokenizer = byte_level(Tokenizer(models.BPE()))
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
@@ -59,9 +60,6 @@ def train_tokenizer(texts, vocab_size=1024):
 def read_tokenizer(folder):
     """Read a folder with tokenizer.json, or with vocab.json, merges.txt and added_tokens.json.
     Raises UserError."""
-    from tokenizers import Tokenizer, models
-
-    from cli import UserError, parsing
     folder = Path(folder)
     whole, parts = folder / "tokenizer.json", [folder / f for f in ("vocab.json", "merges.txt")]
     if whole.is_file():
