@@ -144,7 +144,7 @@ def load_vae(path, devices, flag="--vae"):
     run. A file without a config is FLUX.1's."""
     source = open_weights(vae_inside(path), flag)
     if any(k.startswith("decoder.up.") for k in source.shapes):
-        source = from_ldm_pieces(source)
+        source = from_ldm(source)
     known = VAEConfig.__dataclass_fields__
     values = {k: v for k, v in source.config.items() if k in known}
     blocks = source.depth("encoder.down_blocks.0.resnets")
@@ -156,12 +156,6 @@ def load_vae(path, devices, flag="--vae"):
     with torch.device("meta"):
         model = VAE(config)
     return load(model, source, devices)
-
-
-def from_ldm_pieces(source):
-    """Give a file in ae.safetensors' layout diffusers' keys and shapes."""
-    state = from_ldm({key: source.rows(key) for key in source.shapes})
-    return Weights(source.what, source.config, in_memory(state))
 
 
 # Names in ae.safetensors (latent diffusion's) -> diffusers' names
@@ -180,19 +174,19 @@ FROM_LDM = [
 ]
 
 
-def from_ldm(state):
-    """Give the state dict of `ae.safetensors` diffusers' keys and shapes."""
-    levels = 1 + max(int(m[1]) for m in (re.match(r"decoder\.up\.(\d+)\.", k) for k in state) if m)
-    out = {}
-    for key, value in state.items():
+def from_ldm(source):
+    """Give a file in ae.safetensors' layout diffusers' keys and shapes."""
+    levels, state = source.depth("decoder.up"), {}
+    for key in source.shapes:
+        value = source.rows(key)
         for pattern, words in FROM_LDM:
             key = re.sub(pattern, words, key)
         # the original numbers the decoder's levels by resolution, diffusers in running order
         key = re.sub(r"(up_blocks\.)(\d+)", lambda m: m[1] + str(levels - 1 - int(m[2])), key)
         if ".attentions." in key and value.dim() == 4:          # 1x1 convolution -> Linear
             value = value[:, :, 0, 0]
-        out[key] = value
-    return out
+        state[key] = value
+    return Weights(source.what, source.config, in_memory(state))
 
 
 def vgg_files(args, tiny, lpips=True):
