@@ -145,15 +145,11 @@ def load_vae(path, devices, flag="--vae"):
     source = open_weights(vae_inside(path), flag)
     if any(k.startswith("decoder.up.") for k in source.shapes):
         source = from_ldm(source)
-    known = VAEConfig.__dataclass_fields__
-    values = {k: v for k, v in source.config.items() if k in known}
+    values = {k: v for k, v in source.config.items() if k in VAEConfig.__dataclass_fields__}
     blocks = source.depth("encoder.down_blocks.0.resnets")
     check_config(values, dict(layers_per_block=blocks), source.what)
     config = read_fields(VAEConfig, values, source.what)
-    if len(config.block_out_channels) != source.depth("encoder.down_blocks"):
-        raise UserError(f"{source.what}: block_out_channels {config.block_out_channels} in the "
-                        f"config, {source.depth('encoder.down_blocks')} levels in the weights")
-    with torch.device("meta"):
+    with parsing(source.what), torch.device("meta"):
         model = VAE(config)
     return load(model, source, devices)
 
