@@ -16,11 +16,13 @@ import parallel
 from cli import UserError, parsing
 from decoder import Decoder, DecoderConfig
 from dit import SIZES
-from encoder import ENCODERS, SO400M, WEBSSL_300M, ViT, our_key
+from encoder import ENCODERS, SO400M, WEBSSL_300M, ViT, build_vit, our_key
+from encoder import initial as init_encoder
 from losses import DiscConfig, Discriminator, Perceptual
 from losses import initial as init_discriminator
 from training import start_table, state_gb
 from vae import VAE, VAEConfig
+from vae import initial as init_vae
 from weights import (HUB, TINY, TINY_ENCODER, Weights, check_config, in_memory, load, locate,
                      open_weights, portable_path, read_fields, read_json, rows_for,
                      tokenizer_folder, weights_of)
@@ -41,8 +43,8 @@ def load_encoder(path, devices):
     if kind not in ENCODERS:
         raise UserError(f"{source.what}: model_type is {kind!r}; known are "
                         f"{', '.join(sorted(ENCODERS))}")
-    source = source.renamed(partial(our_key, dino=kind == "dinov2") if ENCODERS[kind] is
-                            ENCODERS["dinov2"] else lambda key: key)
+    if ENCODERS[kind] is build_vit:             # another encoder's file has that encoder's own keys
+        source = source.renamed(partial(our_key, dino=kind == "dinov2"))
     check_config(config, dict(num_hidden_layers=source.depth("blocks"),
                               hidden_size=source.size("patch_embed.weight"),
                               intermediate_size=source.size("blocks.0.mlp.fc1.weight")),
@@ -337,12 +339,14 @@ def frozen_networks(args, init, devices):
     if not tiny and (args.dry_run or args.random_init):
         with torch.device("meta"):
             encoder = ViT(WEBSSL_300M if args.latent == "webssl" else SO400M, devices.dtype)
-            parts = encoder, VAE() if vae else None
+            vae = VAE() if vae else None
         if args.random_init and not args.dry_run:
-            for part in filter(None, parts):
-                parallel.build(part, random_rows(part), devices).requires_grad_(False)
+            for part, initial in ((encoder, init_encoder), (vae, init_vae)):
+                if part:
+                    rows = parallel.initial_rows(part, initial, args.seed)
+                    parallel.build(part, rows, devices).requires_grad_(False)
         files = "published shapes" if args.dry_run else "random weights: for timing only"
-        return *parts, None, chat.load_tokenizer(TINY), files
+        return encoder, vae, None, chat.load_tokenizer(TINY), files
     llm = args.llm or (tokenizer_folder(args.init) if init else SIZES[args.size].llm)
     codec = ("vae", args.vae, "--vae") if vae else ("decoder", args.decoder, "--decoder")
     wanted = [("encoder", args.encoder, "--encoder"), codec,
@@ -358,12 +362,3 @@ def frozen_networks(args, init, devices):
             note_pair(decoder, args.encoder)
     return encoder, vae, decoder, tokenizer, files
 
-
-def random_rows(model):
-    """Values for a network that is only timed: small, the same at every start."""
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-
-    def rows(name, first, last):
-        shape = (last - first, *shapes[name][1:]) if shapes[name] else ()
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-    return rows
