@@ -194,12 +194,6 @@ def vgg_files(args, tiny, lpips=True):
     return [("VGG16", vgg, "--vgg")] + [("LPIPS", lpips, "--lpips-weights")] * bool(lpips)
 
 
-def dino_file(args, tiny):
-    """Return what `locate` needs for the discriminator's trunk."""
-    dino = args.dino or (TINY / "dino.safetensors" if tiny else "dino_vitsmall16_pretrain.pth")
-    return [("DINO", dino, "--dino")]
-
-
 def load_perceptual(vgg, lpips, devices, needed=True):
     """Load torchvision's VGG16 and the `lin*` of LPIPS v0.1 (lpips None: they are in `vgg`, or in
     their usual place). The first convolution tells the width. A net of full width must have
@@ -268,7 +262,9 @@ def stage1_networks(args, devices):
         return encoder, vgg, disc, "published shapes"
     wanted = [] if vae else [("encoder", args.encoder, "--encoder")]
     wanted += vgg_files(args, tiny, args.lpips) if wants_vgg else []
-    wanted += dino_file(args, tiny) if args.gan else []
+    if args.gan:
+        dino = args.dino or (TINY / "dino.safetensors" if tiny else "dino_vitsmall16_pretrain.pth")
+        wanted.append(("DINO", dino, "--dino"))
     files = {what: path for (what, _, _), path in zip(wanted, locate(wanted))}
     if not vae:
         encoder = load_encoder(files["encoder"], devices)
@@ -276,10 +272,7 @@ def stage1_networks(args, devices):
         vgg = load_perceptual(files["VGG16"], files.get("LPIPS"), devices, args.lpips > 0)
     if args.gan:
         disc = load_discriminator(files["DINO"], devices, args.seed).eval()
-    small = {"VGG16": vgg and vgg.width < 1, "DINO": disc and disc.config.dim < 384}
-    return encoder, vgg, disc, {
-        what: f"{path} (small, not the pretrained one)" if small.get(what) else str(path)
-        for what, path in files.items()}
+    return encoder, vgg, disc, files
 
 
 def load_init(path, config, encoder, devices):

@@ -215,7 +215,7 @@ def test_strength_of_the_latent_noise(dist, mean, std):
 # ------------------------------------------------------------------------------------------------
 
 def test_gradients_reach_the_image_and_not_the_frozen_networks(nets):
-    encoder, vgg, disc, found = networks.stage1_networks(options(*nets, *ON), CPU)
+    encoder, vgg, disc, _ = networks.stage1_networks(options(*nets, *ON), CPU)
     x, x_hat = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64, requires_grad=True)
     lpips, gram = vgg(x_hat, x)
     (lpips.sum() + gram.sum() + g_loss(disc(augment(x_hat, torch.rand(2, 5))))).backward()
@@ -223,7 +223,6 @@ def test_gradients_reach_the_image_and_not_the_frozen_networks(nets):
     frozen = [*encoder.parameters(), *vgg.parameters(), *disc.dino.parameters()]
     assert all(p.grad is None and not p.requires_grad for p in frozen)
     assert all(p.requires_grad for p in disc.heads.parameters())
-    assert "not the pretrained one" in found["VGG16"] and "not the pretrained" in found["DINO"]
 
 
 def test_at_image_keeps_value_and_gradient():
