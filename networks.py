@@ -60,8 +60,8 @@ def load_encoder(path, devices):
 
 
 def load_decoder(path, devices, encoder, flag="--decoder"):
-    """Load a frozen decoder in the compute dtype for the latents of `encoder`, which gives the
-    channels and the normalisation (a published config does not hold them)."""
+    """Load a frozen decoder in the compute dtype for the latents of `encoder`, which gives their
+    shape and the normalisation (a published config does not hold them)."""
     source = open_weights(path, flag)
     if any(k.startswith("decoder.decoder_") for k in source.shapes):
         source = diffusers_decoder(source)
@@ -80,15 +80,12 @@ def load_decoder(path, devices, encoder, flag="--decoder"):
     found = dict(decoder_hidden_size=W, decoder_intermediate_size=hidden,
                  decoder_num_hidden_layers=source.depth("decoder_layers"))
     check_config(config, found, source.what)
-    N = source.size("decoder_pos_embed", 1) - 1
-    if N < 1:
-        N = config.get("num_patches") or (config.get("image_size", 224)
-                                          // config.get("patch_size", 14)) ** 2
     patch = math.isqrt(pixels // 3)
     given = {k: v for k, v in config.items() if k in DecoderConfig.__dataclass_fields__}
     values = {"decoder_num_attention_heads": 16, "image_mean": encoder.mean,
-              "image_std": encoder.std, **given, **found, "hidden_size": C, "num_patches": N,
-              "patch_size": patch, "image_size": patch * math.isqrt(N)}
+              "image_std": encoder.std, **given, **found, "hidden_size": C,
+              "num_patches": encoder.tokens, "patch_size": patch,
+              "image_size": patch * math.isqrt(encoder.tokens)}
     values = read_fields(DecoderConfig, values, source.what)
     with torch.device("meta"):
         model = Decoder(values, devices.dtype)
@@ -107,10 +104,6 @@ def diffusers_decoder(source):
     for ours, theirs in (("image_mean", "encoder_mean"), ("image_std", "encoder_std")):
         if theirs in source.shapes:
             config[ours] = source.rows(theirs).flatten().tolist()
-    if "encoder_input_size" in config:
-        with parsing(f"{source.what}: encoder_input_size and encoder_patch_size"):
-            config["num_patches"] = (config["encoder_input_size"]
-                                     // config["encoder_patch_size"]) ** 2
     return Weights(source.what, config, source.renamed(diffusers_decoder_key).pieces)
 
 

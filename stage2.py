@@ -288,7 +288,7 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
     e = load_encoder(paths[0], devices) if encoder else None
     if not decoder:
         return e, None
-    d = load_decoder(paths[-1], devices, e or Normalisation(config.dit.channels, name))
+    d = load_decoder(paths[-1], devices, e or Normalisation(config.dit, name))
     note_pair(d, name)
     return e, d
 
@@ -296,9 +296,9 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
 class Normalisation:
     """What `load_decoder` asks of an encoder, where the encoder itself is not loaded."""
 
-    def __init__(self, channels, name):
+    def __init__(self, dit, name):
         dino = "dino" in str(name).lower()
-        self.channels = channels
+        self.tokens, self.channels = dit.tokens, dit.channels
         self.mean = (0.485, 0.456, 0.406) if dino else (0.5,) * 3
         self.std = (0.229, 0.224, 0.225) if dino else (0.5,) * 3
 

@@ -146,7 +146,7 @@ def test_rae_decoder(tmp_path):
         decoder_hidden_size=32, decoder_num_hidden_layers=2,
         decoder_num_attention_heads=4, decoder_intermediate_size=48, patch_size=10))
     model.save_pretrained(tmp_path)
-    encoder = SimpleNamespace(channels=64, mean=(0.5,) * 3, std=(0.5,) * 3)
+    encoder = SimpleNamespace(tokens=256, channels=64, mean=(0.5,) * 3, std=(0.5,) * 3)
     ours, z = networks.load_decoder(tmp_path, CPU, encoder), torch.randn(2, 256, 64)
     close(ours(z), model.decode(z.mT.unflatten(-1, (16, 16))).sample)
 

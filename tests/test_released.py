@@ -478,7 +478,7 @@ MAE = dict(model_type="vit_mae", hidden_size=768, num_hidden_layers=12, decoder_
 
 def an_encoder(channels, mean=HALF, std=HALF):
     """What load_decoder asks of an encoder."""
-    return SimpleNamespace(channels=channels, mean=mean, std=std)
+    return SimpleNamespace(tokens=16, channels=channels, mean=mean, std=std)
 
 
 def decoder_folder(folder, config=MAE, pos=True, patch=14, name="model.pt"):
