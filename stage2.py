@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -202,30 +202,26 @@ def llm_source(path, tokenizer):
         if rows < own:
             raise UserError(f"{source.what}: {key} has {rows} rows, the tokenizer {own} tokens")
         known = partial(source.rows, key)
-        mean = RowMean(known, own, width)
         pieces[key] = [(0, (own, width), True, known, None)]
         if V > own:
-            pieces[key].append((own, (V - own, width), True, mean.rows, None))
+            added = mean_rows(known, own, width)
+            pieces[key].append((own, (V - own, width), True, added, None))
     if source.config.get("tie_word_embeddings"):
         pieces.pop("lm_head.weight", None)
     return Weights(source.what, source.config, pieces)
 
 
-class RowMean:
-    """The mean of a matrix's first `count` rows, read once, in parts."""
+def mean_rows(read, count, width):
+    """Return a reader of rows that are all the mean of a matrix's first `count` rows. These are
+    read once, in parts, when the first row is asked for."""
+    @cache
+    def mean():
+        total = torch.zeros(width, dtype=torch.float64)
+        for first in range(0, count, 8192):
+            total += read(first, min(first + 8192, count)).double().sum(0)
+        return (total / count).float()
 
-    def __init__(self, read, count, width):
-        self.read, self.count, self.width = read, count, width
-
-    @cached_property
-    def mean(self):
-        total = torch.zeros(self.width, dtype=torch.float64)
-        for first in range(0, self.count, 8192):
-            total += self.read(first, min(first + 8192, self.count)).double().sum(0)
-        return (total / self.count).float()
-
-    def rows(self, first, last):
-        return self.mean.expand(last - first, -1)
+    return lambda first, last: mean().expand(last - first, -1)
 
 
 @dataclass
