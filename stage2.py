@@ -206,8 +206,6 @@ def llm_source(path, tokenizer):
         if V > own:
             added = mean_rows(known, own, width)
             pieces[key].append((own, (V - own, width), True, added, None))
-    if source.config.get("tie_word_embeddings"):
-        pieces.pop("lm_head.weight", None)
     return Weights(source.what, source.config, pieces)
 
 
