@@ -14,8 +14,6 @@ import numpy as np
 from tokenizers import (
     AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers)
 
-from cli import UserError, parsing
-
 IGNORE = -100          # label of a position without a loss
 IMAGE = -200           # input id of a position that an image token or a query fills
 
@@ -60,6 +58,7 @@ def train_tokenizer(texts, vocab_size=1024):
 def read_tokenizer(folder):
     """Read a folder with tokenizer.json, or with vocab.json, merges.txt and added_tokens.json.
     Raises UserError."""
+    from cli import UserError, parsing
     folder = Path(folder)
     whole, parts = folder / "tokenizer.json", [folder / f for f in ("vocab.json", "merges.txt")]
     if whole.is_file():

@@ -74,9 +74,6 @@ def load_decoder(path, devices, encoder, flag="--decoder"):
         raise UserError(f"{source.what} takes latents of {C} channels, the encoder gives "
                         f"{encoder.channels}; give the decoder of this encoder")
     config = source.config
-    if config.get("latent_stats") or config.get("layers", 1) != 1:
-        raise UserError(f"{source.what}: trained on a latent of the first edition (latent_stats or "
-                        "layers in its config), which this code does not make")
     found = dict(decoder_hidden_size=W, decoder_intermediate_size=hidden,
                  decoder_num_hidden_layers=source.depth("decoder_layers"))
     check_config(config, found, source.what)

@@ -137,9 +137,8 @@ def released_config(source):
     if lacks := [k for k in needed if c.get(k) is None]:
         raise UserError(f"{what}: its config lacks {', '.join(lacks)}; expected a Scale-RAE model "
                         "folder with its config.json")
-    if c.get("vision_loss_mode", "query") != "query" or (c.get("encoder_layers") or 1) != 1:
-        raise UserError(f"{what}: vision_loss_mode {c.get('vision_loss_mode')!r}, encoder_layers "
-                        f"{c.get('encoder_layers')!r}; known are 'query' and 1")
+    if (mode := c.get("vision_loss_mode", "query")) != "query":
+        raise UserError(f"{what}: vision_loss_mode {mode!r}; known is 'query'")
     with parsing(f"{what}: diffusion_model_hidden_size, _depth and _heads"):
         D, depth, heads = (c[f"diffusion_model_{k}"] for k in ("hidden_size", "depth", "heads"))
         head = {}
