@@ -90,16 +90,13 @@ def integrate(velocity, noise, times, solver="euler", on_step=None):
 
 
 def sample(dit, cond, noise, alpha, steps=50, guidance=1.0, schedule="euler", solver="euler",
-           interval=(0.0, 1.0), on_step=None):
-    """Draw latents [B,N,C] from noise [B,N,C].
-
-    cond: [B,N,Z], or [1,N,Z] for one prompt, whose modulation is then computed once for all
-    images. interval: the times at which guidance acts (arXiv 2404.07724).
-    """
+           on_step=None):
+    """Draw latents [B,N,C] from noise [B,N,C]. cond: [B,N,Z], or [1,N,Z] for one prompt, whose
+    modulation is then computed once for all images."""
     def velocity(x, t):
         time = torch.tensor([t], dtype=torch.float32).to(x.device)          # [1]
         v = dit(x, time, cond).float()                                      # [B,N,C]
-        if guidance == 1 or not interval[0] <= t <= interval[1]:
+        if guidance == 1:
             return v
         return guide(v, dit(x, time, dit.null_condition()).float(), guidance)
 

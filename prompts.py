@@ -132,12 +132,9 @@ def check_arguments(parser, args, drawing):
 
 
 def check_sampler(args):
-    """Raise UserError for fewer steps than the schedule needs, and for impossible times."""
+    """Raise UserError for fewer steps than the schedule needs."""
     if args.schedule == "authors" and args.steps < 3:
         raise UserError(f"--steps {args.steps}: --schedule authors needs at least 3")
-    lo, hi = args.guidance_interval = tuple(args.guidance_interval)
-    if not 0 <= lo <= hi <= 1:
-        raise UserError(f"--guidance-interval {lo:g} {hi:g}: expected 0 <= LO <= HI <= 1")
 
 
 def check_out(path, flag, suffix=None):
@@ -213,8 +210,8 @@ def settings(args, prompt, guidance, dtype, forced):
     """Return what the metadata of a drawn image say besides its seed. forced: whether the model was
     made to open the image."""
     info = dict(prompt=prompt, steps=args.steps, guidance=guidance, schedule=args.schedule,
-                guidance_interval=args.guidance_interval, solver=args.solver, direct=forced,
-                model=printable(Path(args.run).name), dtype=str(dtype).removeprefix("torch."))
+                solver=args.solver, direct=forced, model=printable(Path(args.run).name),
+                dtype=str(dtype).removeprefix("torch."))
     return {**info, "best_of": args.best_of, "verifier": args.verifier} if args.best_of else info
 
 

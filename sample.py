@@ -55,8 +55,6 @@ def sampler_flags(group, steps=50, seed=0):
     return [a("--steps", type=cli.positive(), default=steps, help=f"default {steps}"),
             a("--guidance", type=cli.positive(float, zero=True), help="guidance scale; 1: off "
               "(default: 3; 1 for released weights and with --schedule authors)"),
-            a("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), default=(0.0, 1.0),
-              help="guide only at times t from LO to HI (1 is noise)"),
             a("--seed", type=cli.seed, default=seed, help="seed of a prompt's first image"),
             a("--schedule", type=schedule, choices=["euler", "authors"], default="euler"),
             a("--solver", choices=["euler", "heun"], default="euler")]
@@ -185,9 +183,6 @@ def guidance_of(args, model):
     if guidance != 1 and not null:
         raise UserError(f"--guidance {guidance:g}: this model has no null condition (trained with "
                         "--cond-drop 0); use --guidance 1")
-    if guidance == 1 and args.guidance_interval != (0.0, 1.0):
-        raise UserError(f"--guidance-interval {' '.join(map(str, args.guidance_interval))}: "
-                        "guidance is off; give --guidance too")
     return guidance
 
 
@@ -207,7 +202,7 @@ def sample_latents(args, model, cond, drawn, guidance, devices, progress=lambda:
     noise = torch.stack([flow.noise_for(prompt, seed, N, C, args.schedule, where)
                          for prompt, seed in drawn])                        # [B,N,C]
     z = flow.sample(model.dit, cond, noise.to(cond.device), model.config.alpha, args.steps,
-                    guidance, args.schedule, args.solver, args.guidance_interval, on_step)
+                    guidance, args.schedule, args.solver, on_step)
     return check_finite(f"the latent (made by the DiT with guidance {guidance:g})", z)
 
 

@@ -274,7 +274,6 @@ def test_t2i_from_end_to_end(call, capsys):                 # noqa: F811
     names = [*benchmark.CATEGORIES, "text"]
     assert list(found["categories"]) == names
     assert (found["task"], found["guidance"], found["steps"], found["n"]) == ("t2i", 3.0, 3, 2)
-    assert found["guidance_interval"] == [0, 1]
     for name, r in {**found["categories"], "overall": found}.items():
         assert rows[name][:2] == [str(r["prompts"]), f"{r['score']:.3f}"]
         assert 0 <= r["low"] <= r["score"] <= r["high"] <= 1
@@ -287,8 +286,7 @@ def test_t2i_from_end_to_end(call, capsys):                 # noqa: F811
 def test_images_of_the_benchmark_are_those_of_sample(call):             # noqa: F811
     """The same prompt, seed and settings, in a batch of 6 or alone: at most one of 255 levels."""
     args = SimpleNamespace(run=weights.TINY, encoder=None, decoder=None, device="cpu", dtype=None,
-                           batch=6, steps=3, guidance=None, schedule="euler", solver="euler",
-                           guidance_interval=(0.0, 0.9))
+                           batch=6, steps=3, guidance=None, schedule="euler", solver="euler")
     devices, model = evaluate.load_model(args)
     _, decode = stage2.load_codec(model.config, args, devices, encoder=False)
     prompts = ["a red circle", "two cats", "a blue star left of a dog"]
@@ -296,8 +294,7 @@ def test_images_of_the_benchmark_are_those_of_sample(call):             # noqa: 
         drawn = torch.stack(list(evaluate.draw(args, prompts, [[3, 4]] * 3, model, decode,
                                                sample.guidance_of(args, model), devices)))
     assert drawn.shape == (3, 2, 3, 64, 64)
-    assert call("two cats", "--n", 2, "--seed", 3, "--steps", 3, "--direct",
-                "--guidance-interval", 0, 0.9) == 0
+    assert call("two cats", "--n", 2, "--seed", 3, "--steps", 3, "--direct") == 0
     for i in range(2):
         theirs = np.asarray(Image.open(f"out-{i}.png"), int)
         ours = (drawn[1, i] * 255).round().permute(1, 2, 0).numpy()
@@ -541,8 +538,6 @@ PROMPTS = "t2i --prompts {f}/good.txt --layout geneval"
 BAD = [
     ("", "task"), ("draw", "draw|t2i|vqa"),
     ("t2i --n 0", "--n"), ("t2i --steps 0", "--steps"), ("t2i --guidance -1", "--guidance"),
-    ("t2i --guidance-interval 0.8 0.2", "--guidance-interval 0.8 0.2|LO <= HI"),
-    ("t2i --guidance 1 --guidance-interval 0 0.9", "--guidance-interval 0.0 0.9|off"),
     ("t2i --guidance nan", "--guidance|nan"), ("t2i --batch 0", "--batch"),
     ("t2i --seed -1", "--seed"), ("t2i --per-category 0", "--per-category"),
     ("t2i --per-category 41", "--per-category 41|40 prompts"),

@@ -67,16 +67,14 @@ def draws(B, shared, seed=1):
 # The sampler
 # ------------------------------------------------------------------------------------------------
 
-def plain(model, cond, noise, alpha, steps, scale, schedule="euler", interval=(0, 1)):
+def plain(model, cond, noise, alpha, steps, scale, schedule="euler"):
     """Euler steps with guidance as its equation says, each image alone, nothing broadcast."""
     out = []
     for x, y in zip(noise, cond.expand(len(noise), -1, -1)):
         null = model.y_embedder.dropout_embedding.expand_as(y)
         for a, b in flow.sampling_times(schedule, steps, alpha):
             v, v_null = (model(x[None], torch.tensor([a]), c[None])[0] for c in (y, null))
-            if interval[0] <= a <= interval[1]:
-                v = v_null + scale * (v - v_null)
-            x = x + (b - a) * v
+            x = x + (b - a) * (v_null + scale * (v - v_null))
         out.append(x)
     return torch.stack(out)
 
@@ -87,24 +85,11 @@ def plain(model, cond, noise, alpha, steps, scale, schedule="euler", interval=(0
 def test_samples_equal_the_plain_form(options, shared):
     """A condition for all images broadcasts; a batch changes nothing but rounding."""
     model, (cond, noise) = small_dit(**options), draws(3, shared)
-    for scale, schedule, interval in ((1.0, "euler", (0, 1)), (3.0, "euler", (0, 1)),
-                                      (3.0, "authors", (0, 1)), (4.0, "euler", (0.3, 0.8))):
-        want = plain(model, cond, noise, 4.0, 6, scale, schedule, interval)
-        got = flow.sample(model, cond, noise, 4.0, 6, scale, schedule, interval=interval)
+    for scale, schedule in ((1.0, "euler"), (3.0, "euler"), (3.0, "authors")):
+        want = plain(model, cond, noise, 4.0, 6, scale, schedule)
+        got = flow.sample(model, cond, noise, 4.0, 6, scale, schedule)
         assert (got - want).abs().max() <= 1e-4 * max(1, want.abs().max()), (scale, schedule)
     assert (want - noise).abs().max() > 0.1             # the model moves things at all
-
-
-def test_guidance_acts_only_in_its_interval_ends_included():
-    model, (cond, noise) = small_dit(), draws(1, True)
-
-    def draw(scale, interval, alpha=4.0, steps=6):
-        return flow.sample(model, cond, noise, alpha, steps, scale, interval=interval)
-    off, on, part = draw(1.0, (0, 1)), draw(3.0, (0, 1)), draw(3.0, (0.3, 0.8))
-    assert torch.equal(draw(3.0, (0.0, 0.01)), off)     # no step is there
-    assert min((on - off).abs().max(), (part - on).abs().max(), (part - off).abs().max()) > 1e-3
-    at = [draw(3.0, (lo, 1.0), 1.0, 2) for lo in (0.4, 0.5, 0.6)]           # t is 1 and 0.5
-    assert torch.equal(at[0], at[1]) and not torch.equal(at[1], at[2])
 
 
 def test_images_of_a_prompt_share_their_modulation():
@@ -340,15 +325,14 @@ def test_a_kept_image_is_of_the_seed_it_names(call, monkeypatch):
 
 
 def test_images_metadata_and_grid(call):
-    command = ["a red circle", "--steps", 3, "--seed", 4, "--direct", "--guidance", 2.5,
-               "--guidance-interval", 0.2, 0.9]
+    command = ["a red circle", "--steps", 3, "--seed", 4, "--direct", "--guidance", 2.5]
     assert call(*command, "--n", 3) == 0
     assert call(*command, "--n", 3, "--grid", "--out", "new/grid.png") == 0
     assert call(*command, "--out", "one.png") == 0
     one = Image.open("one.png")
     assert one.info == dict(prompt="a red circle", seed="4", steps="3", guidance="2.5",
                             schedule="euler", solver="euler", model="tiny",
-                            guidance_interval="(0.2, 0.9)", direct="True", dtype="float32")
+                            direct="True", dtype="float32")
     assert close("one.png", "out-0.png")                                # alone or in a batch
     grid = Image.open("new/grid.png")
     assert grid.size == (130, 130) and grid.info["seed"] == "4 5 6"
@@ -358,12 +342,11 @@ def test_images_metadata_and_grid(call):
     assert grid.getpixel((100, 100)) == (255, 255, 255)                 # the place of no image
 
 
-def test_the_null_condition_makes_a_difference_only_when_guided(call):
-    for name, *options in (("off", 1), ("on", 4), ("never", 4, "--guidance-interval", 0, 0)):
-        assert call("a red circle", "--steps", 3, "--direct", "--out", f"{name}.png", "--guidance",
-                    *options) == 0
-    off, on, never = (pixels(f"{n}.png") for n in ("off", "on", "never"))
-    assert (off == never).all() and (off != on).any()
+def test_guidance_makes_a_difference(call):
+    for scale in (1, 4):
+        assert call("a red circle", "--steps", 3, "--direct", "--out", f"{scale}.png",
+                    "--guidance", scale) == 0
+    assert (pixels("1.png") != pixels("4.png")).any()
 
 
 def test_schedules_and_solvers(call):
@@ -397,7 +380,7 @@ def test_defaults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a = sample.arguments(["a cat"])
     assert (a.steps, a.seed, a.schedule, a.solver) == (50, 0, "euler", "euler")
-    assert (a.verifier, a.n, a.max_tokens, a.guidance_interval) == ("prompt", 1, 512, (0.0, 1.0))
+    assert (a.verifier, a.n, a.max_tokens) == ("prompt", 1, 512)
 
 
 def test_guidance_by_default():
@@ -406,7 +389,7 @@ def test_guidance_by_default():
                                            ("authors", False, True, 1), ("euler", False, False, 1)):
         model = SimpleNamespace(dit=SimpleNamespace(config=SimpleNamespace(null=null)),
                                 config=SimpleNamespace(released=released))
-        args = SimpleNamespace(guidance=None, schedule=schedule, guidance_interval=(0.0, 1.0))
+        args = SimpleNamespace(guidance=None, schedule=schedule)
         assert sample.guidance_of(args, model) == want
 
 
@@ -677,12 +660,6 @@ BAD = [
     ("cat --seed 5000000000", "--seed"), ("cat --solver rk4", "--solver|heun"),
     ("cat --schedule fancy", "--schedule|euler|authors"), ("cat --stepps 3", "--stepps"),
     ("cat --schedule authors --steps 2", "--steps 2|at least 3"),
-    ("cat --guidance-interval 0.8 0.2", "--guidance-interval 0.8 0.2|LO <= HI"),
-    ("cat --guidance-interval -1 1", "--guidance-interval"),
-    ("cat --guidance-interval 0 2", "--guidance-interval 0 2"),
-    ("cat --guidance-interval nan 1", "--guidance-interval nan 1"),
-    ("cat --guidance 1 --guidance-interval 0.2 0.8", "--guidance-interval 0.2 0.8|--guidance"),
-    ("cat --schedule compat --guidance-interval 0.2 0.8", "--guidance-interval 0.2 0.8|off"),
     ("cat --best-of 0", "--best-of"), ("cat --best-of 2 --keep 3", "--keep|--best-of 2"),
     ("cat --keep 1", "--keep|--best-of"), ("cat --verifier yes", "--verifier|--best-of"),
     ("cat --best-of 4 --verifier maybe", "--verifier|prompt|yes-prob"),
