@@ -159,8 +159,7 @@ def t2i(args):
     """draw the built-in benchmark and judge the images; or draw --prompts for other scorers"""
     given = [args.prompts, args.layout, args.out]
     if any(given) and not all(given):
-        raise UserError("--prompts FILE, --layout geneval|dpg and --out FOLDER go together; for "
-                        "the built-in benchmark give none of them")
+        raise UserError("--prompts FILE, --layout geneval|dpg and --out FOLDER go together")
     if args.prompts:                    # sample.py draws them, and refuses flags that it lacks
         sample.main(sys.argv[2:])
         values = {k: str(getattr(args, k)) for k in ("run", "prompts", "layout", "out")}

@@ -143,8 +143,7 @@ def load_inception(path, devices):
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise UserError(f"--inception {path} needs torch-fidelity ({error}): pip install "
-                        "torch-fidelity, or leave the flag out")
+        raise UserError(f"--inception needs torch-fidelity ({error}): pip install torch-fidelity")
     weights.open_weights(path, "--inception")           # refuses code, which torch-fidelity runs
     with parsing(f"--inception {path}", path):
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
