@@ -216,10 +216,9 @@ def table(folder):
         ours, verdict = (result["ours"], result["verdict"]) if result else ("", "not run")
         lines.append(f"| {name} | {row.claim} | {row.paper} | {ours} | {verdict} |")
     lines += ["", "Not shown here: the size of the LLM (there is no pretrained family at this "
-              "scale), WebSSL against SigLIP-2", "(no pretrained encoders), and web scale itself."]
-    if (folder / "expected.json").exists():
-        lines += ["", "[expected](expected.md): what the default `python train_dit.py` should show "
-                  "at each step."]
+              "scale), WebSSL against SigLIP-2", "(no pretrained encoders), and web scale itself.",
+              "", "[expected](expected.md): what the default `python train_dit.py` should show at "
+              "each step."]
     return "\n".join(lines) + "\n"
 
 
