@@ -7,6 +7,7 @@ subtracts the background, matches the templates of all things over positions and
 best that do not overlap, and compares them with the prompt. `python evaluate.py judge` measures how
 often it is right.
 """
+import collections
 import functools
 import itertools
 from dataclasses import dataclass
@@ -61,17 +62,8 @@ THINGS = [(k, c) for k in SHAPES for c in COLOURS] + [(k, None) for k in KINDS]
 TURNS = (0, -10, 10)                                    # degrees; the coarse scan turns shapes only
 SIZES = (8, 9, 10, 11, 12, 14, 16, 18, 20, 23, 26)      # of the coarse scan, at half resolution
 FOUND = 0.7                                             # a weaker match counts as nothing
-
-
-@dataclass(frozen=True)
-class Found:
-    """A thing that the judge sees, with its match and its place as in scenes.Thing."""
-    kind: str
-    colour: str
-    score: float
-    x: float
-    y: float
-    size: float
+# A thing that the judge sees, with its match (the score) and its place as in scenes.Thing
+Found = collections.namedtuple("Found", "kind colour score x y size")
 
 
 @functools.lru_cache(maxsize=4096)
