@@ -175,10 +175,10 @@ def t2i(args):
           f"({args.schedule}), guidance {guidance:g}, on {devices}\n", flush=True)
     x = benchmark.scene_images([p.scene for p in prompts], encoder.image_size)
     x_hat = benchmark.reconstruct(encoder, decode, x)
-    ceiling = [judge(x, p)[0] for x, p in zip(x_hat, prompts)]
+    ceiling = [judge(x, p) for x, p in zip(x_hat, prompts)]
     seeds = [range(args.seed, args.seed + args.n)] * len(prompts)
     drawn = draw(args, [p.text for p in prompts], seeds, model, decode, guidance, devices)
-    scores = [np.mean([judge(x, p)[0] for x in images]) for images, p in zip(drawn, prompts)]
+    scores = [np.mean([judge(x, p) for x in images]) for images, p in zip(drawn, prompts)]
     results = benchmark.score_table(prompts, scores, ceiling)
     report(args, devices, guidance=guidance, **results.pop("overall"), categories=results)
 
@@ -243,7 +243,7 @@ def candidates(args):
         cond = direct_condition(model.llm, model.tokenizer, [p.text], devices.device)   # [1,N,Z]
         z = sample.sample_latents(args, model, cond, [(p.text, s) for s in seeds], guidance,
                                   devices)                                  # [n,N,C]
-        passed = [judge(x, p)[0] for x in check_finite("the decoded image", decode(z))]
+        passed = [judge(x, p) for x in check_finite("the decoded image", decode(z))]
         found.append((best_of.scores(model.llm, model.tokenizer, z, p.text), passed))
     print(f"{len(prompts)} prompts x {args.n} candidates by {args.run}, on {devices}\n")
     rows = benchmark.candidates_table(found, args.n)

@@ -87,26 +87,24 @@ def seen():
     return judge.look(render(SCENE))
 
 
-@pytest.mark.parametrize("change, why", [
-    ({}, ""), (dict(things=(("cat", None, 1),), relation=None), ""),
-    (dict(things=(("star", None, 1), ("cat", None, 1)), relation="right of"), ""),
-    (dict(things=(("dog", None, 1), ("star", "red", 1))), "0 dog; sees"),
-    (dict(things=(("cat", None, 1), ("star", "blue", 1))), "0 blue star; sees"),
-    (dict(things=(("cat", None, 2), ("star", "red", 1))), "1 cat; sees"),
-    (dict(relation="right of"), "not right of"), (dict(relation="above"), "not above"),
-    (dict(background=("plain", "grey")), "background beige"),
-    (dict(background=("textured", "beige", "dotted")), "background beige"),
-], ids=lambda v: v if isinstance(v, str) else None)
-def test_a_verdict_says_why(change, why, seen):
-    passed, said = judge.compare(*seen, replace(judge.everything(SCENE), **change))
-    assert passed == (not why) and said.startswith(why), said
+@pytest.mark.parametrize("change, passes", [
+    ({}, True), (dict(things=(("cat", None, 1),), relation=None), True),
+    (dict(things=(("star", None, 1), ("cat", None, 1)), relation="right of"), True),
+    (dict(things=(("dog", None, 1), ("star", "red", 1))), False),
+    (dict(things=(("cat", None, 1), ("star", "blue", 1))), False),
+    (dict(things=(("cat", None, 2), ("star", "red", 1))), False),
+    (dict(relation="right of"), False), (dict(relation="above"), False),
+    (dict(background=("plain", "grey")), False),
+    (dict(background=("textured", "beige", "dotted")), False)], ids=str)
+def test_a_verdict_depends_on_each_part_of_the_prompt(change, passes, seen):
+    assert judge.compare(*seen, replace(judge.everything(SCENE), **change)) is passes
 
 
 def test_a_diagonal_is_in_no_relation():
     cat, dog = (judge.Found(kind, None, 1.0, x, y, 0.3)
                 for kind, x, y in (("cat", 0.2, 0.2), ("dog", 0.6, 0.7)))
     p = judge.Prompt("position", "", None, (("cat", None, 1), ("dog", None, 1)), "left of")
-    assert judge.compare(None, [cat, dog], p) == (False, "not left of")
+    assert judge.compare(None, [cat, dog], p) is False
 
 
 def test_what_the_judge_sees(seen):
@@ -119,18 +117,17 @@ def test_what_the_judge_sees(seen):
     for empty in (torch.zeros(3, 64, 64), noise):
         assert judge.look(empty)[1] == []
     larger = judge.judge(render(SCENE, 128), judge.everything(SCENE))
-    assert larger == (True, "")                         # it looks at 64 pixels of any image
+    assert larger is True                               # it looks at 64 pixels of any image
 
 
 def test_words_are_read():
     scene = Scene(("plain", "white"), (), (Word("MOON", "red", size=0.7),))
     p = judge.everything(scene)
-    assert judge.judge(render(scene), p) == (True, "")
-    assert judge.judge(render(scene), replace(p, word="MOTH"))[0] is False
+    assert judge.judge(render(scene), p) is True
+    assert judge.judge(render(scene), replace(p, word="MOTH")) is False
     other = Scene(("plain", "white"), (), (Word("MOTH", "red", size=0.7),))
-    passed, why = judge.judge(render(other), p)
-    assert not passed and why.startswith(("reads", "no word"))
-    assert judge.judge(render(SCENE), p) == (False, "no word")
+    assert judge.judge(render(other), p) is False
+    assert judge.judge(render(SCENE), p) is False
 
 
 @pytest.fixture(scope="module")

@@ -562,7 +562,7 @@ def test_the_shipped_model_draws_what_it_is_told(call):
                     "--dtype", "float32", "--direct") == 0
         x = torch.from_numpy(pixels("out.png")).permute(2, 0, 1) / 255
         scene = world.Scene(("plain", on), (world.Thing(kind, colour, 0.5, 0.5, 0.5),))
-        passed += judge.judge(x, judge.everything(scene))[0]
+        passed += judge.judge(x, judge.everything(scene))
     assert passed >= 3
 
 

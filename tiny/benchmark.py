@@ -206,7 +206,7 @@ def judge_the_judge(prompts, images):
         seen = None if p.word else look(x)                # once per image: it is the slow part
 
         def passes(q):
-            return (read(x, q) if q.word else compare(*seen, q))[0]
+            return read(x, q) if q.word else compare(*seen, q)
 
         true.append(passes(p))
         for which, q in changes(p, random_stream("change", p.text, k)).items():

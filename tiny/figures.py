@@ -246,7 +246,7 @@ def ranking():
             continue
         z, _ = shipped.walk(prompt.text, range(8), guidance=3.0, steps=25)
         images = shipped.decode(z)
-        passed = [judge.judge(image, prompt)[0] for image in images]
+        passed = [judge.judge(image, prompt) for image in images]
         if 3 <= sum(passed) <= 5:
             break
     rows = best_of.scores(shipped.model.llm, shipped.model.tokenizer, z, prompt.text)
