@@ -179,29 +179,24 @@ def refine(f, b, peak):
                  (y + shift // 5 - 2) / SIDE, px / SIDE)
 
 
-def to_side(image):
-    """Resize an image [3,H,W] in [0,1] -> [3,64,64] float32 on the CPU."""
-    return F.interpolate(image.float().cpu().clamp(0, 1)[None], (SIDE, SIDE), mode="area")[0]
-
-
 def find_background(image):
-    """Find the background of an image [3,64,64] -> (index, the background, its image).
+    """Find the background of an image [3,H,W] -> (index, the background, B and F [3,64,64]).
 
     It has the smallest error at half resolution. The error of a pixel is limited, and counts less
     in the interior, where the things are.
     """
+    image = F.interpolate(image.float().cpu().clamp(0, 1)[None], (SIDE, SIDE), mode="area")[0]
     names, images, small = backgrounds()
     error = (small - F.avg_pool2d(image, 2)).square().sum(1).sqrt().clamp(max=0.3)
     error[:, 2:-2, 2:-2] *= 0.3                                             # [256,32,32]
     index = int(error.mean((1, 2)).argmin())
-    return index, names[index], images[index]
+    return index, names[index], images[index], image - images[index]
 
 
 def look(image):
     """Find what an image [3,H,W] in [0,1] shows -> (background, [Found, ...] best first)."""
-    image = to_side(image)
-    index, name, b = find_background(image)
-    f, kept = image - b, []
+    index, name, b, f = find_background(image)
+    kept = []
     for peak in coarse(f, index):
         _, size, x, y, _ = peak
         if all(max(abs(x - x2), abs(y - y2)) > 0.4 * (size + size2)
@@ -242,10 +237,9 @@ def read(image, prompt):
     """
     others = sorted(set(world.WORDS + world.NEW_WORDS) - {prompt.word}, key=lambda w: (
         len(w) != len(prompt.word), hash64("candidates", prompt.word, w)))
-    image = to_side(image)
-    _, _, b = find_background(image)
+    _, _, b, f = find_background(image)
     ink = torch.tensor(COLOURS[prompt.scene.words[0].colour])[:, None, None] / 255 - b  # [3,64,64]
-    amount = ((image - b) * ink).sum(0) / ink.square().sum(0).clamp(min=0.05)           # [64,64]
+    amount = (f * ink).sum(0) / ink.square().sum(0).clamp(min=0.05)                     # [64,64]
     amount, scores = amount.clamp(-0.5, 1.5), {}            # 1 where there is ink
     spectrum = torch.fft.rfft2(amount)
     for word in (prompt.word, *others[:39]):
