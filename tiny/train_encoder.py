@@ -131,9 +131,9 @@ class Trainee(nn.Module):
         self.image_projection = nn.Identity() if pooled else nn.Linear(features, E)
         if patch:
             self.pixels = nn.Linear(features, 3 * patch ** 2)           # of the dense term
-        for name, value in (("scale", math.log(10.0)), ("bias", -10.0)):    # SigLIP's t' and b
-            value = torch.tensor(value, device="cpu")                   # in meta builds too
-            self.register_parameter(f"logit_{name}", nn.Parameter(value))
+        # SigLIP's t' and b; on the CPU in meta builds too
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0), device="cpu"))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0, device="cpu"))
 
     def encode(self, images):
         """Images [B,3,S,S] -> pooled features [B,F] and tokens [B,N,F] (None for VGG), fp32."""
