@@ -91,7 +91,6 @@ class Canvas:
     """A figure in its own units, one unit a box's height: boxes, words, images and arrows."""
 
     def __init__(self, width, height):
-        self.size = width, height
         self.figure, self.axis = plt.subplots(figsize=(0.75 * width, 0.75 * height))
         self.axis.set(xlim=(0, width), ylim=(0, height))
         self.axis.axis("off")
@@ -112,7 +111,6 @@ class Canvas:
         """Show an image, centred at x, y, with a label under it."""
         self.axis.imshow(image, extent=(x - side / 2, x + side / 2, y - side / 2, y + side / 2),
                          interpolation="nearest", zorder=2)
-        self.axis.set(xlim=(0, self.size[0]), ylim=(0, self.size[1]))
         self.words(x, y - side / 2 - 0.22, label, 10)
 
     def arrow(self, *points):
