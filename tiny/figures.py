@@ -236,17 +236,12 @@ def trajectory():
 
 
 def ranking():
-    """Show eight candidates in the order of each verifier; green frames: the judge passes them. The
-    prompt is the benchmark's first about two shapes of which three to five candidates pass."""
+    """Show eight candidates in the order of each verifier; green frames: the judge passes them."""
     shipped = Shipped()
-    for prompt in benchmark.prompts():
-        if len(prompt.things) < 2 or not all(thing.colour for thing in prompt.scene.things):
-            continue
-        z, _ = shipped.walk(prompt.text, range(8), guidance=3.0, steps=25)
-        images = shipped.decode(z)
-        passed = [judge.judge(image, prompt) for image in images]
-        if 3 <= sum(passed) <= 5:
-            break
+    prompt = benchmark.prompts()[46]                        # the judge passes three of the eight
+    z, _ = shipped.walk(prompt.text, range(8), guidance=3.0, steps=25)
+    images = shipped.decode(z)
+    passed = [judge.judge(image, prompt) for image in images]
     rows = best_of.scores(shipped.model.llm, shipped.model.tokenizer, z, prompt.text)
     value = {"prompt": "prompt_conf", "yes": "yes_logit", "yes-prob": "yes_prob",
              "loss": "prompt_loss"}
