@@ -103,9 +103,8 @@ class Canvas:
             boxstyle="round,pad=0,rounding_size=0.12"))
         self.words(x, y, words)
 
-    def words(self, x, y, words, size=11, **style):
-        self.axis.text(x, y, words, ha=style.pop("ha", "center"), va="center", fontsize=size,
-                       color=INK, **style)
+    def words(self, x, y, words, size=11, ha="center", **style):
+        self.axis.text(x, y, words, ha=ha, va="center", fontsize=size, color=INK, **style)
 
     def image(self, x, y, image, label, side=1.3):
         """Show an image, centred at x, y, with a label under it."""
