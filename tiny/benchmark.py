@@ -20,8 +20,8 @@ from cli import DataError
 from data import random_stream
 from metrics import interval
 from tiny import world
-from tiny.judge import Prompt, compare, everything, look, read
-from tiny.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, Scene, Thing, Word, render
+from tiny.judge import Prompt, compare, everything, look, read, scene_images
+from tiny.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, Scene, Thing, Word
 from tiny.world import pick
 
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribution")
@@ -94,11 +94,10 @@ def questions(source, count, seed, size):
         raise DataError(f"--data {source}: expected builtin:qa, builtin:align or a file of "
                         "questions")
     for i in range(count):
-        r = world.builtin_record(source, seed, i, size)
-        x = torch.from_numpy(r["image"]).permute(2, 0, 1)[None].float() / 255
+        r = world.builtin_record(source, seed, i, 0)
         question, reference = (t["value"].replace("<image>\n", "") for t in r["conversations"])
         yield dict(id=i, image=r["key"], kind=r["question"], question=question,
-                   reference=reference), x
+                   reference=reference), scene_images([r["scene"]], size)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,12 +172,6 @@ def candidates_table(found, n):
         print(f"{verifier:<10}{keep:>5}{size:>5}{right:>8.3f}"
               f"{f'{mean:+.3f} ({low:+.3f} to {high:+.3f})':>34}")
     return rows
-
-
-def scene_images(scenes, size):
-    """Render scenes -> [B,3,size,size] in [0,1]."""
-    x = np.stack([render(scene, size) for scene in scenes])
-    return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
 
 
 @torch.no_grad()

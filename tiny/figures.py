@@ -33,7 +33,7 @@ class Shipped:
         args = Namespace(run=weights.TINY, encoder=None, decoder=None)
         self.encoder, self.decode = stage2.load_codec(self.model.config, args, devices)
         scenes = [world.scene("builtin:web", 2000, k) for k in range(128)]
-        z = self.encoder(benchmark.scene_images(scenes, 64)).flatten(0, 1)       # [128*N,C]
+        z = self.encoder(judge.scene_images(scenes, 64)).flatten(0, 1)      # [128*N,C]
         self.mean = z.mean(0)
         self.axes = torch.linalg.svd(z - self.mean, full_matrices=False)[2][:3].T       # [C,3]
         self.scale = 2 * ((z - self.mean) @ self.axes).std(0)               # [3]
@@ -123,7 +123,7 @@ class Canvas:
 def method():
     """Draw stage 1, a training step of stage 2, and sampling, with real latents and images."""
     shipped = Shipped()
-    x = benchmark.scene_images([world.scene("builtin:web", 2000, 12)], 64)
+    x = judge.scene_images([world.scene("builtin:web", 2000, 12)], 64)
     z = shipped.encoder(x)
     eps = flow.noise_for("method", 0, *z.shape[1:])
     drawn, walk = shipped.walk(PROMPT, [1])
@@ -188,7 +188,7 @@ def latents():
     shipped = Shipped()
     scenes = [world.scene(f"builtin:{source}", 2000, k) for source, k in (
         ("synthetic", 1), ("synthetic", 4), ("web", 12), ("web", 3), ("web", 6), ("text", 0))]
-    x = benchmark.scene_images(scenes, 64)
+    x = judge.scene_images(scenes, 64)
     pairs = list(zip(x, shipped.encoder(x)))
     words = [world.caption(scene) for scene in scenes]
     prompts = [judge.FIXED[k] for k in (0, 2, 4, 8, 10, 13)]

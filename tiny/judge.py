@@ -19,8 +19,8 @@ from PIL import Image
 
 from data import hash64
 from tiny import world
-from tiny.scenes import (BACKGROUNDS, COLOURS, KINDS, SHAPES, STYLES, TEXTURES, Scene, backdrop,
-                         letters, shape, sprite_at)
+from tiny.scenes import (BACKGROUNDS, COLOURS, KINDS, SHAPES, STYLES, TEXTURES, Scene, letters,
+                         render, shape, sprite_at)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,12 @@ FOUND = 0.7                                             # a weaker match counts 
 Found = collections.namedtuple("Found", "kind colour score x y size")
 
 
+def scene_images(scenes, size):
+    """Render scenes -> [B,3,size,size] in [0,1]."""
+    x = np.stack([render(scene, size) for scene in scenes])
+    return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
+
+
 @functools.lru_cache(maxsize=4096)
 def template(kind, colour, angle, px):
     """Return P and A of a thing with a longer side of px and a margin of 2: [4,px+4,px+4]."""
@@ -104,8 +110,7 @@ def backgrounds():
                                            for b in itertools.product(names, TEXTURES)]
     out += [(form, *ab, way) for form in ("two-tone", "gradient")
             for ab in itertools.permutations(names, 2) for way in ("across", "down")]
-    images = np.stack([np.asarray(backdrop(b, SIDE)) for b in out])
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    images = scene_images([Scene(b) for b in out], SIDE)
     return out, images, F.avg_pool2d(images, 2)
 
 
