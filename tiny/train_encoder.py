@@ -310,7 +310,7 @@ def tokenizer_for(args):
     if args.dry_run:
         return chat.load_tokenizer(weights.TINY)
     sources = [f"builtin:{s}" for s in ("web", "synthetic", "text", "hq", "qa")]
-    mixture = data.Mixture(sources, resolution=8, seed=1)
+    mixture = data.Mixture(sources, resolution=0, seed=1)               # without images
     turns = [t["value"] for i in range(8000) for t in mixture[i]["conversations"]]
     roles = [chat.SYSTEM, "system\n", "user\n", "assistant\n"]
     return chat.train_tokenizer(turns + roles * 100)
