@@ -120,9 +120,8 @@ class Canvas:
                                             color=INK, lw=1.3, shrinkA=0, shrinkB=0))
 
 
-def method():
+def method(shipped):
     """Draw stage 1, a training step of stage 2, and sampling, with real latents and images."""
-    shipped = Shipped()
     x = judge.scene_images([world.scene("builtin:web", 2000, 12)], 64)
     z = shipped.encoder(x)
     eps = flow.noise_for("method", 0, *z.shape[1:])
@@ -183,9 +182,8 @@ def method():
 # Latents, trajectory, ranking
 # ------------------------------------------------------------------------------------------------
 
-def latents():
+def latents(shipped):
     """Show images above the first three principal components of their latents."""
-    shipped = Shipped()
     scenes = [world.scene(f"builtin:{source}", 2000, k) for source, k in (
         ("synthetic", 1), ("synthetic", 4), ("web", 12), ("web", 3), ("web", 6), ("text", 0))]
     x = judge.scene_images(scenes, 64)
@@ -205,9 +203,8 @@ def latents():
     save(figure, "latents")
 
 
-def trajectory():
+def trajectory(shipped):
     """Show one prompt's latent at ten times, decoded, and the times that training draws."""
-    shipped = Shipped()
     _, walk = shipped.walk(PROMPT, [1])
     figure = plt.figure(figsize=(11, 5.9), layout="constrained")
     images, curves = figure.subfigures(2, 1, height_ratios=(1, 1.2))
@@ -234,9 +231,8 @@ def trajectory():
     save(figure, "trajectory")
 
 
-def ranking():
+def ranking(shipped):
     """Show eight candidates in the order of each verifier; green frames: the judge passes them."""
-    shipped = Shipped()
     prompt = benchmark.prompts()[46]                        # the judge passes three of the eight
     z, _ = shipped.walk(prompt.text, range(8), guidance=3.0, steps=25)
     images = shipped.decode(z)
@@ -257,4 +253,5 @@ def ranking():
 
 @torch.no_grad()
 def draw(name):
-    {"method": method, "latents": latents, "trajectory": trajectory, "ranking": ranking}[name]()
+    figures = {"method": method, "latents": latents, "trajectory": trajectory, "ranking": ranking}
+    figures[name](Shipped())
