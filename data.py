@@ -10,6 +10,7 @@ files.py reads the user's files, and tiny/world.py makes the `builtin:` sources.
 """
 import argparse
 import atexit
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ import random
 import signal
 import sys
 import textwrap
+import traceback
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -250,36 +252,6 @@ class WorkerDied(UserError):
     """A worker of the loader ended early."""
 
 
-# Forked workers start at once, and end when kill -9 ends the trainer. Those of a fork server, the
-# default on Linux from Python 3.14 on, would not.
-FORK = "fork" if sys.platform == "linux" else None
-
-
-class Batches:
-    """A dataset of collated batches: batches[range of n]. It returns a UserError instead of raising
-    it, because torch would add the worker's traceback."""
-
-    def __init__(self, mixture, collate):
-        self.mixture, self.collate = mixture, collate
-
-    def __getitem__(self, numbers):
-        try:
-            return self.collate([self.mixture[n] for n in numbers])
-        except UserError as e:
-            return e
-
-
-def unchanged(batch):
-    return batch
-
-
-def start_worker(_):
-    import torch
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)          # the trainer gets the signal, and saves
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int = 0,
            rank: int = 0, ranks: int = 1):
     """Return an iterator over collate([records]).
@@ -288,49 +260,60 @@ def loader(mixture: Mixture, collate, batch: int, start: int = 0, workers: int =
     samples, from start + k*batch + rank*(batch//ranks) on. collate runs in the workers, if there
     are any. The iterator raises DataError, and WorkerDied if the system kills a worker.
     """
-    from torch.utils.data import DataLoader
     if batch < 1 or batch % ranks:
         raise DataError(f"a micro-batch of {batch} does not divide over {ranks} ranks; change "
                         "--micro-batch")
     share = batch // ranks
     numbers = (range(n, n + share) for n in itertools.count(start + rank * share, batch))
-    before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
-    batches = iter(DataLoader(
-        Batches(mixture, collate), batch_size=None, sampler=numbers, collate_fn=unchanged,
-        num_workers=workers, worker_init_fn=start_worker,
-        multiprocessing_context=FORK if workers else None, prefetch_factor=4 if workers else None))
-    started = [p for p in multiprocessing.active_children() if p not in before]
-    if signal.getsignal(signal.SIGCHLD) != handler:         # torch's raises in the middle of a step
-        signal.signal(signal.SIGCHLD, handler)              # when a worker dies
-    atexit.register(kill, started)
-    return copied(batches, started)
+    if not workers:
+        return (collate([mixture[i] for i in n]) for n in numbers)
+    # forked workers start at once; from Python 3.14 on, Linux's default is another way
+    context, started = multiprocessing.get_context("fork" if sys.platform == "linux" else None), []
+    for _ in range(workers):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(mixture, collate, theirs, ours), daemon=True)
+        process.start()
+        theirs.close()
+        atexit.register(process.kill)       # Python would wait for it, because it ignores SIGTERM
+        started.append((process, ours))
+    for _, pipe in 4 * started:                           # each is up to four batches ahead
+        pipe.send(next(numbers))
+    return batches(started, numbers)
 
 
-def kill(processes):
-    """Kill workers, which ignore SIGTERM. Python would wait for them as it ends."""
-    for process in processes:
-        process.kill()
+def work(mixture, collate, pipe, other_end):
+    """Answer each range of numbers that comes through the pipe by its batch, or by an exception."""
+    import torch
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)          # the trainer gets the signal, and saves
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    other_end.close()                                     # a fork has the trainer's end too
+    with contextlib.suppress(EOFError, ConnectionError):  # until the trainer ends, if by kill -9
+        while True:
+            numbers = pipe.recv()
+            try:
+                answer = collate([mixture[n] for n in numbers])
+            except UserError as e:
+                answer = e
+            except Exception:                             # an exception loses its traceback here
+                answer = RuntimeError(f"in a loader worker:\n{traceback.format_exc()}")
+            pipe.send(answer)
 
 
-def copied(batches, workers):
-    """Yield batches. Those of workers are copied: each of their tensors is an open file."""
-    while True:
+def batches(workers, numbers):
+    """Yield the batches of the workers [(process, pipe)], which take turns."""
+    for process, pipe in itertools.cycle(workers):
         try:
-            if any(p.exitcode is not None for p in workers):
-                raise EOFError                          # torch would take its lock, see below
-            batch = next(batches)
-        except (RuntimeError, OSError, EOFError) as e:
-            codes = [p.exitcode for p in workers if p.exitcode is not None]
-            if not codes:
-                raise
-            kill(workers)               # the dead one may hold the lock of torch's event for ever
-            batches._workers_done_event = multiprocessing.Event()
-            raise WorkerDied(f"a loader worker died (exit code {codes[0]}); the system kills one "
-                             "when memory or /dev/shm runs out; use fewer --workers") from e
-        if isinstance(batch, UserError):
-            batches = None              # ends the workers, which the traceback would keep alive
+            batch = pipe.recv()
+            pipe.send(next(numbers))
+        except (EOFError, ConnectionError) as e:                # its end is closed
+            process.join()
+            raise WorkerDied(f"a loader worker died (exit code {process.exitcode}); the system "
+                             "kills one when memory or /dev/shm runs out; use fewer "
+                             "--workers") from e
+        if isinstance(batch, Exception):
             raise batch
-        if workers and isinstance(batch, dict):
+        if isinstance(batch, dict):             # copied: each tensor of a worker is an open file
             batch = {k: v.clone() if hasattr(v, "clone") else v for k, v in batch.items()}
         yield batch
 

@@ -892,21 +892,3 @@ def test_a_worker_that_is_killed_is_one_error():
     with pytest.raises(WorkerDied, match="exit code -9.*--workers"):
         for _ in range(20):
             next(batches)
-
-
-def test_a_worker_that_dies_with_torch_s_lock_does_not_stop_the_trainer():
-    """Here another thread holds the lock for ever in the dead worker's place."""
-    import multiprocessing
-    import threading
-    before = multiprocessing.active_children()
-    batches = data.loader(Mixture(["builtin:hq"], 8), collate, 4, workers=1)
-    next(batches)
-    event = batches.gi_frame.f_locals["batches"]._workers_done_event
-    holder = threading.Thread(target=event._cond.acquire)
-    holder.start()
-    holder.join()
-    worker, = (p for p in multiprocessing.active_children() if p not in before)
-    worker.kill()
-    worker.join()
-    with pytest.raises(WorkerDied, match="exit code -9"):
-        next(batches)
