@@ -106,25 +106,25 @@ def model_config(source):
     else:
         out = released_config(source)
     k, lm = out.dit, out.llm
+    stated = {**asdict(lm), **asdict(k), "image_channels": out.image_channels,
+              "depth": k.depth + k.head_depth, "cond_width": k.cond_width or k.width,
+              "head_width": k.head_depth and (k.head_width or k.width),
+              "head_heads": k.head_heads or k.heads}
     hd, hd1, hd2 = (size(f"{DIT}{r}_rope.freqs_cos", 1) for r in ("feat", "enc", "dec"))
-    found = dict(hidden_size=(lm.hidden_size, size("model.embed_tokens.weight", 1)),
-                 vocab_size=(lm.vocab_size, size("model.embed_tokens.weight")),
-                 num_hidden_layers=(lm.num_hidden_layers, source.depth("model.layers")),
-                 intermediate_size=(lm.intermediate_size,
-                                    size("model.layers.0.mlp.gate_proj.weight")),
-                 image_channels=(out.image_channels, size("model.mm_projector.0.weight", 1)),
-                 tokens=(k.tokens, size("model.latent_queries")),
-                 channels=(k.channels, size(DIT + "x_embedder.proj.weight", 1)),
-                 cond_width=(k.cond_width or k.width, size("diff_head_projector.weight")),
-                 width=(k.width, size(DIT + "x_embedder.proj.weight")),
-                 head_width=(k.head_depth and (k.head_width or k.width),
-                             size(DIT + "s_embedder.proj.weight")),
-                 depth=(k.depth + k.head_depth, source.depth(DIT + "dit_blocks")),
-                 heads=(k.heads, k.width // (hd or hd1) if hd or hd1 else 0),
-                 head_heads=(k.head_heads or k.heads,
-                             (k.head_width or k.width) // hd2 if hd2 else 0))
-    check_config({key: a for key, (a, _) in found.items()}, {key: b for key, (_, b) in
-                                                             found.items()}, what)
+    found = dict(hidden_size=size("model.embed_tokens.weight", 1),
+                 vocab_size=size("model.embed_tokens.weight"),
+                 num_hidden_layers=source.depth("model.layers"),
+                 intermediate_size=size("model.layers.0.mlp.gate_proj.weight"),
+                 image_channels=size("model.mm_projector.0.weight", 1),
+                 tokens=size("model.latent_queries"),
+                 channels=size(DIT + "x_embedder.proj.weight", 1),
+                 cond_width=size("diff_head_projector.weight"),
+                 width=size(DIT + "x_embedder.proj.weight"),
+                 head_width=size(DIT + "s_embedder.proj.weight"),
+                 depth=source.depth(DIT + "dit_blocks"),
+                 heads=k.width // (hd or hd1) if hd or hd1 else 0,
+                 head_heads=(k.head_width or k.width) // hd2 if hd2 else 0)
+    check_config(stated, found, what)
     return out
 
 
@@ -151,14 +151,9 @@ def released_config(source):
         tokens = (c.get("vision_tower_aux_token_len_list") or [0])[0]
         encoder = (c.get("mm_vision_tower_aux_list") or ["encoder"])[0]
     plain = lambda name: re.sub("^assets/tiny/", "tiny/", re.sub(r"-(interp|res)\d+$", "", name))
-    N = source.size("model.latent_queries") or tokens
-    C = source.size(DIT + "x_embedder.proj.weight", 1) or c.get("diffusion_model_channels", 0)
-    Z = source.size("diff_head_projector.weight") or c.get("diffusion_model_z_channels", 0)
-    given = dict(channels=c.get("diffusion_model_channels"), tokens=tokens or None,
-                 z_channels=c.get("diffusion_model_z_channels"), mm_hidden_size=c.get(
-                     "mm_hidden_size"))
-    check_config(given, dict(channels=C, tokens=N, z_channels=Z, mm_hidden_size=source.size(
-        "model.mm_projector.0.weight", 1)), what)
+    N = tokens or source.size("model.latent_queries")
+    C = c.get("diffusion_model_channels") or source.size(DIT + "x_embedder.proj.weight", 1)
+    Z = c.get("diffusion_model_z_channels") or source.size("diff_head_projector.weight")
     prob = c.get("diffusion_class_dropout_prob")
     values = dict(channels=C, tokens=N, width=D, depth=depth, heads=heads, cond_width=Z, **head,
                   null=(DIT + "y_embedder.dropout_embedding" in source.shapes if prob is None
@@ -168,7 +163,7 @@ def released_config(source):
     return ModelConfig(
         dit=read_fields(DiTConfig, values, what),
         llm=llm_config(c, what, source.size("model.embed_tokens.weight")),
-        image_channels=source.size("model.mm_projector.0.weight", 1) or c.get("mm_hidden_size"),
+        image_channels=c.get("mm_hidden_size") or source.size("model.mm_projector.0.weight", 1),
         alpha=c.get("shift_alpha") or math.sqrt(N * C / base), encoder=plain(encoder),
         decoder=c.get("decoder"), vae=plain(c.get("generation_alignment_tower") or "") or None,
         context=c.get("tokenizer_model_max_length") or 1024, released="shift_alpha" not in c)
