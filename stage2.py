@@ -131,16 +131,14 @@ def model_config(source):
 def released_config(source):
     """Translate the authors' config.json -> ModelConfig."""
     c, what = source.config, source.what
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "intermediate_size", "diffusion_model_hidden_size", "diffusion_model_depth",
-              "diffusion_model_heads")
+    needed = [f"diffusion_model_{k}" for k in ("hidden_size", "depth", "heads")]
     if lacks := [k for k in needed if c.get(k) is None]:
         raise UserError(f"{what}: its config lacks {', '.join(lacks)}; expected a Scale-RAE model "
                         "folder with its config.json")
     if (mode := c.get("vision_loss_mode", "query")) != "query":
         raise UserError(f"{what}: vision_loss_mode {mode!r}; known is 'query'")
     with parsing(f"{what}: diffusion_model_hidden_size, _depth and _heads"):
-        D, depth, heads = (c[f"diffusion_model_{k}"] for k in ("hidden_size", "depth", "heads"))
+        D, depth, heads = (c[k] for k in needed)
         head = {}
         if isinstance(D, list):
             (D, D2), (depth, depth2), (heads, heads2) = D, depth, heads
