@@ -232,17 +232,13 @@ def load_run(path, devices, flag="--run"):
     config = model_config(source)
     with torch.device("meta"):
         llm, dit = build_stage2(config, devices.dtype)
-    for model in (llm, dit):
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)) and "embedder.mlp" not in name:
-                module.to(devices.dtype)                # a TimeEmbedder computes in fp32
+    model = nn.ModuleDict({"llm": llm, "dit": dit})
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and "embedder.mlp" not in name:
+            module.to(devices.dtype)                    # a TimeEmbedder computes in fp32
     tied = ("lm_head.weight",) if config.llm.tie_word_embeddings else ()
-    head, rest = (source.renamed(lambda k: k.removeprefix(DIT) if k.startswith(DIT) else None),
-                  source.renamed(lambda k: None if k.startswith(DIT) else k))
-    load(llm, rest, devices, ignore=RECOMPUTED + tied)
-    load(dit, head, devices, ignore=RECOMPUTED)
-    folder = tokenizer_folder(path)
-    tokenizer = chat.load_tokenizer(folder)
+    load(model, source.renamed(our_stage2_key), devices, ignore=RECOMPUTED + tied)
+    tokenizer = chat.load_tokenizer(tokenizer_folder(path))
     if tokenizer.get_vocab_size() > config.llm.vocab_size:
         raise UserError(f"{source.what}: the tokenizer has {tokenizer.get_vocab_size()} tokens, "
                         f"the embedding {config.llm.vocab_size} rows")
