@@ -24,8 +24,8 @@ from training import start_table, state_gb
 from vae import VAE, VAEConfig
 from vae import initial as init_vae
 from weights import (HUB, TINY, TINY_ENCODER, Weights, check_config, in_memory, load, locate,
-                     open_weights, portable_path, read_fields, read_json, rows_for,
-                     tokenizer_folder, weights_of)
+                     model_folder, open_weights, portable_path, read_fields, read_json, rows_for,
+                     weights_of)
 
 
 def load_encoder(path, devices):
@@ -330,7 +330,7 @@ def frozen_networks(args, init, devices):
                     parallel.build(part, rows, devices).requires_grad_(False)
         files = "published shapes" if args.dry_run else "random weights: for timing only"
         return encoder, vae, None, chat.load_tokenizer(TINY), files
-    llm = args.llm or (tokenizer_folder(args.init) if init else SIZES[args.size].llm)
+    llm = args.llm or (model_folder(args.init) if init else SIZES[args.size].llm)
     codec = ("vae", args.vae, "--vae") if vae else ("decoder", args.decoder, "--decoder")
     wanted = [("encoder", args.encoder, "--encoder"), codec,
               ("llm", TINY if llm in ("tiny", "random") else llm, "--llm")]

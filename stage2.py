@@ -24,8 +24,8 @@ from networks import load_decoder, load_encoder, load_vae, note_pair
 from recipe import DIT_FLAGS, LLM_FLAGS
 from text_model import QWEN_1_5B, QWEN_7B, LLMConfig, TextModel, direct_condition
 from text_model import TINY as TINY_LLM
-from weights import (DIT, HUB, TINY_PAIR, Weights, check_config, load, locate, open_weights,
-                     read_fields, read_json, rows_for, stage2_key, tokenizer_folder)
+from weights import (DIT, HUB, TINY_PAIR, Weights, check_config, load, locate, model_folder,
+                     open_weights, read_fields, read_json, rows_for, stage2_key)
 
 RECOMPUTED = ("rope.freqs_", "rotary_emb.inv_freq")     # in files, but recomputed in fp32
 
@@ -238,7 +238,7 @@ def load_run(path, devices, flag="--run"):
             module.to(devices.dtype)                    # a TimeEmbedder computes in fp32
     tied = ("lm_head.weight",) if config.llm.tie_word_embeddings else ()
     load(model, source.renamed(our_stage2_key), devices, ignore=RECOMPUTED + tied)
-    tokenizer = chat.load_tokenizer(tokenizer_folder(path))
+    tokenizer = chat.load_tokenizer(model_folder(path))
     if tokenizer.get_vocab_size() > config.llm.vocab_size:
         raise UserError(f"{source.what}: the tokenizer has {tokenizer.get_vocab_size()} tokens, "
                         f"the embedding {config.llm.vocab_size} rows")

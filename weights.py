@@ -93,8 +93,8 @@ def weights_of(path):
     return ema if ema.is_file() else folder
 
 
-def tokenizer_folder(path):
-    """Return the folder of a model's tokenizer: its own, or its run's."""
+def model_folder(path):
+    """Return the folder with a model's config.json and tokenizer: its own, or its run's."""
     place = weights_of(path)
     folder = place if place.is_dir() else place.parent
     return folder.parent.parent if (folder / "meta.json").is_file() else folder
@@ -253,11 +253,10 @@ def open_weights(path, flag="--init"):
     what, file = f"{flag} {printable(path)}", weights_of(path)
     if not file.exists():
         raise UserError(f"{what}: no such file or folder")
-    saved = (file / "meta.json").is_file()              # a checkpoint
-    folder = file.parent.parent if saved else file if file.is_dir() else file.parent
     files, config, pieces = weight_files(file, what), {}, {}
-    if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json", what)
+    beside = model_folder(path) / "config.json"
+    if beside.is_file():
+        config = read_json(beside, what)
     for part in files:
         open_file = open_safetensors if part.suffix == ".safetensors" else open_pickle
         found, meta = open_file(part, what)
@@ -267,6 +266,7 @@ def open_weights(path, flag="--init"):
             with parsing(f"{what}: the config in {part.name}"):
                 config = dict(json.loads(meta["config"]))
     opened = Weights(what, config, pieces)
+    saved = (file / "meta.json").is_file()              # a checkpoint
     return opened.renamed(partial(exported_key, pieces)) if saved else opened
 
 
