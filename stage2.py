@@ -328,12 +328,11 @@ def finetuned_config(args, config):
     """Return the config of --init's model with what the flags replace; say what they replace."""
     args.shift = config.alpha if args.shift is None else alpha_of(args, config.dit)
     new = dict(alpha=args.shift, encoder=args.encoder, decoder=args.decoder, vae=args.vae)
-    for flag, key in (("--shift", "alpha"), ("--encoder", "encoder"), ("--decoder", "decoder"),
-                      ("--vae", "vae")):
-        found = getattr(config, key)
-        if found and new[key] != found:
-            print(f"note: --init {args.init} was trained with {flag} {found}, this run takes "
-                  f"{new[key]}", file=sys.stderr)
+    for key, value in new.items():
+        found, flag = getattr(config, key), "shift" if key == "alpha" else key
+        if found and found != value:
+            print(f"note: --init {args.init} was trained with --{flag} {found}, this run takes "
+                  f"{value}", file=sys.stderr)
     return replace(config, **new)
 
 
