@@ -221,8 +221,9 @@ def load_discriminator(path, devices, seed=0):
     with torch.device("meta"):
         model = Discriminator(config)
     shapes = {k: v.shape for k, v in model.state_dict().items()}
-    rows = rows_for(model, source, lambda key: init_discriminator(key, shapes, seed),
-                    lambda key: key.startswith("heads.") and not whole)
+    drawn = parallel.initial_rows(
+        model, lambda key, *_: init_discriminator(key, shapes, seed), seed)
+    rows = rows_for(model, source, drawn, lambda key: key.startswith("heads.") and not whole)
     return parallel.build(model, rows, devices)
 
 

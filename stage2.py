@@ -358,18 +358,17 @@ def new_config(args, encoder, vae, tokenizer):
 def initial_rows(model, initial, args, init, files, tokenizer):
     """Return rows(name, first, last) of the initial weights: those of --init (`init`, opened), else
     a pretrained LLM's, and for the rest initial(name, shape, seed)."""
+    drawn = parallel.initial_rows(model, initial, args.seed)
     if init:
         source, own, added = init.renamed(our_stage2_key), ("llm.", "dit."), ()
     elif args.size == "tiny" or args.random_init or args.llm == "random":
-        return parallel.initial_rows(model, initial, args.seed)
+        return drawn
     else:
         source = llm_source(files["llm"], tokenizer).renamed(lambda k: "llm." + k)
         own, added = ("llm.",), ("latent_queries", "projector")     # what the file has and lacks
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    optional = lambda key: not key.startswith(own) or any(a in key for a in added)
     tied = ("lm_head.weight",) if model.llm.config.tie_word_embeddings else ()
-    return rows_for(
-        model, source, lambda key: initial(key, shapes[key], args.seed),
-        lambda key: not key.startswith(own) or any(a in key for a in added), RECOMPUTED + tied)
+    return rows_for(model, source, drawn, optional, RECOMPUTED + tied)
 
 
 def export(run, model, named, ema, tokenizer):

@@ -307,18 +307,18 @@ def check_keys(want, have, what):
         raise UserError(f"{what} does not fit the model: {'; '.join(problems)}")
 
 
-def rows_for(model, source, initial=None, optional=lambda key: False, ignore=()):
+def rows_for(model, source, otherwise, optional, ignore=()):
     """Check that a file fits a model -> `rows` for `parallel.build`.
 
-    The file may lack keys for which optional(key) is true, whose values initial(key) returns, and
-    tensors that are not on the meta device (tables of positions). ignore: parts of keys that are
-    recomputed instead of read; their shapes must fit too.
+    The file may lack keys for which optional(key) is true and tensors that are not on the meta
+    device (tables of positions). Their values come from `otherwise`, the `rows` that
+    `parallel.initial_rows` returns. ignore: parts of keys that are recomputed instead of read;
+    their shapes must fit too.
     """
     own, skip = model.state_dict(), lambda k: any(i in k for i in ignore)
-    table = lambda k: not own[k].is_meta
     have = {k: s for k, s in source.shapes.items() if k in own or not skip(k)}
     want = {k: tuple(v.shape) for k, v in own.items()
-            if k in have or not (table(k) or optional(k))}
+            if k in have or v.is_meta and not optional(k)}
     check_keys(want, have, source.what)
     for key in have:
         if own[key].is_floating_point() and not source.pieces[key][0][2]:
@@ -326,17 +326,16 @@ def rows_for(model, source, initial=None, optional=lambda key: False, ignore=())
                             "not read)")
 
     def rows(key, first, last):
-        if key in have and not skip(key):
-            return source.rows(key, first, last)
-        return parallel.cut(own[key] if table(key) else initial(key), first, last)
+        read = source.rows if key in have and not skip(key) else otherwise
+        return read(key, first, last)
     return rows
 
 
 def load(model, source, devices, fallback=(), ignore=()):
     """Fill a model that is on the meta device -> the frozen model, in eval mode, on its device.
     fallback: {key: tensor} for keys that the file may lack. ignore: see `rows_for`."""
-    fallback = dict(fallback)
-    rows = rows_for(model, source, fallback.get, fallback.__contains__, ignore)
+    otherwise = parallel.initial_rows(model, lambda key, *_: fallback[key], 0)
+    rows = rows_for(model, source, otherwise, lambda key: key in fallback, ignore)
     parallel.build(model, rows, devices)
     return model.requires_grad_(False).eval()
 

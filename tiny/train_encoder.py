@@ -255,21 +255,20 @@ def released_key(name):
 def initial_rows(model, args):
     """Return `rows` for parallel.build: initial values, the encoder's from --init where it is
     given. Raises UserError for weights that do not fit."""
-    draw = functools.partial(initial, args.arch)
+    drawn = parallel.initial_rows(model, functools.partial(initial, args.arch), args.seed)
     if not args.init:
-        return parallel.initial_rows(model, draw, args.seed)
+        return drawn
     path, = weights.locate([("weights", args.init, "--init")])
     source = weights.open_weights(path, "--init")
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-    ours = {released_key(k.removeprefix("encoder.")): k for k in shapes if k.startswith("encoder.")}
+    ours = {released_key(k.removeprefix("encoder.")): k for k in model.state_dict()
+            if k.startswith("encoder.")}
     if "logit_scale" in source.shapes:                  # a checkpoint of this script
         source = source.renamed(lambda key: key if key.startswith("encoder.") else None)
     elif args.arch == "vit":
         source = source.renamed(lambda key: ours.get(key, key))
     else:
         source = source.renamed("encoder.{}".format)
-    return weights.rows_for(model, source, lambda key: draw(key, shapes[key], args.seed),
-                            lambda key: not key.startswith("encoder."))
+    return weights.rows_for(model, source, drawn, lambda key: not key.startswith("encoder."))
 
 
 # ------------------------------------------------------------------------------------------------
