@@ -209,21 +209,18 @@ def load_perceptual(vgg, lpips, devices, needed=True):
 
 
 def load_discriminator(path, devices, seed=0):
-    """Load a DINO trunk with new heads, or a whole discriminator. A file without a config is DINO
-    ViT-S/16."""
+    """Load a DINO trunk, with new heads. A file without a config is DINO ViT-S/16."""
     source = open_weights(path, "--dino")
     config = read_fields(DiscConfig, source.config, source.what)
-    whole = any(k.startswith("dino.") for k in source.shapes)
-    if not whole:
-        source = source.renamed(lambda key: f"dino.{key}")
-    check_config(asdict(config), dict(depth=source.depth("dino.blocks"),
-                                      dim=source.size("dino.cls_token", 2)), source.what)
+    check_config(asdict(config), dict(depth=source.depth("blocks"),
+                                      dim=source.size("cls_token", 2)), source.what)
     with torch.device("meta"):
         model = Discriminator(config)
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     drawn = parallel.initial_rows(
         model, lambda key, *_: init_discriminator(key, shapes, seed), seed)
-    rows = rows_for(model, source, drawn, lambda key: key.startswith("heads.") and not whole)
+    rows = rows_for(model, source.renamed("dino.{}".format), drawn,
+                    lambda key: key.startswith("heads."))
     return parallel.build(model, rows, devices)
 
 
