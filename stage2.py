@@ -222,13 +222,13 @@ class Stage2:
     config: ModelConfig
 
 
-def load_run(path, devices, flag="--run"):
+def load_run(path, devices):
     """Load a run, a checkpoint or a released folder -> Stage2, in eval mode.
 
     Matrices are kept in the compute dtype, to which each product would cast them anyway: in bf16
     half the memory, the same numbers. Raises UserError.
     """
-    source = open_weights(path, flag)
+    source = open_weights(path, "--run")
     config = model_config(source)
     with torch.device("meta"):
         llm, dit = build_stage2(config, devices.dtype)
