@@ -114,7 +114,6 @@ BAD = [
     (f"{ENCODER} --resolution 60", ["--resolution 60", "--patch 8"]),
     (f"{ENCODER} --width 97", ["--width 97", "--heads"]),
     (f"{ENCODER} --arch vgg --depth 3", ["--arch vgg", "--depth"]),
-    (f"{ENCODER} --arch dino --depth 1", ["--depth 1"]),
     (f"{ENCODER} --arch vgg --dense 1", ["--dense", "--arch vgg"]),
     # weights
     (f"{DIT} --encoder IN/none.safetensors", ["--encoder", "none.safetensors"]),
