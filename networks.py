@@ -117,8 +117,7 @@ def diffusers_decoder_key(key):
 def note_pair(decoder, encoder, flag="--decoder"):
     """Say so if a decoder was trained for another encoder than the one in use (names; a hub id may
     lie in a folder of its name)."""
-    theirs = re.sub("^assets/tiny/", "tiny/", decoder.config.encoder or "")
-    theirs, used = portable_path(theirs), portable_path(str(encoder))
+    theirs, used = portable_path(decoder.config.encoder or ""), portable_path(str(encoder))
     hub_id = theirs != TINY_ENCODER and not Path(theirs).is_absolute()
     if theirs and theirs != used and not (hub_id and Path(theirs).name == Path(used).name):
         print(f"note: {flag} was trained for the encoder {theirs}, this one is {used}",

@@ -148,7 +148,7 @@ def released_config(source):
             head = dict(head_width=D, head_depth=depth2, head_heads=heads)
         tokens = (c.get("vision_tower_aux_token_len_list") or [0])[0]
         encoder = (c.get("mm_vision_tower_aux_list") or ["encoder"])[0]
-    plain = lambda name: re.sub("^assets/tiny/", "tiny/", re.sub(r"-(interp|res)\d+$", "", name))
+    plain = lambda name: re.sub(r"-(interp|res)\d+$", "", name)
     N = tokens or source.size("model.latent_queries")
     C = c.get("diffusion_model_channels") or source.size(DIT + "x_embedder.proj.weight", 1)
     Z = c.get("diffusion_model_z_channels") or source.size("diff_head_projector.weight")
@@ -162,9 +162,9 @@ def released_config(source):
         dit=read_fields(DiTConfig, values, what),
         llm=llm_config(c, what, source.size("model.embed_tokens.weight")),
         image_channels=c.get("mm_hidden_size") or source.size("model.mm_projector.0.weight", 1),
-        alpha=c.get("shift_alpha") or math.sqrt(N * C / base), encoder=plain(encoder),
-        decoder=c.get("decoder"), vae=plain(c.get("generation_alignment_tower") or "") or None,
-        context=c.get("tokenizer_model_max_length") or 1024, released="shift_alpha" not in c)
+        alpha=math.sqrt(N * C / base), encoder=plain(encoder),
+        vae=plain(c.get("generation_alignment_tower") or "") or None,
+        context=c.get("tokenizer_model_max_length") or 1024, released=True)
 
 
 def build_stage2(config, dtype):

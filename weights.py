@@ -47,7 +47,7 @@ def locate(wanted):
     """
     paths, missing = [], []
     for what, name, flag in wanted:
-        name = re.sub("^assets/tiny/", "tiny/", str(name))      # as older configs call it
+        name = str(name)
         local = Path("weights") / Path(name).name
         places = (place / p for p in (name, local) for place in (Path(), HERE))
         found = name if name in ENCODERS else next((p for p in places if p.exists()), None)
