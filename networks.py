@@ -341,4 +341,3 @@ def frozen_networks(args, init, devices):
         if devices.main:
             note_pair(decoder, args.encoder)
     return encoder, vae, decoder, tokenizer, files
-
