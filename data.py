@@ -306,8 +306,10 @@ def batches(workers, numbers):
         try:
             batch = pipe.recv()
             pipe.send(next(numbers))
-        except (EOFError, ConnectionError) as e:                # its end is closed
-            process.join()
+        except (EOFError, OSError) as e:        # its end is closed, or a tensor's file is gone
+            process.join(10)
+            if process.exitcode is None:
+                raise
             raise WorkerDied(f"a loader worker died (exit code {process.exitcode}); the system "
                              "kills one when memory or /dev/shm runs out; use fewer "
                              "--workers") from e

@@ -876,6 +876,22 @@ def test_a_script_of_a_user_s_own_ends(end, args, status):
     assert ("ZeroDivisionError" in said) == (status == 1)
 
 
+def test_a_worker_that_cannot_send_is_one_error():
+    """Also when it has sent batches, whose tensors end with it."""
+    import multiprocessing
+    import torch
+
+    def unsendable(records):
+        return torch.ones(9) if records[0]["n"] < 3 else lambda: 0
+    before = multiprocessing.active_children()
+    batches = data.loader(Mixture(["builtin:hq"], 8), unsendable, 1, workers=1)
+    worker, = (p for p in multiprocessing.active_children() if p not in before)
+    worker.join()
+    with pytest.raises(WorkerDied, match="exit code 1.*--workers"):
+        for _ in range(4):
+            next(batches)
+
+
 def test_a_worker_that_is_killed_is_one_error():
     """Not in the middle of other work; and not for signals that only the trainer should see."""
     import multiprocessing
