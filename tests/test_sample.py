@@ -647,7 +647,8 @@ def files(tmp_path_factory):
     state.pop("diff_head.model.y_embedder.dropout_embedding")
     save_file(state, f / "nonull/model.safetensors")
     config = json.loads((weights.TINY / "config.json").read_text())
-    (f / "nonull/config.json").write_text(json.dumps({**config, "diffusion_class_dropout_prob": 0}))
+    config["scale_rae"]["dit"]["null"] = False
+    (f / "nonull/config.json").write_text(json.dumps(config))
     return f
 
 
