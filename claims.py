@@ -24,6 +24,7 @@ class Row:
     quick: tuple = ()       # (long, short): replacements in the commands for --quick
     x: str = ""             # what x is in a curve
     log_x: bool = False
+    log_y: bool = False
     note: str = ""          # choices, and causes that were measured
 
 
@@ -267,7 +268,7 @@ NOISE = Row(
                       "builtin:synthetic --count 512".replace("  ", " ")
                       for stage in STAGES.values())]
      for tau in (0, 0.2)},
-    (0, 1, 2), decoded, noise_rule, x="steps of the DiT", log_x=True,
+    (0, 1, 2), decoded, noise_rule, x="steps of the DiT", log_x=True, log_y=True,
     quick=(("--save-every 4", "--save-every 1"), ("step-0000100", "step-0000001"),
            ("step-0000300", "step-0000002"), ("step-0000900", "step-0000003")),
     note="All decoders decode the same latents of one DiT. The last point is the shipped model. "

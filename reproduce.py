@@ -258,6 +258,8 @@ def panel(axis, row, metric, points):
         axis.legend(fontsize=8)
         if row.log_x:
             axis.set_xscale("log", base=2 if row.x == "N" else 10)
+        if row.log_y:
+            axis.set_yscale("log")
     else:
         axis.set_xticks(range(len(arms)), arms, rotation=20, ha="right", fontsize=9)
     axis.set_title(metric, fontsize=11)
