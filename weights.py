@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import zlib
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 
@@ -351,14 +351,20 @@ def check_config(config, found, what):
 def read_fields(cls, values, what):
     """Make a dataclass of a JSON object. Raises UserError for fields that are unknown, missing or
     of another type."""
-    types, out = {f.name: f.type for f in fields(cls)}, {}
+    known = {f.name: f for f in fields(cls)}
+    if unknown := sorted(values.keys() - known.keys()):
+        raise UserError(f"{what}: its config has the unknown field {', '.join(unknown)}; expected "
+                        f"{', '.join(known)}")
+    lacks = [k for k, f in known.items() if f.default is MISSING and k not in values]
+    if lacks:
+        raise UserError(f"{what}: its config lacks {', '.join(lacks)}")
+    out = {}
     for key, value in values.items():
-        kind = types.get(key)
-        kind = kind if isinstance(kind, type) else object       # a field may have several types
+        kind = known[key].type if isinstance(known[key].type, type) else object
         value = float(value) if kind is float and type(value) is int else value
         value = tuple(value) if isinstance(value, list) else value
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UserError(f"{what}: {key} is {value!r}, expected {kind.__name__}")
         out[key] = value
-    with parsing(f"{what}: its config"):    # unknown and missing fields, sizes that do not divide
+    with parsing(what):                     # __post_init__ refuses sizes that do not divide
         return cls(**out)

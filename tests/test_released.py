@@ -447,13 +447,13 @@ def test_export_then_load_is_the_same(tmp_path, options):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda c: c["dit"].update(depht=3), "got an unexpected keyword argument 'depht'"),
+    (lambda c: c["dit"].update(depht=3), "unknown field depht"),
     (lambda c: c["dit"].update(predict="eps"), "predict is 'eps'"),
-    (lambda c: c.update(cross_attention=True), "unexpected keyword argument 'cross_attention'"),
+    (lambda c: c.update(cross_attention=True), "unknown field cross_attention"),
     (lambda c: c["llm"].update(hidden_size="128"), "hidden_size is '128', expected int"),
     (lambda c: c["dit"].update(depth=10 ** 9),
      "depth is 1000000000 in the config, 6 in the weights"),
-    (lambda c: c["dit"].pop("width"), "missing 1 required positional argument: 'width'")])
+    (lambda c: c["dit"].pop("width"), "lacks width")])
 def test_a_config_that_the_code_does_not_know_is_an_error(tmp_path, change, says):
     """Never ignored: a run of a fork is not drawn by other code than it was trained with."""
     run = stage2.load_run(weights.TINY, CPU)
