@@ -428,7 +428,7 @@ CONVERGENCE = Row(
      "VAE, shift 10": [checked("--latent vae --shift 10"), COLOURS],
      "no captions": own_encoder("plain", "--dense 1e6", 3000),
      "random encoder": own_encoder("random", "", 1)},
-    (0, 1, 2), until_right, vae_rule, x="images",
+    (0, 1), until_right, vae_rule, x="images",
     note="A run that never gets there counts as the next check after its end, 41,600 images. We "
     "expect `not at this scale`: the tiny encoder has 96 channels against the VAE's 64, not 1,152 "
     "against 64, and it was trained on captions of this world. Two controls: an encoder trained "
@@ -480,7 +480,7 @@ FINETUNE = Row(
     {f"{name}, {what}": finetuning(latent, freeze)
      for name, latent in (("RAE", "siglip2"), ("VAE", "vae"))
      for what, freeze in (("LLM + DiT", ""), ("DiT alone", "--freeze llm"))},
-    (0, 1, 2), finetuned, finetune_rule, {"few.jsonl": [(0, 64, False)]}, x="epochs",
+    (0, 1), finetuned, finetune_rule, {"few.jsonl": [(0, 64, False)]}, x="epochs",
     note="64 fixed shapes, from the models of `convergence` with the default shift. Flow loss at "
     "t = 0.1 to 0.9 with fixed noise; unseen: 512 shapes.")
 
@@ -495,32 +495,33 @@ def mixture_measure(outputs, arm):
 
 
 def mixture_rule(m):
-    """`right` is the mean share of right backgrounds and colours. Reproduced: half and half, twice
-    the size, beats both clean and alt text of twice the size by at least 1 point in the mean.
-    Partly: it beats only those of once the size.
+    """Reproduced: half and half, twice the size, has a lower flow loss than clean and than alt text
+    of twice the size, for every seed. Partly: its mean is lower than those of once the size.
     """
-    right = {arm: mean(v["right, %"]) for arm, v in m.items()}
-    half = right["half, 2x"]
-    beats = [half >= max(right[f"clean, {n}"], right[f"alt text, {n}"]) + 1 for n in ("2x", "1x")]
-    return (YES if all(beats) else PARTLY if beats[1] else NO,
-            ", ".join(f"{arm} {v:.1f} %" for arm, v in right.items()))
+    loss = {arm: v[LOSS] for arm, v in m.items()}
+    half = loss["half, 2x"]
+    wins = all(a < b for name in ("clean, 2x", "alt text, 2x") for a, b in zip(half, loss[name]))
+    beats_once = mean(half) < min(mean(loss["clean, 1x"]), mean(loss["alt text, 1x"]))
+    return (YES if wins else PARTLY if beats_once else NO,
+            "flow loss " + ", ".join(f"{mean(v):.4f} ({arm})" for arm, v in loss.items()))
 
 
 MIXTURE = Row(
     "mixture", "Synthetic and web data together beat either, by more than twice the data does",
     "Table 3: the mixture beats either source alone, also when that is doubled",
-    {f"{name}, {n}x": [train(f"--data {{row}}/{file}-{n}.jsonl", 450), COLOURS,
+    {f"{name}, {n}x": [train(f"--data {{row}}/{file}-{n}.jsonl", 900), COLOURS,
                        flow(data="builtin:synthetic", count=512)]
      for n in (1, 2) for name, file in (("clean", "clean"), ("alt text", "alt"), ("half", "half"))},
-    (0, 1, 2), mixture_measure, mixture_rule,
+    (0, 1), mixture_measure, mixture_rule,
     {"clean-1.jsonl": [(0, 2000, False)], "clean-2.jsonl": [(0, 4000, False)],
      "alt-1.jsonl": [(0, 2000, True)], "alt-2.jsonl": [(0, 4000, True)],
      "half-1.jsonl": [(0, 1000, False), (1000, 2000, True)],
      "half-2.jsonl": [(0, 2000, False), (2000, 4000, True)]},
     note="2,000 shapes (1x) or 4,000 (2x), the same images in all arms of a size; only the "
-    "captions differ: complete ones stand for synthetic data, alt text for web data. Shortened from "
-    "900 to 450 steps after the first run of the first arm: 99.6 % were right, so no arm could have "
-    "beaten it by a point.")
+    "captions differ: complete ones stand for synthetic data, alt text for web data. The flow loss "
+    "is that of 512 unseen shapes with complete captions. The rule first asked for right colours, "
+    "but the first arm has 99.6 % of them after 900 steps and 22 %, which is chance, after 450. It "
+    "was changed before another arm was seen.")
 
 
 # ------------------------------------------------------------------------------------------------
