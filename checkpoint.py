@@ -150,15 +150,18 @@ class Run:
             for name, tensor in self.tensors.items():
                 parallel.fill(name, tensor, source.rows, self.devices)
             _, numbers = read_meta(self.latest)
+            saved = iter(numbers.get("groups", ()))
             for optimizer in self.optimizers:
                 self._read_optimizer(optimizer, source, numbers)
+                for group, values in zip(optimizer.param_groups, saved):
+                    group.update(values)
         except UserError as error:
             raise UserError(f"{error}; delete {self.latest} to go on from "
                             f"{before[-1].name if before else 'the start'}")
 
     def _read_optimizer(self, optimizer, source, numbers):
         """Rebuild the state of a torch optimizer. A state tensor of its parameter's shape is split
-        like it. What an optimizer keeps in its groups is not saved."""
+        like it. `_read` restores the numbers in its groups, such as Prodigy's estimate."""
         states = {}
         for index, p in enumerate(parallel.parameters_of(optimizer)):
             name = self.names[p]
@@ -186,8 +189,10 @@ class Run:
                 self._sweep()
                 temporary.mkdir()
         parallel.barrier(self.devices)
-        tensors, numbers, kept, first = dict(self.tensors), {}, {}, {}
+        tensors, numbers, kept, first = dict(self.tensors), {"groups": []}, {}, {}
         for optimizer in self.optimizers:
+            numbers["groups"] += [{k: v for k, v in group.items() if type(v) in (int, float)}
+                                  for group in optimizer.param_groups]      # not the bool `fused`
             for p, state in optimizer.state.items():
                 for key, value in state.items():
                     place = tensors if torch.is_tensor(value) else numbers

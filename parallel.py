@@ -23,23 +23,18 @@ from cli import UserError
 
 # The mesh axes that split the dimensions of a parameter, by its name. "fsdp" divides the storage,
 # "tensor" the products: a Linear that widens is split by rows and the one that narrows back by
-# columns, so that a pair needs one all-reduce. Norms, biases, all other names without a row and
-# tensors of fewer than WHOLE elements stay whole. tests/test_parallel.py checks every size against
-# this table. FSDP2 splits every parameter by its first dimension and needs no table.
+# columns, so that a pair needs one all-reduce. Matrices without a row here are split by their rows
+# on fsdp; norms, biases, convolutions and tensors of fewer than WHOLE elements stay whole. FSDP2
+# splits every parameter by its first dimension and needs no table.
 TABLE = [
     (r"(qkv|w12|[qkv]_proj|gate_proj|up_proj|fc1|query|key|value|intermediate\.dense"
      r"|adaLN_modulation\.1|embed_tokens|lm_head)\.weight$",            ("tensor", "fsdp")),
     (r"(attn\.proj|w3|o_proj|down_proj|out_proj|fc2|output\.dense)\.weight$",
                                                                         ("fsdp", "tensor")),
-    (r"(mm_projector\.[02]|diff_head_projector|t_embedder\.mlp\.[02]|s_projector|repa\.[024]"
-     r"|final_layer\.linear|decoder_embed)\.weight$|in_proj_weight$",   ("fsdp", None)),
     (r"decoder_pred\.weight$",                                          (None, "fsdp")),
     (r"(x_embedder\.proj|s_embedder\.proj|patch_embed)\.weight$",
                                                                         ("fsdp", None, None, None)),
     (r"pos_embed$|latent_queries$",                                     (None, None, None)),
-    # whole, because the networks are small: the convolutions of VAE, VGG and discriminator
-    (r"(conv[12]?|features\.\d+|patch_embed\.proj|fn\.0)\.weight(_orig)?$",
-                                                                        (None, None, None, None)),
 ]
 WHOLE = 2 ** 14
 # A stack of equal blocks (scan.py), [n,...]; its name says which ones: `dit_blocks.0-31.attn...`
@@ -52,7 +47,8 @@ def spec(name, shape):
     name = re.sub(r"\.exp_avg(_sq)?$", "", name)
     if STACK.search(name) and len(shape):
         return (None, *spec(STACK.sub(".", name), shape[1:]))
-    axes = next((axes for pattern, axes in TABLE if re.search(pattern, name)), ())
+    by_rows = ("fsdp", None) if len(shape) == 2 else ()
+    axes = next((axes for pattern, axes in TABLE if re.search(pattern, name)), by_rows)
     if len(axes) < len(shape) or math.prod(shape) < WHOLE:
         return (None,) * len(shape)
     return axes[:len(shape)]

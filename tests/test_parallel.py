@@ -48,15 +48,15 @@ def networks():
 
 @pytest.mark.parametrize("name, model", list(networks()),
                          ids=lambda v: v if isinstance(v, str) else "")
-def test_every_large_parameter_matches_one_row_and_divides(name, model):
-    """Each parameter above 1 MB matches exactly one row and divides over 64 devices on the fsdp
+def test_every_large_parameter_matches_one_rule_and_divides(name, model):
+    """Each parameter above 1 MB matches at most one row and divides over 64 devices on the fsdp
     axis; positions, queries and convolutional networks are whole on purpose. (The tensor axis need
     not divide: FFN widths and the vocabulary are odd, and the compiler pads.)"""
     for key, p in model.named_parameters():
         if p.numel() * 4 <= 2 ** 20:
             continue
         rows = [pattern for pattern, _ in parallel.TABLE if re.search(pattern, key)]
-        assert len(rows) == 1, (key, rows)
+        assert len(rows) <= 1, (key, rows)
         axes = parallel.spec(key, p.shape)
         if not any(axes):
             assert name in ("vae", "vgg", "discriminator") or re.search("queries|pos", key), key
@@ -75,6 +75,9 @@ def test_a_stack_is_split_as_its_blocks_and_files_have_it_block_by_block():
     norms = parallel.spec("dit_blocks.0-31.norm1.weight", (32, 2048))
     assert norms == (None, None)                        # each of them is small
     assert parallel.spec("optimizer.dit_blocks.0-31.norm1.weight.step", ()) == ()
+    fork = "dit_blocks.{}.cross.kv.weight"              # in no row: by its rows
+    assert parallel.spec(fork.format(3), shape) == ("fsdp", None)
+    assert parallel.spec(fork.format("0-31"), (32, *shape)) == (None, "fsdp", None)
     for stack in (torch.randn(3, 4, 5), torch.randn(3, 4), torch.tensor(7.0)):
         saved = parallel.pieces("m.blocks.2-4.w.x", stack)
         assert [(key, first) for key, _, first in saved] == [

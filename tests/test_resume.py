@@ -433,13 +433,27 @@ def load(out, **other):
     return run.start, found["a"][0, 0].item(), found["ema.a"][0, 0].item()
 
 
-@pytest.mark.parametrize("kind", ["Adafactor", "Adam", "AdamW", "Muon", "NAdam", "SGD"])
+class Adapting(torch.optim.SGD):
+    """Its rate grows, and lives in its group, as that of Prodigy does."""
+
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            group["lr"] *= 1 + group.setdefault("grown", 1)
+            group["grown"] += 1
+
+
+OPTIMIZERS = {**{name: getattr(torch.optim, name) for name in
+                 ("Adafactor", "Adam", "AdamW", "Muon", "NAdam", "SGD")}, "Adapting": Adapting}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_an_optimizer_goes_on(kind, tmp_path, restore_signals):
     """Two steps and two more are the four of one process. Adafactor's state has its own shapes."""
     def train(out, steps):
         w = torch.nn.Parameter(torch.arange(6.0).view(3, 2))
         options = {"momentum": 0.9} if kind == "SGD" else {}
-        optimizer = getattr(torch.optim, kind)([w], lr=0.1, **options)
+        optimizer = OPTIMIZERS[kind]([w], lr=0.1, **options)
         run = Run(arguments(out), CPU)
         run.load({"w": w}, [optimizer])
         for step in range(run.start, steps):
