@@ -310,8 +310,10 @@ def main():
     def sample(step):
         """Save unseen images above their reconstructions by the averaged weights; return the mean
         PSNR."""
+        model.eval()                                    # a fork may have dropout
         with averaged(named, ema):
             x_hat = reconstruct(held_out)
+        model.train()
         pairs = torch.stack([held_out[:16], x_hat[:16]], 1).flatten(0, 1)   # [32,3,S,S]
         pairs = parallel.full_tensor(pairs)
         if run.main:

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import struct
@@ -826,9 +827,12 @@ def test_bad_commands(args, words, run):
 # The loader
 # ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_loader_is_random_access(workers, ranks):
+@pytest.mark.parametrize("workers, ranks, method", [
+    (0, 1, "fork"), (0, 2, "fork"), (2, 1, "fork"), (2, 2, "fork"), (1, 1, "spawn")])
+def test_loader_is_random_access(workers, ranks, method, monkeypatch):
+    """macOS starts its workers by spawn."""
+    context = multiprocessing.get_context(method)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
     mixture, batch, start = Mixture(ALL, 32), 6, 100
     parts = [data.loader(mixture, collate, batch, start, workers, r, ranks) for r in range(ranks)]
     got = [x for _ in range(3) for part in parts for x in next(part)]
