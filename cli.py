@@ -199,6 +199,12 @@ def main(function):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except ModuleNotFoundError as error:
+        if error.name != "tiny":
+            raise
+        print("error: this needs the toy world, whose folder tiny/ is missing; restore it, or give "
+              "--data of your own", file=sys.stderr)
+        status = 2
     except Stopped as stopped:
         number, = stopped.args
     except KeyboardInterrupt:

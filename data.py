@@ -116,15 +116,8 @@ def parse_specs(specs: list) -> tuple:
 
 
 def world():
-    """Return the module of the toy world; nothing else here needs the folder tiny/. Raises
-    DataError if the folder is missing."""
-    try:
-        from tiny import world
-    except ModuleNotFoundError as error:
-        if error.name != "tiny":
-            raise
-        raise DataError("builtin: sources need the folder tiny/, which is missing; restore it, or "
-                        "give a folder, a .jsonl or tar shards") from error
+    """Return the module of the toy world; nothing else here needs the folder tiny/."""
+    from tiny import world
     return world
 
 

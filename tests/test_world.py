@@ -13,8 +13,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import best_of                                                          # noqa: E402
+import cli                                                              # noqa: E402
+import data                                                             # noqa: E402
+import evaluate                                                         # noqa: E402
+import train_dit                                                        # noqa: E402
 from chat import request                                                # noqa: E402
-from data import DataError, Mixture, random_stream                      # noqa: E402
+from data import Mixture, random_stream                                 # noqa: E402
 from tiny import scenes, world                                          # noqa: E402
 from tiny.scenes import Scene, Thing                                    # noqa: E402
 from tiny.world import held_out, relation                               # noqa: E402
@@ -247,7 +251,13 @@ def test_records_of_all_sources():
         assert size in (None, 600)
 
 
-def test_without_the_folder_a_builtin_source_is_one_clear_error(monkeypatch):
+@pytest.mark.parametrize("script, words", [
+    (data, "data.py show builtin:web"), (train_dit, "train_dit.py --dry-run"),
+    (evaluate, "evaluate.py t2i"), (evaluate, "evaluate.py colours --run x")], ids=["show", "dry-run", "t2i", "colours"])
+def test_without_the_folder_the_error_is_one_line(script, words, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tiny", None)                      # as if it were moved away
-    with pytest.raises(DataError, match="--data builtin: .* tiny/, which is missing"):
-        Mixture(["builtin:web"], 8)
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(script.main)
+    said = capsys.readouterr().err
+    assert said.startswith("error: this needs the toy world, whose folder tiny/ is missing")
