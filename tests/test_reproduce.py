@@ -172,7 +172,7 @@ def rise(rae, vae):
 
 def mixture(*values):
     arms = ("clean, 1x", "alt text, 1x", "half, 1x", "clean, 2x", "alt text, 2x", "half, 2x")
-    return of("right, %", **dict(zip(arms, ([v] for v in values))))
+    return of(claims.LOSS, **dict(zip(arms, ([v, v + 0.1] for v in values))))
 
 
 CASES = [
@@ -212,9 +212,9 @@ CASES = [
     (claims.finetune_rule, rise([0.10, 0.10], [0.2, 0.3]), PARTLY),
     (claims.finetune_rule, rise([0.03, 0.00], [0.02, 0.3]), PARTLY),
     (claims.finetune_rule, rise([0.2, 0.2], [0.1, 0.1]), NO),
-    (claims.mixture_rule, mixture(70, 60, 75, 80, 70, 82), YES),
-    (claims.mixture_rule, mixture(70, 60, 75, 82, 70, 82), PARTLY),
-    (claims.mixture_rule, mixture(82, 60, 75, 82, 70, 82), NO)]
+    (claims.mixture_rule, mixture(0.35, 0.40, 0.34, 0.32, 0.36, 0.31), YES),
+    (claims.mixture_rule, mixture(0.35, 0.40, 0.34, 0.32, 0.36, 0.33), PARTLY),
+    (claims.mixture_rule, mixture(0.35, 0.40, 0.34, 0.32, 0.36, 0.36), NO)]
 
 
 @pytest.mark.parametrize("rule, found, verdict", CASES,
