@@ -29,19 +29,19 @@ class DataError(UserError):
 
 
 class Stopped(Exception):
-    """Stopped(number): this signal ended the run after it was saved."""
+    """Stopped(number): the run was saved, and this signal ends it."""
 
 
 # ------------------------------------------------------------------------------------------------
-# Files of strangers
+# Files that others wrote
 # ------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def parsing(what, source=None, error=UserError):
     """Surround one call into a parser: Pillow, json, tarfile, tokenizers, safetensors, torch.load.
 
-    Whatever it raises there is the fault of the file, and becomes one `error` that begins with
-    `what`. source: the file's path or its bytes, whose first bytes may say what the file really is.
+    Any exception inside becomes one `error` that begins with `what`, because the file is at fault.
+    source: the file's path or its bytes, whose first bytes may say what the file really is.
     """
     try:
         yield
@@ -52,7 +52,7 @@ def parsing(what, source=None, error=UserError):
 
 
 def fault(error, source=None):
-    """Say in one line what an exception of a parser, and the first bytes of its file, tell."""
+    """Describe a parser's exception in one line, with the help of the file's first bytes."""
     head = source[:200] if isinstance(source, bytes) else b""
     if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
         with open(source, "rb") as f:
@@ -137,15 +137,17 @@ def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, rem
     a("--batch", type=positive(), default=batch, help="images per step, over all devices")
     a("--micro-batch", type=positive(), help="images at a time; gradients accumulate to --batch")
     a("--seed", type=seed, default=0, help="random seed")
-    a("--init", help="start from these weights: a run, a checkpoint, a released folder or a file")
+    a("--init", help="start from these weights: tiny, a run, a checkpoint, a released folder, a "
+      "file or a hub id")
     a = parser.add_argument_group("data").add_argument
     a("--data", nargs="+", default=data, metavar="SOURCE[=WEIGHT]",
       help="builtin:web|synthetic|text|hq|qa|align|brief, a folder, a .jsonl, or tar shards")
     a("--workers", type=positive(zero=True), default=1, help="data loading processes")
     a = parser.add_argument_group("device").add_argument
-    a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
+    a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto",
+      help="auto: a TPU if PJRT_DEVICE is set, else CUDA, else the CPU")
     a("--dtype", choices=["bfloat16", "float32"],
-      help="of matrix products (default: bfloat16 where the device has it)")
+      help="dtype of matrix products (default: bfloat16 where the device has it)")
     a("--mesh", help="fsdp=8 or fsdp=16,tensor=4 (default: all devices on fsdp)")
     if blocks:
         a("--compile", action=argparse.BooleanOptionalAction,
@@ -153,9 +155,10 @@ def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, rem
         a("--remat", choices=["none", "block"], default=remat,
           help="recompute each block's activations in the backward pass")
     a = parser.add_argument_group("log").add_argument
-    a("--log-every", type=positive(), default=log)
-    a("--sample-every", type=positive(zero=True), default=sample, help="0: never")
-    a("--save-every", type=positive(), default=save)
+    a("--log-every", type=positive(), default=log, help="steps between two log lines")
+    a("--sample-every", type=positive(zero=True), default=sample,
+      help="steps between two sample grids; 0: never")
+    a("--save-every", type=positive(), default=save, help="steps between two checkpoints")
     a("--keep", type=positive(), default=2, help="number of checkpoints to keep")
     a("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
     a = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument

@@ -350,7 +350,8 @@ def main():
             a("--run", default=run, help="run, checkpoint, released folder, file or hub id "
               "(default: the shipped one)")
         a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
-        a("--dtype", choices=["bfloat16", "float32"], help="default: float32 on the CPU")
+        a("--dtype", choices=["bfloat16", "float32"],
+          help="dtype of matrix products (default: bfloat16 on accelerators, float32 on the CPU)")
         a("--encoder", help="default: the one that belongs to the run or decoder")
         if function in (t2i, colours, candidates, flow, fid, judge):
             a("--decoder", help="default: the one that belongs to the encoder")
@@ -380,7 +381,7 @@ def main():
     a("--no-lpips", action="store_true", help="leave LPIPS out")
     a = add[t2i]
     a("--n", type=positive, default=4, help="images per prompt (default 4)")
-    a("--per-category", type=positive, default=40, help="prompts (default 40)")
+    a("--per-category", type=positive, default=40, help="prompts of each category (default 40)")
     a("--prompts", type=Path, help="draw these instead: a .jsonl, a text file, a folder of .txt; "
       "takes the flags and defaults of sample.py")
     a("--layout", choices=["geneval", "dpg"], help="layout of the images of --prompts")

@@ -52,9 +52,9 @@ def sampling_times(schedule, steps, alpha):
     """Return the steps of a schedule, [(t_from, t_to), ...], as numbers.
 
     euler: `steps` steps over the shifted uniform grid from 1 to 0. authors: the `steps` - 1 steps
-    of the authors' code, which made the published figures. Their loop expects a descending grid,
-    but theirs ascends. So pure noise gets the label 0.9976, the walk ends at 0.0084, and a stray
-    last step gives the almost clean latent the label of the noise end.
+    of the authors' code, which made the published figures. Their loop expects descending times,
+    but their grid ascends. So pure noise gets the label 0.9976, the walk ends at 0.0084, and a
+    stray last step gives the almost clean latent the label of the noise end.
     """
     if schedule == "euler":
         t = time_shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).tolist()

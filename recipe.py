@@ -14,8 +14,6 @@ import weights
 from cli import UserError
 from dit import SIZES
 
-DESCRIPTION = "Stage 2: train the DiT and the language model that conditions it. The main job."
-
 # The paper's pretraining mixture, in millions: web, FLUX-generated, questions (Cambrian-7M). `hq`
 # is for finetuning, as BLIP3o-60k is, and `text` for the decoder. tiny learns shapes before emoji.
 MIXTURES = {"tiny": ["builtin:synthetic=6", "builtin:web=2", "builtin:qa=1"],
@@ -63,7 +61,9 @@ def shift(text):
 
 def arguments():
     """Read the flags. The rest follows from --size."""
-    p = cli.Parser(description=DESCRIPTION, epilog="All defaults follow from --size.")
+    p = cli.Parser(description="Stage 2: train the DiT and the language model that conditions it.",
+                   epilog="Defaults that are not shown follow from --size or --init; --dry-run "
+                   "prints the main ones.")
     positive, whole = cli.positive(float), cli.positive()
     cli.training_flags(p, steps=None, batch=None, data=None, log=None, sample=None, save=None,
                        remat=None)
@@ -74,12 +74,12 @@ def arguments():
       "batch alone, with the same or fresh noise: a check (--batch 4 --steps 60 --lr 3e-3 "
       "--lr-llm 3e-3: tiny's loss falls from 11 to below 0.1)")
     a = p.add_argument_group("model").add_argument
-    a("--size", type=dit_size, metavar="|".join(SIZES), help="of the DiT (default: tiny); the "
-      "paper's spellings (2.4B, 9.8B, ...) work too")
+    a("--size", type=dit_size, metavar="|".join(SIZES), help="size of the DiT (default: "
+      "tiny); the paper's names (2.4B, 9.8B, ...) work too")
     for flag in ("width", "depth", "heads", "llm-width", "llm-depth"):
-        a(f"--{flag}", type=whole, help="overrides the size's own")
+        a(f"--{flag}", type=whole, help="replace the value that follows from --size")
     a("--latent", choices=["siglip2", "webssl", "vae"], help="default: siglip2; vae: the baseline, "
-      "FLUX's latent, where siglip2 stays for understanding")
+      "FLUX's latent; the LLM still reads images through siglip2")
     a("--encoder", help="file, folder or hub id of the frozen encoder")
     g = p.add_mutually_exclusive_group()
     g.add_argument("--decoder", help="file, folder or hub id of the decoder (for sample grids)")
@@ -92,8 +92,9 @@ def arguments():
       help="random LLM and encoder of the published shapes: for timing only")
     a("--freeze", choices=["llm"], help="train only the DiT, its projector and the queries (the "
       "paper's DiT-only finetuning)")
-    a("--head-width", type=whole, help="DiT-DH: width of the wide head (2688)")
-    a("--head-depth", type=whole, help="DiT-DH: blocks of the wide head (2)")
+    a("--head-width", type=whole, help="DiT-DH: width of the wide head (the paper's: "
+      "2688; default: no head)")
+    a("--head-depth", type=whole, help="DiT-DH: blocks of the wide head (the paper's: 2)")
     a("--qk-norm", action="store_true", default=None, help="RMSNorm on queries and keys")
     a("--predict", choices=["v", "x"], help="what the DiT's last layer gives: the velocity "
       "(default), or the clean latent (JiT), with the same loss on the velocity")
@@ -103,7 +104,7 @@ def arguments():
     a = p.add_argument_group("flow and loss").add_argument
     a("--shift", type=shift, help="auto: sqrt(N C / base) (default without --init); none: 1; or a "
       "number")
-    a("--shift-base", type=positive, help="4096; tiny: 128")
+    a("--shift-base", type=positive, help="base of --shift auto (default: 4096; tiny: 128)")
     a("--diffusion-weight", type=cli.positive(float, zero=True), default=2.0,
       help="weight of the flow loss")
     a("--cond-drop", type=cli.share, help="share of the images that train the null condition "
@@ -116,10 +117,13 @@ def arguments():
       "the DiT's blocks, where torch has it and not on xla; AdamW for everything else")
     a("--lr", type=positive, help="learning rate of the DiT and its projector")
     a("--lr-llm", type=positive, help="learning rate of the LLM, queries and mm_projector")
-    a("--warmup", type=cli.share, help="share of the steps")
-    a("--betas", type=cli.share, nargs=2, default=[0.9, 0.95], help="of the DiT's group")
-    a("--betas-llm", type=cli.share, nargs=2, default=[0.9, 0.999], help="of the LLM's group")
-    a("--clip", type=positive, default=1.0, help="largest norm of the whole gradient")
+    a("--warmup", type=cli.share, help="share of the steps in which the learning rate rises")
+    a("--betas", type=cli.share, nargs=2, default=[0.9, 0.95], help="AdamW's betas "
+      "for the DiT and its projector")
+    a("--betas-llm", type=cli.share, nargs=2, default=[0.9, 0.999], help="AdamW's betas "
+      "for the LLM, queries and mm_projector")
+    a("--clip", type=positive, default=1.0, help="clip the norm of all gradients "
+      "together to this value")
     a("--ema", type=cli.share, help="decay of the average of the weights; 0: off")
     a = p.add_argument_group("samples").add_argument
     a("--guidance", type=cli.positive(float, zero=True),

@@ -1,10 +1,10 @@
-"""Show the paper's claims again at small scale (arXiv 2601.16208): one row, one command each.
+"""Repeat the paper's claims (arXiv 2601.16208) at small scale, one command per claim.
 
     python reproduce.py --list
     python reproduce.py width              # run what is missing, then write results/width.*
     python reproduce.py width --quick      # a smoke test of a minute, in runs/reproduce-quick
     python reproduce.py width --plot       # only draw results/width.png and .md again
-    python reproduce.py figure-method      # a picture of the README
+    python reproduce.py figure-method      # draw results/method.png
 
 A row holds its claim, the paper's numbers, the arms (commands that differ in one thing), the seeds,
 what to measure, and the rule that turns the numbers into a verdict. The rule is written before the
@@ -61,8 +61,8 @@ def commands(row, arm, seed, root, quick):
 
 
 def output_of(command, root):
-    """Run a command, unless its output is in root/done -> {seconds, commit, ...}: of a training its
-    log, of an evaluation its last line. An interrupted training resumes from its checkpoint."""
+    """Run a command, unless its output is in root/done -> {command, commit, seconds} and a
+    training's log or an evaluation's last line. An interrupted training resumes."""
     path = root / "done" / f"{hashlib.sha256(command.encode()).hexdigest()[:16]}.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -125,7 +125,7 @@ def reproduce(row, quick):
 
 
 def begun(row, root, folder, quick):
-    """Return the unfinished result in results/ if it is of the same commands, else an empty one."""
+    """Return the unfinished result in results/ if its commands are the same, else an empty one."""
     empty = {"name": row.name, "claim": row.claim, "paper": row.paper, "points": [],
              "commands": {arm: [f"python {c}" for c in commands(row, arm, "SEED", root, quick)]
                           for arm in row.arms},
@@ -218,7 +218,9 @@ def table(folder):
     lines += ["", "Not shown here: the size of the LLM (there is no pretrained family at this "
               "scale), WebSSL against SigLIP-2", "(no pretrained encoders), and web scale itself.",
               "", "[expected](expected.md): what the default `python train_dit.py` should show at "
-              "each step."]
+              "each step.", "",
+              "`python reproduce.py figure-NAME` draws more: [method](method.png), "
+              "[latents](latents.png), [trajectory](trajectory.png), [ranking](ranking.png)."]
     return "\n".join(lines) + "\n"
 
 
@@ -274,7 +276,7 @@ def main():
                    help=", ".join(names + figures))
     a = p.add_mutually_exclusive_group().add_argument
     a("--list", action="store_true", help="list the rows with their verdicts")
-    a("--plot", action="store_true", help="only draw again what results/NAME.json holds")
+    a("--plot", action="store_true", help="write the plot and the page again, without a run")
     a("--quick", action="store_true", help="a short run of one seed, in runs/reproduce-quick")
     args = p.parse_args()
     if args.list:

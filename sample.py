@@ -56,8 +56,10 @@ def sampler_flags(group, steps=50, seed=0):
             a("--guidance", type=cli.positive(float, zero=True), help="guidance scale; 1: off "
               "(default: 3; 1 for released weights and with --schedule authors)"),
             a("--seed", type=cli.seed, default=seed, help="seed of a prompt's first image"),
-            a("--schedule", type=schedule, choices=["euler", "authors"], default="euler"),
-            a("--solver", choices=["euler", "heun"], default="euler")]
+            a("--schedule", type=schedule, choices=["euler", "authors"], default="euler",
+              help="euler: --steps steps from 1 to 0; authors: the authors' sampler"),
+            a("--solver", choices=["euler", "heun"], default="euler",
+              help="heun: two network calls per step")]
 
 
 def arguments(argv=None):
@@ -74,12 +76,12 @@ def arguments(argv=None):
       "with \"prompt\", or a folder of .txt")
     a = p.add_argument_group("model").add_argument
     a("--run", default=weights.TINY,
-      help="run folder, checkpoint folder, released folder or hub id (default: the shipped model)")
+      help="run, checkpoint, released folder, file or hub id (default: the shipped model)")
     a("--encoder", help="file, folder or hub id (default: the one the run was trained with)")
     a("--decoder", help="file, folder or hub id (default: the one that belongs to the encoder)")
     a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
     a("--dtype", choices=["bfloat16", "float32"],
-      help="of matrix products (default: bfloat16 on accelerators, float32 on the CPU)")
+      help="dtype of matrix products (default: bfloat16 on accelerators, float32 on the CPU)")
     g = p.add_argument_group("drawing")
     a, number, drawing = g.add_argument, g.add_mutually_exclusive_group(), sampler_flags(g)
     drawing += [
@@ -89,8 +91,9 @@ def arguments(argv=None):
         a("--keep", type=cli.positive(), metavar="K", help="decode the K best (default 1)"),
         a("--verifier", choices=list(best_of.KEYS), help="ranks the candidates (default prompt)"),
         a("--direct", action="store_true",
-          help="skip the LLM's own words: open the image at once, in one prefill"),
-        a("--layout", choices=["geneval", "dpg"], help="of --prompts, for official scorers"),
+          help="start the image at once: do not let the LLM answer first"),
+        a("--layout", choices=["geneval", "dpg"], help="layout of the images of --prompts, "
+          "for the official scorers"),
         a("--grid", action="store_true", help="put the images of a prompt into one PNG"),
         a("--save-latent", type=Path, help="save the latents [n,N,C] as safetensors")]
     args = p.parse_args(argv)

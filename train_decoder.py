@@ -1,6 +1,6 @@
 """Stage 1: train the decoder, from latent tokens back to pixels, against a frozen encoder.
 
-    python train_decoder.py                      # built-in data, tiny, a few CPU minutes
+    python train_decoder.py                      # built-in data, tiny, about 15 minutes
     python train_decoder.py --size xl --data folder/ --batch 512 --device cuda
     python train_decoder.py --latent vae         # the baseline: FLUX's AutoencoderKL
 
@@ -79,24 +79,27 @@ def arguments():
     cli.training_flags(p, steps=None, batch=None, data=DATA, log=20, sample=500, save=1000)
     number = positive(float, zero=True)
     a = p.add_argument_group("model").add_argument
-    a("--size", choices=list(SIZES), default="tiny")
-    a("--latent", choices=["siglip2", "webssl", "vae"], default="siglip2")
+    a("--size", choices=list(SIZES), default="tiny", help="size of the decoder")
+    a("--latent", choices=["siglip2", "webssl", "vae"], default="siglip2",
+      help="the latent to decode; vae: train FLUX's AutoencoderKL instead")
     a("--encoder", help="file, folder or hub id of the frozen encoder")
     a("--patch", type=positive(), help="pixels on the side that a token decodes to (default: the "
       "encoder's patch; 16 gives 256 px from 16 x 16 tokens)")
     a = p.add_argument_group("loss").add_argument
-    a("--l1", type=number, default=1.0, help="weight (default 1)")
-    a("--lpips", type=number, help="weight (default 1; tiny: 0.1)")
-    a("--gram", type=number, help="weight (default 100; tiny: 10)")
+    a("--l1", type=number, default=1.0, help="weight of the L1 term (default 1)")
+    a("--lpips", type=number, help="weight of the LPIPS term (default 1; tiny: 0.1)")
+    a("--gram", type=number, help="weight of the Gram term (default 100; tiny: 10)")
     a("--gram-layers", type=int, nargs="+", choices=range(5), default=[0, 1, 2, 3, 4],
       help="VGG stages of the Gram term")
-    a("--gan", type=number, help="weight (default 10; tiny: 0.1)")
+    a("--gan", type=number, help="weight of the GAN term (default 10; tiny: 0.1)")
     a("--adaptive-gan", action=argparse.BooleanOptionalAction, default=True,
       help="balance the gradient of the GAN term with that of the other terms at the last layer, "
       "per micro-batch (so that --micro-batch changes the result)")
-    a("--disc-loss", choices=["hinge", "vanilla"], default="hinge")
-    a("--disc-start", type=span, help="when the discriminator starts to train (7e, 500)")
-    a("--gan-start", type=span, help="when the GAN term starts to train the decoder (8e, 600)")
+    a("--disc-loss", choices=["hinge", "vanilla"], default="hinge",
+      help="loss of the discriminator")
+    a("--disc-start", type=span, help="first step of the discriminator's training "
+      "(tiny: 500), or epochs of 1.28 million images before it (default: 7e)")
+    a("--gan-start", type=span, help="first step with the GAN term (tiny: 600; default: 8e)")
     a("--kl", type=number, default=1e-6, help="weight of the VAE's KL term")
     a("--noise-tau", type=number, default=0.0,
       help="strength of the noise on the latent in training, paper section 3.3 (default 0: off)")
@@ -108,9 +111,9 @@ def arguments():
     a = p.add_argument_group("optimizer").add_argument
     for name, what in (("", "decoder"), ("-disc", "discriminator")):
         a(f"--lr{name}", type=positive(float), help=f"learning rate of the {what}")
-        a(f"--lr{name}-final", type=number, help="the rate at the end of its cosine")
-        a(f"--warmup{name}", type=span, help="steps, or virtual epochs (2e)")
-    a("--betas", type=share, nargs=2, default=[0.9, 0.95], help="of both optimizers")
+        a(f"--lr{name}-final", type=number, help="learning rate at the end of the cosine schedule")
+        a(f"--warmup{name}", type=span, help="steps, or 2e: epochs of 1.28 million images")
+    a("--betas", type=share, nargs=2, default=[0.9, 0.95], help="AdamW's betas for both")
     a("--ema", type=share, help="decay of the averaged weights; 0: off. Ours, not the paper's")
     args = p.parse_args()
     vae, recipe = args.latent == "vae", "tiny" if args.size == "tiny" else args.latent

@@ -1,6 +1,6 @@
-"""Stage 2: train the DiT and the language model that conditions it. The main job.
+"""Stage 2: train the DiT and the language model that conditions it.
 
-    python train_dit.py                       # tiny, built-in data, 15 CPU minutes
+    python train_dit.py                       # tiny, built-in data, 15 minutes on two cores
     python train_dit.py --size 2b --data shards/ --batch 2048
     python train_dit.py --init tiny --data photos/      # finetune on images of one's own
 

@@ -1,4 +1,4 @@
-"""The pictures of the README, drawn from the shipped model: python reproduce.py figure-NAME."""
+"""Figures of results/, drawn from the shipped model: python reproduce.py figure-NAME."""
 import textwrap
 from argparse import Namespace
 from pathlib import Path

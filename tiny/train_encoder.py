@@ -1,6 +1,6 @@
 """Train a small SigLIP-2 from scratch, the frozen encoder of the tiny preset.
 
-    python tiny/train_encoder.py                  # built-in data, a few CPU minutes
+    python tiny/train_encoder.py                  # built-in data, about 22 minutes
     python tiny/train_encoder.py --data folder/ --steps 100000 --batch 256
     python tiny/train_encoder.py --arch vgg       # the tiny preset's perceptual network
     python tiny/train_encoder.py --arch dino      # the trunk of its discriminator
