@@ -24,7 +24,7 @@ from tqdm import tqdm
 import parallel
 import weights
 from cli import Stopped, UserError
-from data import SkipCounter, WorkerDied
+from data import SkipCounter, WorkerDied, hash64
 from runfiles import (DISK, append_log, fsync, open_folder, plain, plot_log, print_bench, read_log,
                       read_meta, save_tensors, start_wandb, surviving, write_text)
 from training import Meter
@@ -34,6 +34,7 @@ from training import Meter
 FREE = {"out", "fresh", "workers", "device", "compile", "log_every", "sample_every", "save_every",
         "keep", "wandb", "dry_run", "bench", "json", "mesh", "sample_steps", "guidance", "decoder",
         "sample_prompts", "scan", "remat"}
+OF_DEVICE = ("fused", "capturable", "foreach")      # options of an optimizer that may change too
 
 
 def say(text):
@@ -84,10 +85,11 @@ class Run:
             if differ:
                 raise UserError(f"{self.dir} was started with other arguments: "
                                 f"{'; '.join(differ)}. Use the same, another --out, or --fresh")
-            new = [f"--{k.replace('_', '-')} {v}" for k, v in self.saved_args.items()
-                   if k not in theirs and v]
-            if new and self.main:
-                say(f"note: {self.dir} was started by code that does not know {', '.join(new)}")
+            odd = [f"--{k.replace('_', '-')} {v}" for k, v in {**theirs, **self.saved_args}.items()
+                   if v and (k in theirs) != (k in self.saved_args)]
+            if odd and self.main:
+                say(f"note: {self.dir} was started by other code; only one of the two knows "
+                    f"{', '.join(odd)}")
 
     def load(self, tensors, optimizers=()):
         """Open the folder, and fill `tensors` {name: tensor} and the optimizers' state from the
@@ -162,22 +164,17 @@ class Run:
     def _read_optimizer(self, optimizer, source, numbers):
         """Rebuild the state of a torch optimizer. A state tensor of its parameter's shape is split
         like it. `_read` restores the numbers in its groups, such as Prodigy's estimate."""
-        states = {}
-        for index, p in enumerate(parallel.parameters_of(optimizer)):
-            name = self.names[p]
+        for p in parallel.parameters_of(optimizer):
+            name, state = self.names[p], optimizer.state[p]
             prefix = f"optimizer.{next(iter(parallel.file_shapes(name, p.shape)))}."
-            state = {key.removeprefix(prefix): number for key, number in numbers.items()
-                     if key.startswith(prefix)}
+            state.update({key.removeprefix(prefix): number for key, number in numbers.items()
+                          if key.startswith(prefix)})
             for key in (key for key in source.shapes if key.startswith(prefix)):
-                kind = key.removeprefix(prefix)
-                alike = source.shapes[key] == tuple(p.shape)
-                fresh = torch.zeros_like(p) if alike else torch.zeros(source.shapes[key])
-                state[kind] = optimizer.state[p].get(kind, fresh)       # on xla it is there already
+                kind, shape, dtype = key.removeprefix(prefix), source.shapes[key], source.dtype(key)
+                if kind not in state:                   # on xla it is there already
+                    state[kind] = torch.zeros_like(p, dtype=dtype) if shape == tuple(p.shape) else \
+                        torch.zeros(shape, dtype=dtype, device=p.device)
                 parallel.fill(f"optimizer.{name}.{kind}", state[kind], source.rows, self.devices)
-            if state:
-                states[index] = state
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"param_groups": groups, "state": states})
 
     def save(self):
         """Write checkpoints/step-N atomically, then delete all but the last --keep. Each process
@@ -191,8 +188,8 @@ class Run:
         parallel.barrier(self.devices)
         tensors, numbers, kept, first = dict(self.tensors), {"groups": []}, {}, {}
         for optimizer in self.optimizers:
-            numbers["groups"] += [{k: v for k, v in group.items() if type(v) in (int, float)}
-                                  for group in optimizer.param_groups]      # not the bool `fused`
+            numbers["groups"] += [{k: v for k, v in group.items() if isinstance(v, (int, float))
+                                   and k not in OF_DEVICE} for group in optimizer.param_groups]
             for p, state in optimizer.state.items():
                 for key, value in state.items():
                     place = tensors if torch.is_tensor(value) else numbers
@@ -277,7 +274,9 @@ class Run:
         with tqdm(total=self.args.steps, initial=self.start, disable=not self.main,
                   dynamic_ncols=True, mininterval=1, bar_format=form) as self.bar:
             self.meter.start()
-            yield from range(self.start, self.args.steps)
+            for step in range(self.start, self.args.steps):
+                torch.manual_seed(hash64("torch", self.args.seed, step, self.devices.rank))
+                yield step                              # only a fork's dropout draws from torch
 
     def micro_batches(self, loader):
         """Yield the micro-batches of one step, on the device. `totals` are the sums of a batch's

@@ -76,7 +76,8 @@ def load_codec(args, devices):
     decode = networks.load_decoder(path, devices, encoder, "--run")
     networks.note_pair(decode, name, "--run")
     resolution = decode.config.image_size
-    return lambda x: decode(encoder(x)), resolution, encoder, resolution <= 64
+    tiny = decode.config.decoder_hidden_size < 512
+    return lambda x: decode(encoder(x)), resolution, encoder, tiny
 
 
 def show_row(name, rows):

@@ -67,8 +67,8 @@ class Stacks(nn.Module):
 
 
 def kind(block):
-    """Return the shapes and plain numbers of a block, which are equal within a stack."""
-    return [p.shape for p in block.parameters()], [
+    """Return what is equal within a stack: shapes, what is frozen, and plain numbers."""
+    return [(p.shape, p.requires_grad) for p in block.parameters()], [
         v for m in block.modules() for v in vars(m).values() if isinstance(v, (int, float))]
 
 

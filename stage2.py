@@ -194,10 +194,10 @@ def llm_source(path, tokenizer):
         if rows < own:
             raise UserError(f"{source.what}: {key} has {rows} rows, the tokenizer {own} tokens")
         known = partial(source.rows, key)
-        pieces[key] = [(0, (own, width), True, known, None)]
+        pieces[key] = [(0, (own, width), known, None)]
         if V > own:
             added = mean_rows(known, own, width)
-            pieces[key].append((own, (V - own, width), True, added, None))
+            pieces[key].append((own, (V - own, width), added, None))
     return Weights(source.what, source.config, pieces)
 
 

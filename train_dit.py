@@ -213,7 +213,7 @@ def train_step(model, encode, batches, trained, ema_weight, args, devices):
         spread = training.condition_spread(parallel.average(cond_sums, devices))
         values["cond_spread"] = spread
     else:       # this gradient is zero, not None, and AdamW would still follow its momentum
-        named["llm.model.latent_queries"].grad = None
+        model.llm.model.latent_queries.grad = None
     grad_norm = parallel.clip_grad(named.values(), args.clip, devices)
     for optimizer in optimizers:
         parallel.guarded_step(optimizer, grad_norm, devices)

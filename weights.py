@@ -106,8 +106,8 @@ def model_folder(path):
 
 class Weights:
     """An opened weight file or folder. what: its name in errors. config: the dict of config.json or
-    of the metadata. shapes: {key: shape}. pieces: {key: [(first row, shape, whether it is floating
-    point, read(first, last), checksum or None)]}; a checkpoint of several processes has several."""
+    of the metadata. shapes: {key: shape}. pieces: {key: [(first row, shape, read(first, last),
+    checksum or None)]}; a checkpoint of several processes has several."""
 
     def __init__(self, what, config, pieces):
         self.what, self.config, self.pieces = what, config, pieces
@@ -123,7 +123,7 @@ class Weights:
         that are not finite."""
         last = self.shapes[key][0] if last is None and self.shapes[key] else last
         found = []
-        for start, shape, floating, read, checksum in self.pieces[key]:
+        for start, shape, read, checksum in self.pieces[key]:
             count = shape[0] if shape else 1
             a = max(0, first - start)
             b = max(a, min(count, last - start)) if shape else 1
@@ -136,10 +136,15 @@ class Weights:
                 if crc32(tensor) != checksum:
                     raise UserError(f"{self.what} is damaged: {key} does not match its checksum")
                 tensor = parallel.cut(tensor, a, b)
-            if floating and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise UserError(f"{self.what}: {key} holds NaN or infinity")
             found.append(tensor)
         return torch.cat(found) if len(found) > 1 else found[0]
+
+    def dtype(self, key):
+        """Return the dtype of a tensor."""
+        _, _, read, _ = self.pieces[key][0]
+        return read(0, 0).dtype
 
     def renamed(self, rename):
         """Return the same weights under other keys, without those for which rename(key) is None."""
@@ -179,7 +184,6 @@ def open_safetensors(path, what):
         for key in file.keys():
             part = file.get_slice(key)
             pieces[key] = [(first.get(key, 0), tuple(part.get_shape()),
-                            part.get_dtype().startswith(("F", "BF")),
                             partial(read_slice, file, key), sums.get(key))]
     return pieces, meta
 
@@ -207,7 +211,7 @@ def open_pickle(path, what):
 
 def in_memory(state):
     """Return the pieces of {key: tensor}."""
-    return {str(k): [(0, tuple(v.shape), v.is_floating_point(), partial(parallel.cut, v), None)]
+    return {str(k): [(0, tuple(v.shape), partial(parallel.cut, v), None)]
             for k, v in state.items()}
 
 
@@ -321,7 +325,7 @@ def rows_for(model, source, otherwise, optional, ignore=()):
             if k in have or v.is_meta and not optional(k)}
     check_keys(want, have, source.what)
     for key in have:
-        if own[key].is_floating_point() and not source.pieces[key][0][2]:
+        if own[key].is_floating_point() and not source.dtype(key).is_floating_point:
             raise UserError(f"{source.what}: {key} is not floating point (quantised weights are "
                             "not read)")
 

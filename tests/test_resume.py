@@ -434,13 +434,18 @@ def load(out, **other):
 
 
 class Adapting(torch.optim.SGD):
-    """Its rate grows, and lives in its group, as that of Prodigy does."""
+    """Keeps a rate and a switch in its group, as Prodigy and schedule-free optimizers do, and a sum
+    in bf16."""
 
     def step(self):
         super().step()
         for group in self.param_groups:
-            group["lr"] *= 1 + group.setdefault("grown", 1)
-            group["grown"] += 1
+            group["lr"] *= 2 if group.get("warm") else 1
+            group["warm"] = True
+            for p in group["params"]:
+                total = torch.zeros_like(p, dtype=torch.bfloat16, requires_grad=False)
+                self.state[p].setdefault("total", total).add_(p.grad)
+                p.data -= 0.1 * self.state[p]["total"]
 
 
 OPTIMIZERS = {**{name: getattr(torch.optim, name) for name in
@@ -467,6 +472,18 @@ def test_an_optimizer_goes_on(kind, tmp_path, restore_signals):
     train(tmp_path / "a", 2)
     (w, state), (w4, state4) = train(tmp_path / "a", 4), train(tmp_path / "b", 4)
     assert torch.equal(w, w4) and all(map(torch.equal, state, state4))
+
+
+def test_a_fork_s_dropout_goes_on(tmp_path, restore_signals):
+    """torch's draws in a step depend on seed and step alone."""
+    def draws(start, seed=0):
+        run = Run(arguments(tmp_path / "run", seed=seed, bench=9), CPU)
+        run.start = start
+        return [torch.rand(2) for _ in run.steps()]
+
+    whole = draws(0)
+    assert all(map(torch.equal, whole[4:], draws(4))) and not torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole[0], draws(0, seed=1)[0])
 
 
 def test_what_a_resumption_may_change():
@@ -560,11 +577,15 @@ def test_contradicting_arguments(saved):
 
 
 def test_a_flag_that_the_checkpoint_does_not_know_is_named(saved, capsys):
+    """By code that has a flag more, or a flag less."""
     Run(arguments(saved, huber=0.1, ranks=None), CPU)
-    said = capsys.readouterr().err
-    assert "does not know --huber 0.1\n" in said
+    assert "only one of the two knows --huber 0.1\n" in capsys.readouterr().err
     Run(arguments(saved), CPU)
     assert not capsys.readouterr().err
+    without = arguments(saved)
+    del without.lr
+    Run(without, CPU)
+    assert "only one of the two knows --lr 0.001\n" in capsys.readouterr().err
 
 
 def test_fresh_moves_the_old_run_aside(saved):
