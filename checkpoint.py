@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import parallel
 import weights
-from cli import Stopped, UserError
+from cli import Stopped, UserError, printable
 from data import SkipCounter, WorkerDied, hash64
 from runfiles import (DISK, append_log, fsync, open_folder, plain, plot_log, print_bench, read_log,
                       read_meta, save_tensors, start_wandb, surviving, write_text)
@@ -34,6 +34,8 @@ from training import Meter
 FREE = {"out", "fresh", "workers", "device", "compile", "log_every", "sample_every", "save_every",
         "keep", "wandb", "dry_run", "bench", "json", "mesh", "sample_steps", "guidance", "decoder",
         "sample_prompts", "scan", "remat"}
+# Files that a run would replace
+OURS = {"args.json", "config.json", "log.jsonl", "tokenizer.json", "vocab.json", "merges.txt"}
 OF_DEVICE = ("fused", "capturable", "foreach")      # options of an optimizer that may change too
 
 
@@ -68,7 +70,12 @@ class Run:
             raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; pip "
                             "install wandb, or leave the flag out (log.jsonl has the same values)")
         saved, here = weights.checkpoints(self.dir), self.dir.resolve()
-        if not saved and not args.fresh and (self.dir / "final").exists():
+        inside = {p.name for p in here.iterdir()} if here.is_dir() else set()
+        lost = sorted(inside if args.fresh else inside & OURS)
+        if lost and not saved and "lock" not in inside:
+            raise UserError(f"--out {self.dir} holds {printable(lost[0])} and is not the folder of "
+                            "a run; give another --out")
+        if not saved and not args.fresh and "final" in inside:
             raise UserError(f"--out {self.dir} holds final/ and no checkpoint to go on from; "
                             "--fresh moves it aside, or give another --out")
         used = [Path.cwd(), Path(args.init or ".").resolve()]
@@ -152,7 +159,7 @@ class Run:
             for name, tensor in self.tensors.items():
                 parallel.fill(name, tensor, source.rows, self.devices)
             _, numbers = read_meta(self.latest)
-            saved = iter(numbers.get("groups", ()))
+            saved = iter(numbers["groups"])
             for optimizer in self.optimizers:
                 self._read_optimizer(optimizer, source, numbers)
                 for group, values in zip(optimizer.param_groups, saved):
@@ -223,7 +230,7 @@ class Run:
         which makes a folder a checkpoint, goes first."""
         kept = weights.checkpoints(self.dir)[-self.args.keep:]
         old = [path for path in (self.dir / "checkpoints").iterdir() if path not in kept
-               and re.fullmatch(r"(step|\.writing)-\d+", path.name)]
+               and path.is_dir() and re.fullmatch(r"(step|\.writing)-\d+", path.name)]
         for path in [*old, *self.dir.glob(".*-final")]:
             (path / "meta.json").unlink(missing_ok=True)
             shutil.rmtree(path)

@@ -112,6 +112,13 @@ def positive(kind=int, zero=False):
     return parse
 
 
+def path(text):
+    """Argparse type: a path. (Path("") would be the working folder.)"""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
+
+
 def share(text):
     """Argparse type: a number from 0 to below 1."""
     if not 0 <= float(text) < 1:
@@ -131,7 +138,7 @@ def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, rem
     """Add the flags that the trainers share. The arguments are defaults; None is filled later.
     blocks: whether the trainer can compile its blocks and recompute their activations."""
     a = parser.add_argument_group("run").add_argument
-    a("--out", type=Path, help="run folder; one that holds a checkpoint is resumed")
+    a("--out", type=path, help="run folder; one that holds a checkpoint is resumed")
     a("--fresh", action="store_true", help="move an old run in --out aside first")
     a("--steps", type=positive(), default=steps, help="optimizer steps")
     a("--batch", type=positive(), default=batch, help="images per step, over all devices")
@@ -194,8 +201,10 @@ def table(title, rows):
 def main(function):
     """Run a script's main. Bad input is one line on stderr and exit status 2, a full disk 1; a run
     that a signal stopped ends by that signal, so that a shell loop around it stops too."""
-    for stream in (sys.stdout, sys.stderr):     # a terminal that is not UTF-8 must not end a run
-        stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):           # None if it was closed (>&-)
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+        # a terminal that is not UTF-8 must not end a run
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     status, number = 0, None
     try:
         function()
@@ -213,6 +222,10 @@ def main(function):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         number = signal.SIGINT
+    except BrokenPipeError:                     # the reader of `| head` has gone
+        for handle in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
+        status = 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

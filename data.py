@@ -338,6 +338,8 @@ def show(args):
     if not args.out.lower().endswith(".png"):
         raise UserError(f"--out {printable(args.out)}: expected a name such as sheet.png")
     mixture = Mixture(sources, args.resolution, args.seed, text=False)
+    if any(os.path.abspath(args.out).startswith(os.path.abspath(s) + "/") for s in mixture.names):
+        raise UserError(f"--out {printable(args.out)} lies in the data; give another place")
     with parsing(f"--out {args.out}"):
         out = open(args.out, "wb")
     records, texts = [mixture[n] for n in range(args.count)], []

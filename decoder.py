@@ -40,6 +40,9 @@ class DecoderConfig:
                              f"decoder_num_attention_heads = {4 * heads}")
         if math.isqrt(self.num_patches) ** 2 != self.num_patches:
             raise ValueError(f"num_patches {self.num_patches} is not a square number")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ValueError(f"image_mean {self.image_mean}, image_std {self.image_std}: expected "
+                             "three numbers each, the second above 0")
 
 
 #         depth  width  heads    MLP     parameters and TFLOP to decode, C = 1152 and patch 14

@@ -291,7 +291,7 @@ def flow(args):
 def vqa(args):
     """ask questions about images and compare the answers with the references, by kind"""
     if args.answers:
-        check_out(args.answers, "--answers", ".jsonl")
+        check_out(args.answers, "--answers", ".jsonl", [args.data])
     devices, model = load_model(args)
     encoder, _ = stage2.load_codec(model.config, args, devices, decoder=False)
     if args.data.startswith("builtin:"):
@@ -383,10 +383,10 @@ def main():
     a = add[t2i]
     a("--n", type=positive, default=4, help="images per prompt (default 4)")
     a("--per-category", type=positive, default=40, help="prompts of each category (default 40)")
-    a("--prompts", type=Path, help="draw these instead: a .jsonl, a text file, a folder of .txt; "
-      "takes the flags and defaults of sample.py")
+    a("--prompts", type=cli.path, help="draw these instead: a .jsonl, a text file, a folder of "
+      ".txt; takes the flags and defaults of sample.py")
     a("--layout", choices=["geneval", "dpg"], help="layout of the images of --prompts")
-    a("--out", type=Path, help="folder for the images of --prompts")
+    a("--out", type=cli.path, help="folder for the images of --prompts")
     a = add[candidates]
     a("--n", type=positive, default=32, help="candidates per prompt (default 32)")
     a("--per-category", type=positive, default=40, help="prompts, with those that are not about "
@@ -396,7 +396,7 @@ def main():
       "(what the verifiers of best_of.py ask) or a LLaVA-style .jsonl")
     a("--count", type=positive, help="questions (default: 1000 built-in ones, all of a file)")
     a("--max-tokens", type=positive, default=48, help="length of an answer (default 48)")
-    a("--answers", type=Path, help="write every answer into this .jsonl, for other scorers")
+    a("--answers", type=cli.path, help="write every answer into this .jsonl, for other scorers")
     add[flow]("--times", type=cli.share, nargs="+", metavar="T", help="default 0.1 0.2 ... 0.9",
               default=[k / 10 for k in range(1, 10)])
     args = p.parse_args()

@@ -147,6 +147,8 @@ def read_fields(fields: dict, text: bool, rand) -> dict:
     caption, turns, task = caption.strip(), fields.get("conversations"), "t2i"
     if turns:
         task = task_of(turns)
+        if text and "assistant" not in [ROLES[t["from"]] for t in turns]:
+            raise BrokenRecord("conversations: no turn is from the assistant")
     elif "<image>" in caption:
         raise BrokenRecord("its caption contains <image>")
     elif caption:
@@ -214,7 +216,7 @@ class Folder:
     one."""
 
     def __init__(self, path: str, text: bool):
-        found, seen = [], set()                           # seen: a link may lead to a folder above
+        found, seen, alone = [], set(), 0                 # seen: a link may lead to a folder above
         for root, folders, files in os.walk(path, followlinks=True):
             folders[:] = [f for f in sorted(folders) if not is_system(f) and os.path.realpath(
                 os.path.join(root, f)) not in seen]       # os.walk enters these, in this order
@@ -223,6 +225,8 @@ class Folder:
             texts = {f[:-4]: os.path.join(root, f) for f in files if f.lower().endswith(".txt")}
             found += [(os.path.join(root, f), texts.get(os.path.splitext(f)[0]))
                       for f in files if f.lower().endswith(IMAGES)]
+            alone += len(texts.keys() - {os.path.splitext(f)[0] for f in files
+                                         if f.lower().endswith(IMAGES)})
         self.entries = [e for e in found if e[1] or not text]
         if not self.entries:
             raise DataError(f"{printable(path)}: {len(found)} images, 0 of them with a caption; "
@@ -230,6 +234,8 @@ class Folder:
                             "(file_name, text) or a .txt beside each image")
         if left := len(found) - len(self.entries):
             note(f"{path}: {left} of {len(found)} images have no .txt and are left out")
+        if alone:
+            note(f"{path}: {alone} .txt files without an image beside them ({', '.join(IMAGES)})")
 
     def __len__(self):
         return len(self.entries)
@@ -275,15 +281,17 @@ class JsonLines:
 
 
 def tar_members(path: str) -> list:
-    """Return [(name, offset of the header, offset of the data, size)] of the files in a tar."""
+    """Return [(name, offset of the header, offset of the data, size)] of the files in a tar. The
+    size of a link is -1."""
     if read_file(path, 0, 2) == b"\x1f\x8b":
         raise DataError(f"{printable(path)}: this tar is compressed; unpack it with gunzip")
     found = []
     with parsing(path, path, DataError), tarfile.open(path, "r:", encoding="utf-8") as tar:
         while member := tar.next():
             tar.members = []                              # tarfile would keep them all
-            if member.isfile():
-                found.append((member.name, member.offset, member.offset_data, member.size))
+            if not member.isdir():
+                size = member.size if member.isfile() else -1       # a link
+                found.append((member.name, member.offset, member.offset_data, size))
         tar.fileobj.seek(tar.offset)
         while rest := tar.fileobj.read(2 ** 20):          # a damaged header looks like an end
             if rest.strip(b"\0"):
@@ -320,13 +328,16 @@ class Tars:
             at = columns.get(extension.lower())
             if at is None or is_system(name):
                 continue
+            if size < 0:
+                self.lost.append((printable(f"{path}/{name}"), "a link; pack the file itself"))
+                continue
             row = found.setdefault(stem, [shard] + [0] * 7)
             if row[at]:
                 self.lost.append((printable(f"{path}/{name}"), "a second one for the same record"))
                 continue
             row[at:at + 2] = offset, size
             row[self.HEADER] = header if at == self.IMAGE else row[self.HEADER]
-        self.lost += [(printable(f"{path}/{stem}"), "text without an image (links do not count)")
+        self.lost += [(printable(f"{path}/{stem}"), "text without an image")
                       for stem, row in found.items() if not row[self.IMAGE]]
         return np.array(list(found.values()), np.int64).reshape(-1, 8)
 

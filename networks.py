@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import chat
 import parallel
 from cli import UserError, parsing
 from decoder import Decoder, DecoderConfig
 from dit import SIZES
-from encoder import ENCODERS, SO400M, WEBSSL_300M, ViT, build_vit, our_key
+from encoder import (ENCODERS, SO400M, WEBSSL_300M, ViT, ViTConfig, build_vit, our_key, vit_config)
 from encoder import initial as init_encoder
 from losses import DiscConfig, Discriminator, Perceptual
 from losses import initial as init_discriminator
@@ -40,10 +41,12 @@ def load_encoder(path, devices):
     source = open_weights(path, "--encoder")
     config = source.config.get("vision_config", source.config)
     kind = config.get("model_type", "siglip_vision_model") if isinstance(config, dict) else None
-    if kind not in ENCODERS:
+    if str(kind) not in ENCODERS:
         raise UserError(f"{source.what}: model_type is {kind!r}; known are "
                         f"{', '.join(sorted(ENCODERS))}")
     if ENCODERS[kind] is build_vit:             # another encoder's file has that encoder's own keys
+        with parsing(source.what):
+            read_fields(ViTConfig, vars(vit_config(source.config)), source.what)
         source = source.renamed(partial(our_key, dino=kind == "dinov2"))
     check_config(config, dict(num_hidden_layers=source.depth("blocks"),
                               hidden_size=source.size("patch_embed.weight"),
@@ -55,7 +58,8 @@ def load_encoder(path, devices):
     processor = Path(path) / "preprocessor_config.json"
     if processor.is_file():                                     # of a published folder
         with parsing(source.what, processor):
-            model.resample = int(read_json(processor, source.what).get("resample", model.resample))
+            found = read_json(processor, source.what).get("resample", model.resample)
+            model.resample = int(Image.Resampling(found))
     return model
 
 
@@ -213,7 +217,7 @@ def load_discriminator(path, devices, seed=0):
     config = read_fields(DiscConfig, source.config, source.what)
     check_config(asdict(config), dict(depth=source.depth("blocks"),
                                       dim=source.size("cls_token", 2)), source.what)
-    with torch.device("meta"):
+    with parsing(source.what), torch.device("meta"):
         model = Discriminator(config)
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     drawn = parallel.initial_rows(

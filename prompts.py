@@ -137,9 +137,11 @@ def check_sampler(args):
         raise UserError(f"--steps {args.steps}: --schedule authors needs at least 3")
 
 
-def check_out(path, flag, suffix=None):
+def check_out(path, flag, suffix=None, inputs=()):
     """Raise UserError unless `path` can be written: a file that ends in `suffix`, or a folder if
-    suffix is None. What the attempt makes is removed again."""
+    suffix is None. What the attempt makes is removed again. inputs: files not to overwrite."""
+    if any(Path(p).resolve() == path.resolve() for p in inputs if p):
+        raise UserError(f"{flag} {printable(path)} would overwrite the input; give another name")
     if suffix and path.suffix.lower() != suffix:
         raise UserError(f"{flag} {printable(path)}: expected a file name that ends in {suffix}")
     made = [p for p in (path, *path.parents) if not os.path.lexists(p)]     # innermost first

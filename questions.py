@@ -22,11 +22,14 @@ def file_questions(path, count, encoder):
             asked = {"from": "human", "value": fields.get("question", fields.get("text"))}
             turns = fields.get("conversations") or [asked]
             task_of(turns)                              # raises if they are no conversation
+            if isinstance(fields.get("answer"), (list, dict)):
+                raise BrokenRecord("its answer is no string")
         except BrokenRecord as error:
             raise UserError(f"--data {source.key(j)}: {error}") from error
         k = next(k for k, turn in enumerate(turns) if ROLES[turn["from"]] == "user")
         reference = turns[k + 1]["value"] if k + 1 < len(turns) else fields.get("answer")
-        yield dict(id=fields.get("question_id", fields.get("id", j)), reference=reference,
+        yield dict(id=fields.get("question_id", fields.get("id", j)),
+                   reference=None if reference is None else str(reference),
                    image=fields.get("image", source.key(j)),
                    kind=str(fields.get("category", "any")),
                    question=turns[k]["value"].replace("<image>", "").strip()), image

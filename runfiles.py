@@ -56,7 +56,8 @@ def read_meta(folder):
     """Return the arguments and the optimizers' plain numbers of a checkpoint. Raises UserError."""
     with parsing(f"checkpoint {folder} is damaged: meta.json", folder / "meta.json"):
         meta = json.loads((folder / "meta.json").read_text())
-        return dict(meta["args"]), dict(meta.get("state", {}))
+        state = dict(meta.get("state", {}))
+        return dict(meta["args"]), {**state, "groups": list(map(dict, state.get("groups", ())))}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -106,7 +107,9 @@ def read_log(path):
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             values = json.loads(line)
-            if isinstance(values, dict) and isinstance(values.get("step"), int):
+            if isinstance(values, dict) and "step" in values and all(
+                    isinstance(values.get(k, 0), int)
+                    for k in ("step", "skipped_records", "skipped_updates")):
                 lines.append(values)
     return lines
 

@@ -43,6 +43,10 @@ class ModelConfig:
     context: int = 1024         # tokens
     released: bool = False      # the authors' model, which they sample without guidance
 
+    def __post_init__(self):
+        if self.alpha <= 0:
+            raise ValueError(f"alpha is {self.alpha}, expected a positive number")
+
 
 def our_stage2_key(key):
     """Return ScaleRAE's name of a released key."""
@@ -82,7 +86,8 @@ def llm_config(config, what, vocab_size=None):
     """Read Qwen2's config.json -> LLMConfig. Raises UserError for one that asks for more than plain
     Qwen2."""
     for key in ("rope_scaling", "rope_parameters"):
-        scaling = config.get(key) or {}
+        with parsing(f"{what}: {key}"):
+            scaling = dict(config.get(key) or {})
         if (kind := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
             raise UserError(f"{what}: {key} asks for {kind}; only plain rotary angles are built")
     values = {k: v for k, v in config.items()
@@ -98,13 +103,14 @@ def model_config(source):
     """Read the config of an opened stage-2 model -> ModelConfig, checked against the shapes.
     Raises UserError."""
     config, what, size = source.config, source.what, source.size
-    if "scale_rae" in config:
-        block = dict(config["scale_rae"])
-        for name, cls in (("dit", DiTConfig), ("llm", LLMConfig)):
-            block[name] = read_fields(cls, dict(block.get(name) or {}), f"{what} ({name})")
-        out = read_fields(ModelConfig, block, what)
-    else:
-        out = released_config(source)
+    with parsing(f"{what}: its config"):
+        if "scale_rae" in config:
+            block = dict(config["scale_rae"])
+            for name, cls in (("dit", DiTConfig), ("llm", LLMConfig)):
+                block[name] = read_fields(cls, dict(block.get(name) or {}), f"{what} ({name})")
+            out = read_fields(ModelConfig, block, what)
+        else:
+            out = released_config(source)
     k, lm = out.dit, out.llm
     stated = {**asdict(lm), **asdict(k), "image_channels": out.image_channels,
               "depth": k.depth + k.head_depth, "cond_width": k.cond_width or k.width,
@@ -146,8 +152,8 @@ def released_config(source):
         elif c.get("vision_loss") == "ddt-loss":        # one width, split: the classic DDT
             depth, depth2 = c["ddt_encoder_depth"], depth - c["ddt_encoder_depth"]
             head = dict(head_width=D, head_depth=depth2, head_heads=heads)
-        tokens = (c.get("vision_tower_aux_token_len_list") or [0])[0]
-        encoder = (c.get("mm_vision_tower_aux_list") or ["encoder"])[0]
+    tokens = (c.get("vision_tower_aux_token_len_list") or [0])[0]
+    encoder = (c.get("mm_vision_tower_aux_list") or ["encoder"])[0]
     plain = lambda name: re.sub(r"-(interp|res)\d+$", "", name)
     N = tokens or source.size("model.latent_queries")
     C = c.get("diffusion_model_channels") or source.size(DIT + "x_embedder.proj.weight", 1)
@@ -158,24 +164,24 @@ def released_config(source):
                         else prob > 0),
                   qk_norm=DIT + "dit_blocks.0.attn.q_norm.weight" in source.shapes)
     base = c.get("diffusion_base_dim") or 4096
-    return ModelConfig(
+    return read_fields(ModelConfig, dict(
         dit=read_fields(DiTConfig, values, what),
         llm=llm_config(c, what, source.size("model.embed_tokens.weight")),
         image_channels=c.get("mm_hidden_size") or source.size("model.mm_projector.0.weight", 1),
         alpha=math.sqrt(N * C / base), encoder=plain(encoder),
         vae=plain(c.get("generation_alignment_tower") or "") or None,
-        context=c.get("tokenizer_model_max_length") or 1024, released=True)
+        context=c.get("tokenizer_model_max_length") or 1024, released=True), what)
 
 
-def build_stage2(config, dtype):
+def build_stage2(config, dtype, what="the model"):
     """Build the LLM and the DiT of a ModelConfig (under torch.device("meta"): their shapes).
-    Raises UserError for sizes, from flags or a file, that do not divide."""
+    Raises UserError, which begins with `what`, for sizes that do not divide."""
     try:
         llm = TextModel(config.llm, config.dit.tokens, config.image_channels,
                         config.dit.cond_width or config.dit.width, dtype)
         return llm, DiT(config.dit, dtype)
-    except ValueError as error:
-        raise UserError(f"the model's config does not work: {error}") from None
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{what} does not work: {error}") from None
 
 
 def llm_source(path, tokenizer):
@@ -231,7 +237,7 @@ def load_run(path, devices):
     source = open_weights(path, "--run")
     config = model_config(source)
     with torch.device("meta"):
-        llm, dit = build_stage2(config, devices.dtype)
+        llm, dit = build_stage2(config, devices.dtype, f"{source.what}: its config")
     model = nn.ModuleDict({"llm": llm, "dit": dit})
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and "embedder.mlp" not in name:

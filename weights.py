@@ -5,8 +5,10 @@ refused). An opened file knows its shapes and reads rows on demand, so that each
 own share (`parallel.build`). networks.py loads the frozen networks, stage2.py the LLM and the DiT.
 """
 import json
+import math
 import re
 import sys
+import zipfile
 import zlib
 from dataclasses import MISSING, fields
 from functools import partial
@@ -29,6 +31,7 @@ HUB = {"siglip2": ("google/siglip2-so400m-patch14-224", "nyu-visionx/siglip2_dec
 HUB["vae"] = HUB["siglip2"]                             # its encoder is for understanding
 FILES = ("model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
          "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DIT = "diff_head.model."                                # the DiT's prefix in the released keys
 # Prefixes that FSDP (of torch and torch_xla), torch.compile and DDP leave anywhere in a key
 WRAPPERS = re.compile(r"(?<![^.])((_orig_|_fsdp_wrapped_|_fpw_)?module|_orig_mod)[.]")
@@ -136,7 +139,7 @@ class Weights:
                 if crc32(tensor) != checksum:
                     raise UserError(f"{self.what} is damaged: {key} does not match its checksum")
                 tensor = parallel.cut(tensor, a, b)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
                 raise UserError(f"{self.what}: {key} holds NaN or infinity")
             found.append(tensor)
         return torch.cat(found) if len(found) > 1 else found[0]
@@ -192,7 +195,8 @@ def open_pickle(path, what):
     """Return the pieces of a file that torch.save wrote, and no metadata. If it holds several state
     dicts, take the average's and print a note."""
     with parsing(f"{what}: {path.name}", path):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True,
+                           mmap=zipfile.is_zipfile(path))       # before torch 1.6 it was none
     if torch.is_tensor(state):
         state = {path.stem: state}                      # from the authors' --save-latent
     is_state = lambda v: isinstance(v, dict) and v and all(map(torch.is_tensor, v.values()))
@@ -241,7 +245,7 @@ def weight_files(path, what):
     index = read_json(files[0], what).get("weight_map")
     if not isinstance(index, dict):
         raise UserError(f"{what}: {files[0].name} has no weight_map")
-    files = [files[0].parent / str(name) for name in sorted(set(index.values()))]
+    files = [files[0].parent / str(name) for name in sorted({str(v) for v in index.values()})]
     if absent := [f.name for f in files if not f.is_file()]:
         raise UserError(f"{what} names {len(files)} shards, {len(absent)} are not there "
                         f"(first: {absent[0]})")
@@ -325,9 +329,9 @@ def rows_for(model, source, otherwise, optional, ignore=()):
             if k in have or v.is_meta and not optional(k)}
     check_keys(want, have, source.what)
     for key in have:
-        if own[key].is_floating_point() and not source.dtype(key).is_floating_point:
-            raise UserError(f"{source.what}: {key} is not floating point (quantised weights are "
-                            "not read)")
+        if own[key].is_floating_point() and source.dtype(key) not in FLOATS:
+            raise UserError(f"{source.what}: {key} is {source.dtype(key)}; quantised weights are "
+                            "not read")
 
     def rows(key, first, last):
         read = source.rows if key in have and not skip(key) else otherwise
@@ -364,11 +368,14 @@ def read_fields(cls, values, what):
         raise UserError(f"{what}: its config lacks {', '.join(lacks)}")
     out = {}
     for key, value in values.items():
-        kind = known[key].type if isinstance(known[key].type, type) else object
-        value = float(value) if kind is float and type(value) is int else value
+        kind = known[key].type                          # a class, or `str | None`
+        value = float(value) if type(value) is int and isinstance(0.0, kind) else value
         value = tuple(value) if isinstance(value, list) else value
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise UserError(f"{what}: {key} is {value!r}, expected {kind.__name__}")
+            raise UserError(f"{what}: {key} is {value!r}, expected "
+                            f"{getattr(kind, '__name__', kind)}")
+        if kind is int and value < 0 or isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{what}: {key} is {value!r}")
         out[key] = value
     with parsing(what):                     # __post_init__ refuses sizes that do not divide
         return cls(**out)

@@ -97,6 +97,8 @@ BAD = [
     (f"{DIT} --random-init", ["--random-init", "tiny"]),
     (f"{DIT} --init AT --llm random", ["--llm", "--init"]),
     (f"{DIT} --out . --fresh", ["--out .", "working folder"]),
+    (f"{DIT} --out ''", ["--out", "it is empty"]),
+    (f"{DIT} --sample-prompts ''", ["--sample-prompts", "it is empty"]),
     (f"{DIT} --latent webssl", ["--latent webssl", "--encoder"]),
     (f"{DIT} --latent clip", ["--latent", "'clip'", "siglip2"]),
     (f"{DIT} --freeze dit", ["--freeze", "'dit'", "llm"]),
@@ -262,6 +264,7 @@ def inputs(tmp_path_factory):
     save_file({k: v for k, v in wide.items() if not k.startswith("lin")}, f / "wide.safetensors")
     (f / "oldtok").mkdir()
     (f / "oldtok/tokenizer.json").write_text("{broken")
+    (f / "oldtok/lock").touch()
     torch.save({"a": print}, f / "code.pt")
     for name, args in (("run", {}), ("clash", {"lr": 0.1, "seed": 7})):
         step = f / name / "checkpoints/step-0000002"

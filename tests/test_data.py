@@ -587,14 +587,28 @@ def test_nothing_in_a_tar_is_lost_silently(tmp_path, run):
     """A repeated member, two images of one key, a text without an image, a link."""
     members = [*pairs(3), ("0001.png", png(9)), ("0002.JPG", png(9)), ("5.txt", b"a cat")]
     source = write_tar(tmp_path / "a.tar", members)
+    with tarfile.open(source, "a") as tar:
+        link = tarfile.TarInfo("6.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "0000.png"
+        tar.addfile(link)
     mixture = Mixture([source], 8)
     assert len(mixture) == 3 and mixture[0]["image"][0, 0, 0] < 3       # the first one counts
     status, out, said = run("check", source)
-    assert status == 1 and "3 of 6 records are broken" in out
-    for words in ("a.tar/0001.png: a second one", "a.tar/0002.JPG: a second one",
+    assert status == 1 and "4 of 7 records are broken" in out
+    for words in ("a.tar/6.png: a link", "a.tar/0001.png: a second one", "a.tar/0002.JPG: a second one",
                   "a.tar/5: text without an image"):
         assert words in out
-    assert "3 members in 1 shards make no record" in said
+    assert "4 members in 1 shards make no record" in said
+
+
+def test_a_caption_without_an_image_is_named(tmp_path, run):
+    """The photo beside it may be of an unknown kind (.heic)."""
+    source = images(tmp_path / "in", 2, texts=True)
+    (tmp_path / "in/7.heic").write_bytes(b"")
+    (tmp_path / "in/7.txt").write_text("a cat")
+    assert "1 .txt files without an image" in run("check", source)[2]
+    said = run("show", source, "--out", f"{source}/sheet.png")[2]
+    assert "lies in the data" in said and not (tmp_path / "in/sheet.png").exists()
 
 
 @pytest.mark.parametrize("damage", ["zeros", "flipped", "joined", "cut"])

@@ -422,6 +422,13 @@ def test_vqa_of_a_file(call, capsys):                       # noqa: F811
     assert [a["text"] for a in said[:12]] == same and said[13]["text"] == said[1]["text"]
     assert run(call, "vqa", "--data", "q.jsonl", "--count", 1) == 0
     assert last_line(capsys)[1]["questions"] == 1
+    rows[-2]["answer"] = 5                              # a number is a reference, a list is not
+    Path("q.jsonl").write_text(json.dumps(rows[-2]))
+    assert run(call, "vqa", "--data", "q.jsonl") == 0 and last_line(capsys)[1]["questions"] == 1
+    assert run(call, "vqa", "--data", "q.jsonl", "--answers", "q.jsonl") == 2
+    rows[-2]["answer"] = ["5", "five"]
+    Path("q.jsonl").write_text(json.dumps(rows[-2]))
+    assert run(call, "vqa", "--data", "q.jsonl") == 2
     Path("q.jsonl").write_text(json.dumps(rows[-1]))    # no reference at all
     assert run(call, "vqa", "--data", "q.jsonl") == 0
     assert last_line(capsys)[1] == dict(

@@ -303,7 +303,9 @@ def write(folder, config, state, form="safetensors", tokenizer=True):
     elif form == "bin":
         torch.save(state, folder / "pytorch_model.bin")
     else:
-        torch.save({"model": state} if form == "model.pth" else state, folder / form)
+        new = form != "model.pth"       # .pth: as before torch 1.6
+        torch.save(state if new else {"model": state}, folder / form,
+                   _use_new_zipfile_serialization=new)
     return folder
 
 
@@ -548,9 +550,15 @@ def test_encoder_folders(tmp_path):
     with pytest.raises(UserError, match="24 must be a multiple of num_attention_heads 7"):
         networks.load_encoder(write(tmp_path / "7", {**config, "num_attention_heads": 7}, state,
                                    tokenizer=False), CPU)
-    with pytest.raises(UserError, match="norm.weight is not floating point"):
-        networks.load_encoder(write(tmp_path / "int8", config, {
-            **state, "layernorm.weight": torch.ones(24, dtype=torch.int8)}, tokenizer=False), CPU)
+    for kind in ("int8", "float8_e4m3fn"):
+        norm = torch.ones(24).to(getattr(torch, kind))
+        with pytest.raises(UserError, match=f"norm.weight is torch.{kind}; quantised"):
+            networks.load_encoder(write(tmp_path / kind, config, {
+                **state, "layernorm.weight": norm}, tokenizer=False), CPU)
+    for wrong in ({"num_attention_heads": -4}, {"layer_norm_eps": "x"}, {"model_type": ["a"]}):
+        with pytest.raises(UserError, match=f"{tmp_path}/w: {next(iter(wrong))} is "):
+            networks.load_encoder(write(tmp_path / "w", {**config, **wrong}, state,
+                                       tokenizer=False), CPU)
     with pytest.raises(UserError, match="model_type is 'clip_vision_model'"):
         networks.load_encoder(write(tmp_path / "clip", {"model_type": "clip_vision_model"}, state,
                                    tokenizer=False), CPU)
@@ -668,6 +676,12 @@ WRONG = {           # changes to the config, keys dropped, keys added or replace
                                 ["1 unexpected (first: dit.y_embedder.dropout_embedding)"]),
     "stretched angles": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, [], {},
                          ["rope_scaling asks for yarn"]),
+    "angles of no kind": ({"rope_scaling": "yarn"}, [], {}, ["rope_scaling: "]),
+    "no heads": ({"num_attention_heads": 0}, [], {}, ["its config does not work: "]),
+    "negative heads": ({"num_key_value_heads": -2}, [], {}, ["num_key_value_heads is -2"]),
+    "an encoder of no name": ({"mm_vision_tower_aux_list": [5]}, [], {}, ["its config: "]),
+    "a negative base": ({"diffusion_base_dim": -1}, [], {}, ["its config: "]),
+    "context in words": ({"tokenizer_model_max_length": "1024"}, [], {}, ["context is '1024'"]),
     "another mode": ({"vision_loss_mode": "block"}, [], {}, ["vision_loss_mode 'block'"]),
     "not a stage-2 config": ({"diffusion_model_depth": None}, [], {},
                              ["config lacks diffusion_model_depth"]),

@@ -486,6 +486,16 @@ def test_a_fork_s_dropout_goes_on(tmp_path, restore_signals):
     assert not torch.equal(whole[0], draws(0, seed=1)[0])
 
 
+@pytest.mark.parametrize("fresh, held", [(False, "config.json"), (True, "photo.jpg")])
+def test_a_folder_of_other_files_is_no_run(fresh, held, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / held).write_text("mine")
+    with pytest.raises(UserError, match=f"mine holds {held} and is not the folder of a run"):
+        Run(arguments(tmp_path / "mine", fresh=fresh), CPU)
+    (tmp_path / "mine/lock").touch()
+    Run(arguments(tmp_path / "mine", fresh=fresh), CPU)
+
+
 def test_what_a_resumption_may_change():
     """Nothing that changes what is computed."""
     assert checkpoint.FREE == {
