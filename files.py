@@ -147,7 +147,7 @@ def read_fields(fields: dict, text: bool, rand) -> dict:
     caption, turns, task = caption.strip(), fields.get("conversations"), "t2i"
     if turns:
         task = task_of(turns)
-        if text and "assistant" not in [ROLES[t["from"]] for t in turns]:
+        if text and "assistant" not in [ROLES[t["from"]] for t in turns[1:]]:
             raise BrokenRecord("conversations: no turn is from the assistant")
     elif "<image>" in caption:
         raise BrokenRecord("its caption contains <image>")

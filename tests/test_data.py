@@ -272,6 +272,8 @@ def test_fields_mean_the_same_in_every_format(fields, task, caption, tmp_path):
     ([("gpt", "Hello."), ("human", "Draw."), ("gpt", "<image>")], ("t2i", 2)),
     ([("gpt", "<image>"), ("human", "Thanks.")], "first turn has the image"),
     ([("gpt", "A cat.")], "no turn is from the human"), ([("gpt", "<image>")], "no turn"),
+    ([("human", "<image>What?")], "no turn is from the assistant"),
+    ([("gpt", "Hello."), ("human", "What?")], "no turn is from the assistant"),
     ([("human", "<image>"), ("gpt", "<image>")], "2 images"), ([("human", "<image><image>")], "2"),
     ([("USER", "<image>"), ("ASSISTANT", "A cat.")], "from 'USER'; expected one of human"),
     ([("human", "<image>"), ("<|im_end|>", "A cat.")], "from '<|im_end|>'"),

@@ -455,6 +455,8 @@ def test_export_then_load_is_the_same(tmp_path, options):
     (lambda c: c["llm"].update(hidden_size="128"), "hidden_size is '128', expected int"),
     (lambda c: c["dit"].update(depth=10 ** 9),
      "depth is 1000000000 in the config, 6 in the weights"),
+    (lambda c: c.update(alpha=-3), "alpha is -3.0"), (lambda c: c.update(alpha=1e999), "alpha is"),
+    (lambda c: c.update(llm="qwen"), "its config: "), (lambda c: c.update(vae=5), "vae is 5"),
     (lambda c: c["dit"].pop("width"), "lacks width")])
 def test_a_config_that_the_code_does_not_know_is_an_error(tmp_path, change, says):
     """Never ignored: a run of a fork is not drawn by other code than it was trained with."""
