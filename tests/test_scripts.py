@@ -43,7 +43,7 @@ def dit_run(tmp_path_factory):
 
 def test_readme_s_lines_for_python():
     section = (ROOT / "README.md").read_text().split("## From Python\n")[1].split("\n## ")[0]
-    code = textwrap.dedent(section) + "print(image.shape, v.shape == z.shape, image.std() > 0.05)"
+    code = textwrap.dedent(section) + "print(image.shape, z.shape == noise.shape, image.std() > 0.05)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True,
                           text=True)
     assert done.stdout == "torch.Size([1, 3, 64, 64]) True tensor(True)\n", done.stderr
