@@ -70,7 +70,7 @@ class Run:
             raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; pip "
                             "install wandb, or leave the flag out (log.jsonl has the same values)")
         saved, here = weights.checkpoints(self.dir), self.dir.resolve()
-        inside = {p.name for p in here.iterdir()} if here.is_dir() else set()
+        inside = {p.name for p in here.glob("*")}       # none if another process moves it now
         lost = sorted(inside if args.fresh else inside & OURS)
         if lost and not saved and "lock" not in inside:
             raise UserError(f"--out {self.dir} holds {printable(lost[0])} and is not the folder of "
@@ -179,8 +179,8 @@ class Run:
             for key in (key for key in source.shapes if key.startswith(prefix)):
                 kind, shape, dtype = key.removeprefix(prefix), source.shapes[key], source.dtype(key)
                 if kind not in state:                   # on xla it is there already
-                    state[kind] = torch.zeros_like(p, dtype=dtype) if shape == tuple(p.shape) else \
-                        torch.zeros(shape, dtype=dtype, device=p.device)
+                    state[kind] = (torch.zeros_like(p, dtype=dtype) if shape == tuple(p.shape)
+                                   else torch.zeros(shape, dtype=dtype, device=p.device))
                 parallel.fill(f"optimizer.{name}.{kind}", state[kind], source.rows, self.devices)
 
     def save(self):

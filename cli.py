@@ -9,6 +9,7 @@ import errno
 import itertools
 import os
 import re
+import select
 import signal
 import sys
 import textwrap
@@ -88,9 +89,16 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
+        self.register("type", Path, self.path)          # what type=Path calls
 
     def error(self, message):
         self.exit(2, f"error: {printable(message)} (see {self.prog} --help)\n")
+
+    @staticmethod
+    def path(text):
+        if not text.strip():                            # Path("") would be the working folder
+            raise argparse.ArgumentTypeError("it is empty")
+        return Path(text)
 
     def parse_known_args(self, args=None, namespace=None):
         args, rest = super().parse_known_args(args, namespace)
@@ -112,13 +120,6 @@ def positive(kind=int, zero=False):
     return parse
 
 
-def path(text):
-    """Argparse type: a path. (Path("") would be the working folder.)"""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty")
-    return Path(text)
-
-
 def share(text):
     """Argparse type: a number from 0 to below 1."""
     if not 0 <= float(text) < 1:
@@ -133,12 +134,20 @@ def seed(text):
     return int(text)
 
 
+def device_flags(a, dtype="bfloat16 on accelerators, float32 on the CPU"):
+    """Add --device and --dtype. a: a parser's add_argument. dtype: the default, in words."""
+    a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto",
+      help="auto: a TPU if PJRT_DEVICE is set, else CUDA, else the CPU")
+    a("--dtype", choices=["bfloat16", "float32"],
+      help=f"dtype of matrix products (default: {dtype})")
+
+
 def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, remat="none",
                    blocks=True):
     """Add the flags that the trainers share. The arguments are defaults; None is filled later.
     blocks: whether the trainer can compile its blocks and recompute their activations."""
     a = parser.add_argument_group("run").add_argument
-    a("--out", type=path, help="run folder; one that holds a checkpoint is resumed")
+    a("--out", type=Path, help="run folder; one that holds a checkpoint is resumed")
     a("--fresh", action="store_true", help="move an old run in --out aside first")
     a("--steps", type=positive(), default=steps, help="optimizer steps")
     a("--batch", type=positive(), default=batch, help="images per step, over all devices")
@@ -151,10 +160,7 @@ def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, rem
       help="builtin:web|synthetic|text|hq|qa|align|brief, a folder, a .jsonl, or tar shards")
     a("--workers", type=positive(zero=True), default=1, help="data loading processes")
     a = parser.add_argument_group("device").add_argument
-    a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto",
-      help="auto: a TPU if PJRT_DEVICE is set, else CUDA, else the CPU")
-    a("--dtype", choices=["bfloat16", "float32"],
-      help="dtype of matrix products (default: bfloat16 where the device has it)")
+    device_flags(a, "bfloat16 where the device has it")
     a("--mesh", help="fsdp=8 or fsdp=16,tensor=4 (default: all devices on fsdp)")
     if blocks:
         a("--compile", action=argparse.BooleanOptionalAction,
@@ -222,8 +228,13 @@ def main(function):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         number = signal.SIGINT
-    except BrokenPipeError:                     # the reader of `| head` has gone
+    except BrokenPipeError:
+        output = select.poll()
         for handle in (1, 2):
+            output.register(handle, 0)
+        if not output.poll(0):                  # another pipe
+            raise
+        for handle in (1, 2):                   # the reader of `| head` has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
         status = 1
     except OSError as error:

@@ -350,9 +350,7 @@ def main():
             run = weights.TINY / "decoder.safetensors" if function == decoder else weights.TINY
             a("--run", default=run, help="run, checkpoint, released folder, file or hub id "
               "(default: the shipped one)")
-        a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
-        a("--dtype", choices=["bfloat16", "float32"],
-          help="dtype of matrix products (default: bfloat16 on accelerators, float32 on the CPU)")
+        cli.device_flags(a)
         a("--encoder", help="default: the one that belongs to the run or decoder")
         if function in (t2i, colours, candidates, flow, fid, judge):
             a("--decoder", help="default: the one that belongs to the encoder")
@@ -383,10 +381,10 @@ def main():
     a = add[t2i]
     a("--n", type=positive, default=4, help="images per prompt (default 4)")
     a("--per-category", type=positive, default=40, help="prompts of each category (default 40)")
-    a("--prompts", type=cli.path, help="draw these instead: a .jsonl, a text file, a folder of "
+    a("--prompts", type=Path, help="draw these instead: a .jsonl, a text file, a folder of "
       ".txt; takes the flags and defaults of sample.py")
     a("--layout", choices=["geneval", "dpg"], help="layout of the images of --prompts")
-    a("--out", type=cli.path, help="folder for the images of --prompts")
+    a("--out", type=Path, help="folder for the images of --prompts")
     a = add[candidates]
     a("--n", type=positive, default=32, help="candidates per prompt (default 32)")
     a("--per-category", type=positive, default=40, help="prompts, with those that are not about "
@@ -396,7 +394,7 @@ def main():
       "(what the verifiers of best_of.py ask) or a LLaVA-style .jsonl")
     a("--count", type=positive, help="questions (default: 1000 built-in ones, all of a file)")
     a("--max-tokens", type=positive, default=48, help="length of an answer (default 48)")
-    a("--answers", type=cli.path, help="write every answer into this .jsonl, for other scorers")
+    a("--answers", type=Path, help="write every answer into this .jsonl, for other scorers")
     add[flow]("--times", type=cli.share, nargs="+", metavar="T", help="default 0.1 0.2 ... 0.9",
               default=[k / 10 for k in range(1, 10)])
     args = p.parse_args()

@@ -223,10 +223,9 @@ class Folder:
             seen.update(os.path.realpath(os.path.join(root, f)) for f in ("", *folders))
             files = [f for f in sorted(files) if not is_system(f)]
             texts = {f[:-4]: os.path.join(root, f) for f in files if f.lower().endswith(".txt")}
-            found += [(os.path.join(root, f), texts.get(os.path.splitext(f)[0]))
-                      for f in files if f.lower().endswith(IMAGES)]
-            alone += len(texts.keys() - {os.path.splitext(f)[0] for f in files
-                                         if f.lower().endswith(IMAGES)})
+            shown = {f: os.path.splitext(f)[0] for f in files if f.lower().endswith(IMAGES)}
+            found += [(os.path.join(root, f), texts.get(stem)) for f, stem in shown.items()]
+            alone += len(texts.keys() - shown.values())
         self.entries = [e for e in found if e[1] or not text]
         if not self.entries:
             raise DataError(f"{printable(path)}: {len(found)} images, 0 of them with a caption; "

@@ -129,7 +129,7 @@ def arguments():
     a("--guidance", type=cli.positive(float, zero=True),
       help="guidance scale; 1: off (default: 3; 1 with --cond-drop 0)")
     a("--sample-steps", type=whole, default=25, help="Euler steps")
-    a("--sample-prompts", type=cli.path, metavar="FILE", help="prompts to draw: a text file with "
+    a("--sample-prompts", type=Path, metavar="FILE", help="prompts to draw: a text file with "
       "one per line, a .jsonl or a folder of .txt (default: captions of the data)")
     args = p.parse_args()
     if args.epochs and args.steps:

@@ -66,23 +66,21 @@ def arguments(argv=None):
     """Parse and check the flags. Raises UserError."""
     p = cli.Parser(description=__doc__.split("\n")[0])
     p.add_argument("text", nargs="?", help="the prompt, or the question about --image or --latent")
-    p.add_argument("--out", type=cli.path,
+    p.add_argument("--out", type=Path,
                    help="PNG, or folder for --prompts (default: out.png, out/)")
     p.add_argument("--max-tokens", type=cli.positive(), default=512, help="length of an answer")
     a = p.add_mutually_exclusive_group().add_argument
-    a("--image", type=cli.path, help="image that the text asks about")
-    a("--reconstruct", type=cli.path, help="encode and decode an image, side by side")
-    a("--latent", type=cli.path, help="decode saved latents, or answer a question about them")
-    a("--prompts", type=cli.path, help="draw many prompts: a text file with one per line, a .jsonl "
+    a("--image", type=Path, help="image that the text asks about")
+    a("--reconstruct", type=Path, help="encode and decode an image, side by side")
+    a("--latent", type=Path, help="decode saved latents, or answer a question about them")
+    a("--prompts", type=Path, help="draw many prompts: a text file with one per line, a .jsonl "
       "with \"prompt\", or a folder of .txt")
     a = p.add_argument_group("model").add_argument
     a("--run", default=weights.TINY,
       help="run, checkpoint, released folder, file or hub id (default: the shipped model)")
     a("--encoder", help="file, folder or hub id (default: the one the run was trained with)")
     a("--decoder", help="file, folder or hub id (default: the one that belongs to the encoder)")
-    a("--device", choices=["auto", "cpu", "cuda", "xla"], default="auto")
-    a("--dtype", choices=["bfloat16", "float32"],
-      help="dtype of matrix products (default: bfloat16 on accelerators, float32 on the CPU)")
+    cli.device_flags(a)
     g = p.add_argument_group("drawing")
     a, number, drawing = g.add_argument, g.add_mutually_exclusive_group(), sampler_flags(g)
     drawing += [
@@ -96,7 +94,7 @@ def arguments(argv=None):
         a("--layout", choices=["geneval", "dpg"], help="layout of the images of --prompts, "
           "for the official scorers"),
         a("--grid", action="store_true", help="put the images of a prompt into one PNG"),
-        a("--save-latent", type=cli.path, help="save the latents [n,N,C] as safetensors")]
+        a("--save-latent", type=Path, help="save the latents [n,N,C] as safetensors")]
     args = p.parse_args(argv)
     args.text = args.text if (args.text or "").strip() else None
     check_arguments(p, args, drawing)

@@ -245,7 +245,7 @@ def weight_files(path, what):
     index = read_json(files[0], what).get("weight_map")
     if not isinstance(index, dict):
         raise UserError(f"{what}: {files[0].name} has no weight_map")
-    files = [files[0].parent / str(name) for name in sorted({str(v) for v in index.values()})]
+    files = [files[0].parent / name for name in sorted({str(v) for v in index.values()})]
     if absent := [f.name for f in files if not f.is_file()]:
         raise UserError(f"{what} names {len(files)} shards, {len(absent)} are not there "
                         f"(first: {absent[0]})")

@@ -43,7 +43,7 @@ def dit_run(tmp_path_factory):
 
 def test_readme_s_lines_for_python():
     section = (ROOT / "README.md").read_text().split("## From Python\n")[1].split("\n## ")[0]
-    code = textwrap.dedent(section) + "print(image.shape, z.shape == noise.shape, image.std() > 0.05)"
+    code = textwrap.dedent(section) + "print(image.shape, v.shape == z.shape, image.std() > 0.05)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True,
                           text=True)
     assert done.stdout == "torch.Size([1, 3, 64, 64]) True tensor(True)\n", done.stderr
@@ -133,6 +133,24 @@ cli.main(train_dit.main)
                           text=True, timeout=200)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (status, says)
     assert ("Traceback" in done.stderr) == (status == 1)
+
+
+def test_a_closed_output_ends_without_a_traceback():
+    """As by `| head` and by `>&-`. A broken pipe of another kind is a mistake."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, ROOT / "reproduce.py", "--list"], stdout=write,
+                          stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+    done = subprocess.run(f"{sys.executable} {ROOT}/reproduce.py --list >&-", shell=True,
+                          stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+    def mistake():
+        raise BrokenPipeError("a worker's")
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        cli.main(mistake)
 
 
 def test_dry_run_and_bench(tmp_path):

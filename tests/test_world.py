@@ -253,7 +253,8 @@ def test_records_of_all_sources():
 
 @pytest.mark.parametrize("script, words", [
     (data, "data.py show builtin:web"), (train_dit, "train_dit.py --dry-run"),
-    (evaluate, "evaluate.py t2i"), (evaluate, "evaluate.py colours --run x")], ids=["show", "dry-run", "t2i", "colours"])
+    (evaluate, "evaluate.py t2i"), (evaluate, "evaluate.py colours --run x")],
+    ids=["show", "dry-run", "t2i", "colours"])
 def test_without_the_folder_the_error_is_one_line(script, words, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tiny", None)                      # as if it were moved away
     monkeypatch.setattr(sys, "argv", words.split())

@@ -71,7 +71,7 @@ def arguments():
     a("--heads", type=positive(), help="attention heads (not for vgg)")
     a("--resolution", type=positive(), default=64)
     a("--patch", type=positive(), default=8)
-    a("--tokenizer", type=cli.path, help="a tokenizer folder (default: train one here)")
+    a("--tokenizer", type=Path, help="a tokenizer folder (default: train one here)")
     a = p.add_argument_group("loss and optimizer").add_argument
     a("--dense", type=positive(float, zero=True), help="weight of the dense term (not for vgg)")
     a("--mask", type=share, default=0.1, help="share of the patches that are hidden (grey)")
