@@ -361,9 +361,10 @@ def new_config(args, encoder, vae, tokenizer):
                        args.vae)
 
 
-def initial_rows(model, initial, args, init, files, tokenizer):
+def initial_rows(model, initial, args, init, files, tokenizer, new=()):
     """Return rows(name, first, last) of the initial weights: those of --init (`init`, opened), else
-    a pretrained LLM's, and for the rest initial(name, shape, seed)."""
+    a pretrained LLM's, and for the rest initial(name, shape, seed). new: parts of the names of
+    parameters that a fork adds, which these files may lack."""
     drawn = parallel.initial_rows(model, initial, args.seed)
     if init:
         source, own, added = init.renamed(our_stage2_key), ("llm.", "dit."), ()
@@ -372,7 +373,7 @@ def initial_rows(model, initial, args, init, files, tokenizer):
     else:
         source = llm_source(files["llm"], tokenizer).renamed(lambda k: "llm." + k)
         own, added = ("llm.",), ("latent_queries", "projector")     # what the file has and lacks
-    optional = lambda key: not key.startswith(own) or any(a in key for a in added)
+    optional = lambda key: not key.startswith(own) or any(a in key for a in (*added, *new))
     tied = ("lm_head.weight",) if model.llm.config.tie_word_embeddings else ()
     return rows_for(model, source, drawn, optional, RECOMPUTED + tied)
 

@@ -22,6 +22,7 @@ import stage2
 import text_model
 import train_dit
 import training
+import weights
 from dit import SIZES, DiTConfig
 from prompts import sample_prompts
 from test_stage2 import CAPTIONED, TOKENIZER, train
@@ -127,6 +128,25 @@ def test_a_run_on_photos(photos, tmp_path, monkeypatch, capsys):
     assert any("drawing samples" in line for line in bar) and any("saving" in line for line in bar)
     args = json.loads((tmp_path / "r/args.json").read_text())
     assert (args["lr"], args["warmup"], args["shift"]) == (3e-4, 0.1, 3)
+
+
+def test_parameters_that_init_lacks():
+    """As LoRA of a fork: refused, unless the call says that they are new."""
+    devices = parallel.setup("cpu", "float32")
+    args = Namespace(init=weights.TINY, size=None, latent=None, seed=3, repa=0, freeze=None,
+                     remat="none", allow_narrow=False, **dict.fromkeys([*recipe.DIT_FLAGS,
+                                                                        *recipe.LLM_FLAGS]))
+    init, config = stage2.open_init(args)
+    with torch.device("meta"):
+        model = train_dit.build(config, args, torch.float32)
+        attention = model.llm.model.layers[0].self_attn
+        attention.update = torch.nn.Parameter(torch.empty(128, 8))
+    initial = lambda name, shape, seed: torch.full(shape, float(seed))
+    with pytest.raises(cli.UserError, match="layers.0.self_attn.update"):
+        stage2.initial_rows(model, initial, args, init, None, TOKENIZER)
+    rows = stage2.initial_rows(model, initial, args, init, None, TOKENIZER, new=("update",))
+    parallel.build(model, rows, devices)
+    assert (attention.update == 3).all() and attention.q_proj.weight.std() > 0.01
 
 
 def test_toy_data_are_judged(tmp_path, capsys):
