@@ -8,6 +8,7 @@ under another name, synced to disk and renamed, so an interrupted save never hid
 The data's position, the learning rates and every random draw are functions of (seed, step), so
 there is no generator state to save, and a resumed run repeats an uninterrupted one bit for bit.
 """
+import contextlib
 import importlib.util
 import json
 import math
@@ -42,6 +43,16 @@ OF_DEVICE = ("fused", "capturable", "foreach")      # options of an optimizer th
 def say(text):
     """Print a line above the bar, if there is one."""
     tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def naming_the_older(saved):
+    """Add to an error of the last checkpoint in `saved` how to go on from the one before."""
+    try:
+        yield
+    except UserError as error:
+        before = saved[-2].name if len(saved) > 1 else "the start"
+        raise UserError(f"{error}; delete {saved[-1]} to go on from {before}") from None
 
 
 class Run:
@@ -86,7 +97,8 @@ class Run:
         self.saved_args = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
                            if k not in FREE and k not in free}
         if saved and not args.fresh:
-            theirs, _ = read_meta(saved[-1])
+            with naming_the_older(saved):
+                theirs, _ = read_meta(saved[-1])
             differ = [f"--{k.replace('_', '-')}: checkpoint {theirs[k]!r}, now {v!r}"
                       for k, v in self.saved_args.items() if k in theirs and theirs[k] != v]
             if differ:
@@ -148,8 +160,7 @@ class Run:
 
     def _read(self):
         """Fill the tensors and the optimizers' state from the latest checkpoint."""
-        before = weights.checkpoints(self.dir)[:-1]
-        try:
+        with naming_the_older(weights.checkpoints(self.dir)):
             source = weights.open_checkpoint(self.latest)
             have = {key: shape for key, shape in source.shapes.items()
                     if not key.startswith("optimizer.")}
@@ -164,9 +175,6 @@ class Run:
                 self._read_optimizer(optimizer, source, numbers)
                 for group, values in zip(optimizer.param_groups, saved):
                     group.update(values)
-        except UserError as error:
-            raise UserError(f"{error}; delete {self.latest} to go on from "
-                            f"{before[-1].name if before else 'the start'}")
 
     def _read_optimizer(self, optimizer, source, numbers):
         """Rebuild the state of a torch optimizer. A state tensor of its parameter's shape is split
