@@ -137,16 +137,17 @@ def drawing(caption, rand):
 def chat(tokenizer, conversation, has_image=True):
     """Tokenize [{"from": "human" or "gpt", "value": text}, ...] -> (ids, labels), two lists.
 
-    `<image>` becomes `<im_start><image><im_end>`, with the placeholder IMAGE in the middle. The
-    assistant's turns have labels, with their headers, and so does every newline, <|im_start|> and
-    <|im_end|> anywhere (the authors' quirk). The placeholder in an assistant's turn has the label
-    V, which tells insert_image_tokens that the image is to be generated. A first turn that is not
-    the human's is dropped.
+    `<image>` becomes `<im_start><image><im_end>`, with the placeholder IMAGE in the middle.
+    has_image: put an image that no turn mentions before the first user's words. Every token of an
+    assistant's turn has a label, also its header. In the other turns every newline, <|im_start|>
+    and <|im_end|> has one (the authors' quirk). The placeholder in an assistant's turn has the
+    label V, which tells insert_image_tokens that the image is to be generated. A first turn that is
+    not the human's is dropped.
     """
     turns = [(ROLES[turn["from"]], turn["value"]) for turn in conversation]
     if has_image and not any("<image>" in text for _, text in turns):
         k = next(k for k, (role, _) in enumerate(turns) if role == "user")
-        turns[k] = "user", "<image>\n" + turns[k][1]    # an image that nobody mentions
+        turns[k] = "user", "<image>\n" + turns[k][1]
     if turns[0][0] != "user":
         turns = turns[1:]
     always = {encode_text(tokenizer, s)[0] for s in ("\n", "<|im_start|>", "<|im_end|>")}

@@ -181,8 +181,8 @@ class Decoder(nn.Module):
 
 
 def initial(name, shape, seed):
-    """Return the initial value of one parameter: N(0, 0.02) for matrices, zero for biases and the
-    class token; norms are one. Nothing about them is published, so they are our choice."""
+    """Return the initial value of one parameter: N(0, 0.02^2) for matrices, zero for biases and
+    the class token; norms are one. Nothing about them is published, so they are our choice."""
     from data import rng
     if name == "trainable_cls_token":
         value = np.zeros(shape)

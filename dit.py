@@ -99,7 +99,8 @@ def sincos_positions(D, side):
 
 class RoPE(nn.Module):
     """Rotate one head's channels in 2-D: the first half by the row, the second half by the column
-    (the additive table does the opposite). Adjacent channels form a pair (a, b) -> (-b, a)."""
+    (the additive table does the opposite). Adjacent channels (a, b) become (a cos - b sin,
+    b cos + a sin)."""
 
     def __init__(self, head_dim, side):
         super().__init__()
@@ -231,10 +232,10 @@ class DiT(nn.Module):
     """The network of paper section 3 and Table 10. The reference classes are LightningDiT and, with
     a wide head, LightningDDT.
 
-    dtype: the dtype of tokens, positions, modulation and residuals. In fp32 are the weights (cast
-    where they are used), the statistics of the norms, and time + cond with its SiLUs. Set `remat`
-    to recompute each block's activations in the backward pass. Raises ValueError for sizes that do
-    not divide.
+    dtype: the dtype of tokens, positions, modulation and residuals. The weights (cast where they
+    are used), the statistics of the norms, and time + cond with its SiLUs are fp32. Set `remat` to
+    recompute each block's activations in the backward pass. Raises ValueError for sizes that do not
+    divide.
     """
 
     def __init__(self, config, dtype=torch.float32):
@@ -311,11 +312,12 @@ class DiT(nn.Module):
         Multiply-adds per token and block: attention 4 D^2 + 2 N D, SwiGLU 3 h D, AdaLN 6 Z D, which
         is a third of the whole. A test compares the sum with torch's counter.
         """
+        k = self.config
+
         def block(D, Z):
             hidden = int(2 / 3 * int(4 * D))
             return 4 * D * D + 2 * k.tokens * D + 3 * hidden * D + 6 * Z * D
 
-        k = self.config
         C, D, Z = k.channels, k.width, k.cond_width or k.width
         D2 = (k.head_width or D) if k.head_depth else D
         macs = k.depth * block(D, Z) + C * D
@@ -329,7 +331,7 @@ class DiT(nn.Module):
 def initial(name, shape, seed):
     """Return the initial value of one parameter, which any rank or framework can make alone.
 
-    Linears and embedders: Xavier-uniform with zero bias. Time MLP: N(0, 0.02). AdaLN and the last
+    Linears and embedders: Xavier-uniform with zero bias. Time MLP: N(0, 0.02^2). AdaLN and the last
     layer: zero, so that every block starts as the identity and v as 0 (adaLN-zero of DiT). Norms:
     one. Null condition: zero. Raises ValueError for a parameter of another kind, whose value in the
     constructor is lost, because networks are built on the meta device.
@@ -337,14 +339,14 @@ def initial(name, shape, seed):
     from data import rng
     if not name.endswith(("weight", "bias", "dropout_embedding")):
         raise ValueError(f"{name} has no initial value; give it one in dit.initial")
-    draw = rng(seed, f"init dit {name}")
+    generator = rng(seed, f"init dit {name}")
     if len(shape) == 1:
         value = np.full(shape, float(name.endswith("weight")))
     elif "adaLN_modulation" in name or name.startswith("final_layer.linear"):
         value = np.zeros(shape)
     elif "embedder.mlp" in name:
-        value = draw.standard_normal(shape, np.float32) * 0.02
+        value = generator.standard_normal(shape, np.float32) * 0.02
     else:
         bound = (6 / (shape[0] + shape[1])) ** 0.5
-        value = (2 * draw.random(shape, np.float32) - 1) * bound
+        value = (2 * generator.random(shape, np.float32) - 1) * bound
     return torch.from_numpy(value).float()

@@ -14,7 +14,7 @@ One ViT serves both published encoders. They differ in:
 
 Another encoder is a class with the attributes of ViT, `forward` and `forward_flops`, and a row in
 ENCODERS (docs/forking.md has one without weights).
-B batch, N tokens, C channels, H heads.
+B batch, N latent tokens, L = N or, with a class token, 1 + N, C channels, H heads.
 """
 import re
 from dataclasses import dataclass
@@ -59,8 +59,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def attention(q, k, v, heads):
-    """Softmax attention over all tokens; q [B,L,C], k and v [B,N,C] -> [B,L,C]."""
-    q, k, v = (a.unflatten(-1, (heads, -1)).transpose(1, 2) for a in (q, k, v))  # [B,H,.,C/H]
+    """Softmax attention over all tokens; q, k and v [B,L,C] -> [B,L,C]."""
+    q, k, v = (a.unflatten(-1, (heads, -1)).transpose(1, 2) for a in (q, k, v))  # [B,H,L,C/H]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # torch's fused kernel is two to six times slower here (LOG.md, 2026-11-23)
         y = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
@@ -182,8 +182,8 @@ class ViT(nn.Module):
 
 
 def initial(name, shape, seed):
-    """Return the initial value of one parameter: N(0, 0.02) for matrices and positions, zero
-    biases; norms and layer scales are one."""
+    """Return the initial value of one parameter: N(0, 0.02^2) for matrices and positions,
+    zero biases; norms and layer scales are one."""
     from data import rng
     if len(shape) > 1:
         value = rng(seed, f"init encoder {name}").standard_normal(shape, np.float32) * 0.02

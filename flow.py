@@ -111,5 +111,5 @@ def noise_for(prompt, seed, tokens, channels, schedule="euler", device="cpu"):
         generator = torch.Generator(device).manual_seed(seed)
         return torch.randn(channels, tokens, generator=generator, device=device).T      # [N,C]
     from data import rng
-    draw = rng(seed, f"noise {prompt}").standard_normal((tokens, channels), np.float32)
-    return torch.from_numpy(draw)
+    noise = rng(seed, f"noise {prompt}").standard_normal((tokens, channels), np.float32)
+    return torch.from_numpy(noise)

@@ -123,7 +123,8 @@ class DiscConfig:
     dim: int = 384                          # d
     depth: int = 12
     num_heads: int = 6
-    key_depths: tuple = (2, 5, 8, 11)       # blocks whose output gets a head, besides the last
+    # Blocks whose output gets a head. The last block gets one more, as in the RAE code.
+    key_depths: tuple = (2, 5, 8, 11)
     patch: int = 16
     kernel_size: int = 9                    # of the heads' residual convolution; odd
     image_size: int = 224
@@ -280,23 +281,23 @@ def augment(images, draws):
 
     draws: uniform numbers [B,5] in [0,1): two for the translation, then brightness, saturation and
     contrast. The translation is at most 1/8 of the side and fills with grey. As in the RAE code,
-    there is no cutout, and the numbers are those for images in [-1,1].
+    there is no cutout, and the ranges of the last three are those for images in [-1,1].
     """
     x, (_, _, H, W) = 2 * images - 1, images.shape
-    r = draws.mT[..., None, None, None]                                 # [5, B, 1, 1, 1]
     dy, dx = round(H / 8), round(W / 8)
     x = F.pad(x, (dx, dx, dy, dy))                                      # [B, 3, H+2dy, W+2dx]
-    top = (r[0, :, 0, 0, 0] * (2 * dy + 1)).long()                      # [B], 0..2dy
-    left = (r[1, :, 0, 0, 0] * (2 * dx + 1)).long()                     # [B], 0..2dx
+    top = (draws[:, 0] * (2 * dy + 1)).long()                           # [B], 0..2dy
+    left = (draws[:, 1] * (2 * dx + 1)).long()                          # [B], 0..2dx
     rows = top[:, None] + torch.arange(H, device=x.device)              # [B, H]
     cols = left[:, None] + torch.arange(W, device=x.device)             # [B, W]
     x = x.gather(2, rows[:, None, :, None].expand(-1, 3, -1, x.shape[3]))       # [B, 3, H, W+2dx]
     x = x.gather(3, cols[:, None, None, :].expand(-1, 3, H, -1))                # [B, 3, H, W]
-    x = x + (r[2] - 0.5)                                                # brightness
+    brightness, saturation, contrast = draws[:, 2:, None, None, None].unbind(1)     # [B, 1, 1, 1]
+    x = x + (brightness - 0.5)
     grey = x.mean(dim=1, keepdim=True)                                  # [B, 1, H, W]
-    x = grey + (x - grey) * (2 * r[3])                                  # saturation
+    x = grey + (x - grey) * (2 * saturation)
     mean = x.mean(dim=(1, 2, 3), keepdim=True)                          # [B, 1, 1, 1]
-    x = mean + (x - mean) * (r[4] + 0.5)                                # contrast
+    x = mean + (x - mean) * (contrast + 0.5)
     return (x + 1) / 2
 
 
@@ -306,7 +307,7 @@ def d_loss_hinge(real, fake):
 
 
 def d_loss_vanilla(real, fake):
-    """The non-saturating alternative to the hinge loss."""
+    """The alternative to hinge: binary cross-entropy, of the same logits."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
@@ -331,24 +332,24 @@ def initial(name, shapes, seed):
     """Return the initial value of one tensor of the discriminator, whose tensors have `shapes`.
 
     Heads: uniform +-1/sqrt(fan in), PyTorch's default for convolutions, as in the RAE code. Trunk,
-    where no file replaces it: N(0, 0.02), as DINO begins. Biases: zero. Norms: one. u, v: random
+    where no file replaces it: N(0, 0.02^2), as DINO begins. Biases: zero. Norms: one. u, v: random
     unit vectors after 15 power iterations, so that the first steps have a correct norm.
     """
     from data import rng
     shape = shapes[name]
     if name.endswith(("weight_u", "weight_v")):
         W = initial(name[:-1] + "orig", shapes, seed).flatten(1)    # [c_out, c_in * kernel]
-        draw = rng(seed, f"init discriminator {name[:-8]}u")
-        u = F.normalize(torch.from_numpy(draw.standard_normal(len(W), np.float32)), dim=0)
+        generator = rng(seed, f"init discriminator {name[:-8]}u")
+        u = F.normalize(torch.from_numpy(generator.standard_normal(len(W), np.float32)), dim=0)
         for _ in range(15):
             v = F.normalize(W.mT @ u, dim=0)
             u = F.normalize(W @ v, dim=0)
         return u if name.endswith("u") else v
-    draw = rng(seed, f"init discriminator {name}")
+    generator = rng(seed, f"init discriminator {name}")
     if len(shape) == 1:
         value = np.full(shape, float(name.endswith("weight")))
     elif name.startswith("heads."):
-        value = (2 * draw.random(shape, np.float32) - 1) * math.prod(shape[1:]) ** -0.5
+        value = (2 * generator.random(shape, np.float32) - 1) * math.prod(shape[1:]) ** -0.5
     else:
-        value = draw.standard_normal(shape, np.float32) * 0.02
+        value = generator.standard_normal(shape, np.float32) * 0.02
     return torch.from_numpy(value).float()

@@ -14,8 +14,8 @@ import weights
 from cli import UserError
 from dit import SIZES
 
-# The paper's pretraining mixture, in millions: web, FLUX-generated, questions (Cambrian-7M). `hq`
-# is for finetuning, as BLIP3o-60k is, and `text` for the decoder. tiny learns shapes before emoji.
+# The paper's pretraining mixture, in millions: web, FLUX-generated, questions (Cambrian-7M). tiny
+# sees more shapes (builtin:synthetic) than emoji (builtin:web), because it learns shapes first.
 MIXTURES = {"tiny": ["builtin:synthetic=6", "builtin:web=2", "builtin:qa=1"],
             "paper": ["builtin:web=39.3", "builtin:synthetic=24.7", "builtin:qa=7"]}
 
@@ -87,7 +87,7 @@ def arguments():
     a("--llm", help="Qwen2.5 folder or hub id; tiny: a folder with a tokenizer; random: random "
       "weights, for timing")
     a("--length", type=whole, help="pad every sample to this many tokens and skip longer ones "
-      "(default: xla 512, tiny 128; elsewhere as long as the batch)")
+      "(default on xla: 512, tiny 128; elsewhere the longest of the batch)")
     a("--random-init", action="store_true",
       help="random LLM and encoder of the published shapes: for timing only")
     a("--freeze", choices=["llm"], help="train only the DiT, its projector and the queries (the "
@@ -154,8 +154,10 @@ def fill_defaults(args, config):
     args.out = args.out or Path(f"runs/dit-{args.size}{'-finetuned' if config else ''}")
     if args.init_only:
         args.steps = 0
-    if config or args.epochs:                           # then `count_steps` fills --steps
-        defaults.update(FINETUNE[recipe] if config else {}, steps=args.steps)
+    if config:
+        defaults.update(FINETUNE[recipe])
+    if config or args.epochs:
+        del defaults["steps"]                           # `count_steps` fills --steps
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -164,7 +166,8 @@ def fill_defaults(args, config):
     if args.cond_drop and not null:
         raise UserError(f"--cond-drop {args.cond_drop:g}: the network of --init {args.init} has no "
                         "null condition; leave the flag out")
-    args.cond_drop = 0.1 * null if args.cond_drop is None else args.cond_drop
+    if args.cond_drop is None:
+        args.cond_drop = 0.1 if null else 0.0
     if not config:
         args.shift = args.shift or "auto"
     depth = config.dit.depth if config else args.depth or SIZES[args.size].depth

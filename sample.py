@@ -101,9 +101,11 @@ def arguments(argv=None):
     check_sampler(args)
     default = min(4, args.best_of or 4) if args.layout else 1
     args.n = (args.keep if args.best_of else args.n) or default
-    if args.best_of and args.n > args.best_of or args.layout == "dpg" and args.n not in (1, 4):
-        p.error(f"{args.n} images per prompt ({'--keep' if args.best_of else '--n'}): expected at "
-                f"most --best-of {args.best_of}; and 1 or 4 for DPG-Bench's scorer")
+    flag = "--keep" if args.best_of else "--n"
+    if args.best_of and args.n > args.best_of:
+        p.error(f"{flag} {args.n}: expected at most --best-of {args.best_of}")
+    if args.layout == "dpg" and args.n not in (1, 4):
+        p.error(f"{flag} {args.n}: DPG-Bench's scorer expects 1 or 4 images per prompt")
     args.verifier = args.verifier or "prompt"
     if not (args.image or args.latent and args.text):   # an answer is printed
         args.out = args.out or Path("out" if args.prompts else "out.png")
@@ -126,7 +128,7 @@ def answer(llm, tokenizer, words, z=None, limit=512):
     x = question(llm, tokenizer, z, words)                                              # [1,L,H]
     for _, token, alive in greedy(llm, tokenizer, x, limit, cache):                     # [1]
         if token == opens:                              # then the queries, in one forward pass
-            start = torch.ones_like(token)
+            start = torch.ones_like(token)              # right after <im_start>, at position 0
             ids = F.pad(token[None], (0, llm.tokens), value=IMAGE)                      # [1,1+N]
             yield llm.condition(llm(llm.embed(ids, start), cache), start)               # [1,N,Z]
         if not alive:
@@ -154,10 +156,10 @@ def condition(args, model, words, device):
     --prompts, such a prompt is forced and named, because one prompt should not end the run.
     """
     if not args.direct:
-        *said, cond = list(answer(model.llm, model.tokenizer, words, limit=args.max_tokens)) or [""]
-        if not isinstance(cond, str):
-            return cond, False
-        said = f"the model answered {''.join(said) + cond!r:.200} instead of drawing"
+        pieces = list(answer(model.llm, model.tokenizer, words, limit=args.max_tokens))
+        if pieces and torch.is_tensor(pieces[-1]):
+            return pieces[-1], False
+        said = f"the model answered {''.join(pieces)!r:.200} instead of drawing"
         if not args.prompts:
             raise UserError(f"{said}; ask for an image (\"Can you generate a photo of ...?\") or "
                             "force one: --direct")
@@ -262,8 +264,9 @@ def main(argv=None):
         check_out(args.save_latent, "--save-latent", ".safetensors", [args.latent])
     image = args.image or args.reconstruct
     image = open_image(image) if image else None
-    items = read_prompts(args.prompts, args.layout) if args.prompts else [
-        ("", args.text, {"prompt": args.text})]
+    items = [("", args.text, {"prompt": args.text})] if args.text else []
+    if args.prompts:
+        items = read_prompts(args.prompts, args.layout)
     if args.layout == "geneval":
         check_geneval(args, {name for name, *_ in items})
     path, = weights.locate([("model", args.run, "--run")])
@@ -278,7 +281,7 @@ def main(argv=None):
     if model.config.image_channels != C and (args.best_of or args.latent and args.text):
         raise UserError(f"--run {args.run} draws latents of {C} channels and reads latents of "
                         f"{model.config.image_channels}: it cannot judge what it draws (a VAE)")
-    for name, words, _ in items if args.prompts or args.text else ():
+    for name, words, _ in items:
         flag = f"--prompts: {printable(name)}" if args.prompts else "the prompt"
         check_text(words, flag, model)
     if args.latent:

@@ -1,4 +1,4 @@
-"""The language model: Qwen2 with 256 learned queries and two projectors.
+"""The language model: Qwen2 with N learned queries and two projectors.
 
     h    = LLM([chat(prompt), <im_start>, q_1..q_N, <im_end>])      # causal, also among the queries
     cond = diff_head_projector(h at the queries)                    # [B,N,Z], conditions the DiT
@@ -66,7 +66,8 @@ def rope(x, cos, sin):
 
 
 def attention(q, k, v, mask=None):
-    """Causal softmax attention, each [B,heads,L,hd]. mask [L,T] bool: q continues a cache."""
+    """Causal softmax attention, q [B,heads,L,hd], k and v [B,heads,T,hd]. mask [L,T]: True where q
+    sees k, if q follows cached positions; without it T = L."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # torch's fused kernel is two to six times slower here (LOG.md, 2026-11-23)
         if mask is None:
@@ -267,22 +268,22 @@ class TextModel(nn.Module):
 def initial(name, shape, seed):
     """Return the initial value of one parameter, which any rank or framework can make alone.
 
-    Qwen2 from scratch, and the projector to the DiT: N(0, 0.02). Queries: N(0, 1/H). mm_projector:
-    uniform +-1/sqrt(fan in), PyTorch's default for a Linear. Biases: zero. Norms: one. Raises
-    ValueError for a parameter of another kind, whose value in the constructor is lost, because
-    networks are built on the meta device.
+    Qwen2 from scratch, and the projector to the DiT: N(0, 0.02^2). Queries: N(0, 1/H).
+    mm_projector: uniform +-1/sqrt(fan in), PyTorch's default for a Linear. Biases: zero. Norms:
+    one. Raises ValueError for a parameter of another kind, whose value in the constructor is lost,
+    because networks are built on the meta device.
     """
     from data import rng
     if not name.endswith(("weight", "bias", "latent_queries")):
         raise ValueError(f"{name} has no initial value; give it one in text_model.initial")
-    draw = rng(seed, f"init llm {name}")
+    generator = rng(seed, f"init llm {name}")
     if len(shape) == 1:
         value = np.full(shape, float(name.endswith("weight")))
     elif "mm_projector" in name:
-        value = (2 * draw.random(shape, np.float32) - 1) * shape[1] ** -0.5
+        value = (2 * generator.random(shape, np.float32) - 1) * shape[1] ** -0.5
     else:
         std = shape[1] ** -0.5 if "latent_queries" in name else 0.02
-        value = draw.standard_normal(shape, np.float32) * std
+        value = generator.standard_normal(shape, np.float32) * std
     return torch.from_numpy(value).float()
 
 
@@ -306,8 +307,8 @@ def direct_condition(llm, tokenizer, prompts, device):
 def question(llm, tokenizer, z, words, more=()):
     """Embed a chat up to the assistant's header, then the ids `more` -> [B,L,H].
 
-    z [B,N,C]: the image that the chat is about, or None. words: the user's words, one text for all
-    B, or a list of B texts of equal length in tokens.
+    z [B,N,C]: the image that the chat is about, or None. words: the user's question or prompt, one
+    text for all B, or a list of B texts of equal length in tokens.
     """
     import chat
     rows = [chat.prompt_ids(tokenizer, w, image=z is not None) + list(more)

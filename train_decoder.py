@@ -10,7 +10,8 @@
 
 D is the discriminator of losses.py, T its augmentation, and lambda its adaptive weight. x' is
 decoder(encoder(x)) in 8 bits, from the decoder that was just updated. The VAE adds kl KL to L and
-draws z from its posterior.
+draws z from its posterior. l1, lpips, gram, gan and kl are the weights of --l1 to --kl; without
+--noise-tau there is no noise.
 """
 import argparse
 import dataclasses
@@ -98,8 +99,9 @@ def arguments():
     a("--disc-loss", choices=["hinge", "vanilla"], default="hinge",
       help="loss of the discriminator")
     a("--disc-start", type=span, help="first step of the discriminator's training "
-      "(tiny: 500), or epochs of 1.28 million images before it (default: 7e)")
-    a("--gan-start", type=span, help="first step with the GAN term (tiny: 600; default: 8e)")
+      "(tiny: 500), or epochs of 1.28 million images before it (default: 7e; webssl: 10e)")
+    a("--gan-start", type=span, help="first step with the GAN term (tiny: 600; "
+      "default: 8e; webssl: 11e)")
     a("--kl", type=number, default=1e-6, help="weight of the VAE's KL term")
     a("--noise-tau", type=number, default=0.0,
       help="strength of the noise on the latent in training, paper section 3.3 (default 0: off)")
@@ -133,7 +135,8 @@ def arguments():
     if vae and unused:
         raise UserError(f"{', '.join(unused)} with --latent vae: the VAE has no frozen encoder and "
                         "its blocks are neither compiled nor recomputed; leave it out")
-    args.kl *= vae
+    if not vae:
+        args.kl = 0.0
     args.out = args.out or Path(f"runs/{'vae' if vae else 'decoder'}-{args.size}")
     return args
 
@@ -311,8 +314,8 @@ def main():
         return model.decode(model.encode(x)) if vae else model(encoder(x) if z is None else z)
 
     def sample(step):
-        """Save unseen images above their reconstructions by the averaged weights; return the mean
-        PSNR."""
+        """Save images, each left of its reconstruction by the averaged weights; return the mean
+        PSNR. Only endless data make them unseen."""
         model.eval()                                    # a fork may have dropout
         with averaged(named, ema):
             x_hat = reconstruct(held_out)

@@ -7,7 +7,7 @@
     z    = encoder(image)                                   frozen
     cond = Linear(LLM(chat(prompt), queries) at the queries)        [B,N,Z]
     x_t  = (1-t) z + t eps;   v = DiT(x_t, t, cond)
-    loss = CE(text) + 2 |v - (eps - z)|^2                   paper section 3.1, Table 8
+    loss = CE(text) + 2 mean((v - (eps - z))^2)             paper section 3.1, Table 8
 
 To follow a step, read this file, flow.py and dit.py (and text_model.py for the LLM). recipe.py has
 the flags and the paper's values.
@@ -47,15 +47,18 @@ class Collate:
     """Records -> one batch; runs in the loader's worker.
 
     images uint8 [B,3,S,S]; ids [B,L]; where, targets [B,K]: the positions with a text loss, and
-    their next tokens; start, answer [B]; and drawn per image: normal [B] (for the time), drop [B],
-    eps [B,N,C], with a VAE posterior [B,N,C]. counts: labelled tokens and images to generate.
+    their next tokens; start [B]: the first position of the image; answer [B]: whether the image
+    stands in the assistant's answer, so that it is to be generated. Drawn per image: normal [B]
+    (for the time), drop [B], eps [B,N,C], with a VAE posterior [B,N,C]. counts: labelled tokens and
+    images to generate. keys, rejected, skipped: names of records, for the log.
     """
 
     def __init__(self, tokenizer, tokens, channels, seed, cond_drop, length=None, posterior=False):
         self.tokenizer, self.tokens, self.channels = tokenizer, tokens, channels
         self.seed, self.cond_drop, self.posterior = seed, cond_drop, posterior
-        self.limit, self.multiple = length or 1024, length or 64    # length: the same for all
-        self.labelled = length and max(length - tokens, 1)      # image positions have no label
+        # --length fixes all shapes: L = length, and K the most labels that fit beside an image
+        self.limit, self.multiple = length or 1024, length or 64
+        self.K = length and max(length - tokens, 1)
 
     def row(self, record):
         """Return a record's (ids, labels, start, answer), and why it is rejected, or "". A rejected
@@ -64,26 +67,30 @@ class Collate:
         row = chat.insert_image_tokens(ids, labels, self.tokens)
         special = [s for s in chat.SPECIAL
                    if any(s in turn["value"] for turn in record["conversations"])]
-        why = (f"its text holds {special[0]}, which the chat format uses" if special else
-               f"{len(row[0])} tokens, more than {self.limit} (--length)"
-               if len(row[0]) > self.limit else "")             # never cut through an image
-        return (row if not why else (row[0][:1], [chat.IGNORE], None, False)), why
+        why = ""
+        if special:
+            why = f"its text holds {special[0]}, which the chat format uses"
+        elif len(row[0]) > self.limit:                          # never cut through an image
+            why = f"{len(row[0])} tokens, more than {self.limit} (--length)"
+        if why:
+            row = row[0][:1], [chat.IGNORE], None, False
+        return row, why
 
     def __call__(self, records):
         rows, whys = zip(*map(self.row, records))
         pad = self.tokenizer.token_to_id("<|endoftext|>")
         ids, labels, start, answer = chat.pad_batch(rows, pad, self.multiple)
-        where, targets = chat.labelled(labels, self.labelled)
+        where, targets = chat.labelled(labels, self.K)
         # one generator per sample, so that neither mesh nor micro-batch changes a draw
-        draws = [data.rng(self.seed, "flow", r["n"]) for r in records]
+        generators = [data.rng(self.seed, "flow", r["n"]) for r in records]
         normal = lambda *shape: torch.from_numpy(
-            np.stack([g.standard_normal(shape, np.float32) for g in draws]))
+            np.stack([g.standard_normal(shape, np.float32) for g in generators]))
         batch = {
             "images": torch.stack([torch.from_numpy(r["image"]).permute(2, 0, 1) for r in records]),
             **{k: torch.from_numpy(v) for k, v in dict(ids=ids, where=where, targets=targets,
                                                        start=start, answer=answer).items()},
             "normal": normal(),                         # for the time; the order of draws is fixed
-            "drop": torch.tensor([g.random() < self.cond_drop for g in draws]),
+            "drop": torch.tensor([g.random() < self.cond_drop for g in generators]),
             "eps": normal(self.tokens, self.channels),
             "counts": {"tokens": int((targets != chat.IGNORE).sum()),
                        "images_to_draw": int(answer.sum())},
@@ -183,17 +190,20 @@ def encode(encoder, vae, batch):
     return (z - vae.shift) * vae.scale, u
 
 
-def train_step(model, encode, batches, trained, ema_weight, args, devices):
-    """Make one update from micro-batches on the devices. The host does not wait for a device.
+def train_step(model, encode_batch, batches, trained, ema_weight, args, devices):
+    """Make one update from micro-batches on the devices. With AdamW the host waits for no device.
 
-    encode(batch) -> z, u. trained: (parameters by name, optimizers, averages by name). Returns the
-    values to log {name: tensor}, the flow losses by time [10,2] and the gradient's norm.
+    encode_batch(batch) -> z, u. batches: of Run.micro_batches, which adds the counts of the whole
+    batch: "totals" as numbers; "tokens" and "images_to_draw" as tensors, divided by the number of
+    replicas, whose gradients are averaged. trained: (parameters by name, optimizers, averages by
+    name). ema_weight: 1 - decay. Returns the values to log {name: tensor}, the flow losses by time
+    [10,2] and the gradient's norm.
     """
     named, optimizers, ema = trained
     values, by_time, cond_sums = {}, 0, 0
     for batch in batches:
         has_targets = batch["totals"]["images_to_draw"] > 0
-        z, u = encode(batch)                                            # [B,N,C], [B,N,C']
+        z, u = encode_batch(batch)                                      # [B,N,C], [B,N,C']
         text, flow_losses, repa, t, cond = model(z, u, batch, has_targets)
         # sums over this micro-batch, divided by the whole batch's counts: they add up to its means
         losses = dict(text=text / batch["tokens"])
@@ -212,7 +222,7 @@ def train_step(model, encode, batches, trained, ema_weight, args, devices):
     if has_targets:
         spread = training.condition_spread(parallel.average(cond_sums, devices))
         values["cond_spread"] = spread
-    else:       # this gradient is zero, not None, and AdamW would still follow its momentum
+    else:       # the queries' gradient is zero, not None: AdamW's momentum would still move them
         model.llm.model.latent_queries.grad = None
     grad_norm = parallel.clip_grad(named.values(), args.clip, devices)
     for optimizer in optimizers:
@@ -302,7 +312,8 @@ def main():
     blocks = [*llm.model.layers, *dit.dit_blocks]
     parallel.compile_blocks(blocks, args.compile, devices)
     if devices.kind == "xla" and args.scan is not False:
-        parallel.use_scan(devices, llm, encoder, *[dit] * (not args.repa))  # REPA taps one block
+        stacks = [llm, encoder] if args.repa else [llm, encoder, dit]   # REPA taps one block
+        parallel.use_scan(devices, *stacks)
     parallel.build(model, rows, devices, blocks)
 
     # --------------------------------------------------------------------------------------------
@@ -346,15 +357,16 @@ def main():
     # Loop: data, step, log, sample, save
     # --------------------------------------------------------------------------------------------
     can_draw = prompts and (decoder or vae) and not args.random_init
-    latents = functools.partial(encode, encoder, vae)
+    encode_batch = functools.partial(encode, encoder, vae)
     for step in run.steps():
         factor = training.cosine(step, args.steps, warmup)
         training.set_lr(optimizers, factor, devices)
         values, by_time, grad_norm = train_step(
-            model, latents, run.micro_batches(loader), (named, optimizers, ema),
+            model, encode_batch, run.micro_batches(loader), (named, optimizers, ema),
             parallel.scalar(training.ema_weight(args.ema, step), devices.device), args, devices)
         images = run.totals["images_to_draw"]
-        # One image has no spread. `values` keeps it: without it, xla would compile another program.
+        # The spread of one image is not logged. train_step computes it all the same, because other
+        # outputs would be another program on xla.
         logged = {k: v for k, v in values.items() if images != 1 or k != "cond_spread"}
         run.meter.add(flow_by_t=by_time, **logged)
         work = {k: v for k, v in flops.items() if images or k not in ("dit", "repa")}

@@ -668,7 +668,7 @@ BAD = [
     ("cat --layout geneval", "--layout geneval|--prompts"),
     ("--prompts {f}/good.txt --layout coco", "--layout|geneval|dpg"),
     ("--prompts {f}/good.txt --layout dpg --n 3", "--n|1 or 4"),
-    ("--prompts {f}/good.txt --layout dpg --best-of 2", "--best-of 2|1 or 4|--keep"),
+    ("--prompts {f}/good.txt --layout dpg --best-of 2", "--keep 2|1 or 4"),
     ("", "prompt"), ("blank", "prompt"), ("cat --prompts {f}/good.txt", "a cat|--prompts"),
     ("cat --reconstruct {f}/good.png", "a cat|--reconstruct"),
     ("cat --image {f}/good.png --latent {f}/z.safetensors", "--image|--latent"),
