@@ -26,8 +26,8 @@ import parallel
 import weights
 from cli import Stopped, UserError, printable
 from data import SkipCounter, WorkerDied, hash64
-from runfiles import (DISK, append_log, fsync, open_folder, plain, plot_log, print_bench, read_log,
-                      read_meta, save_tensors, start_wandb, surviving, write_text)
+from runfiles import (DISK, fsync, open_folder, plain, plot_log, print_bench, read_log, read_meta,
+                      save_tensors, start_wandb, surviving, write_text)
 from training import Meter
 
 # Arguments that may differ when a run is resumed: they do not change what is computed, or (device,
@@ -427,8 +427,8 @@ class Run:
                   "skipped_records": int(records), "skipped_updates": self.skipped}
         if self.skipped_keys:
             values["skipped_samples"], self.skipped_keys = self.skipped_keys, []
-        with self.surviving("log.jsonl"):
-            append_log(self.dir / "log.jsonl", values)
+        with self.surviving("log.jsonl"), open(self.dir / "log.jsonl", "ab", buffering=0) as f:
+            f.write((json.dumps(values) + "\n").encode())  # one write: a kill cannot cut the line
         self._show(**values)
         if self.wandb:
             self.wandb.log({k: v for k, v in values.items() if isinstance(v, (int, float))},

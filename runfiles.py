@@ -114,16 +114,8 @@ def read_log(path):
     return lines
 
 
-def append_log(path, values):
-    """Append one line to log.jsonl by a single write, so that a kill cannot cut the line."""
-    with open(path, "ab", buffering=0) as f:
-        f.write((json.dumps(values) + "\n").encode())
-
-
 def plain(value):
     """Return a value for JSON, which has neither NaN nor infinity: null stands for both."""
-    if isinstance(value, (list, tuple)):
-        return list(map(plain, value))
     if isinstance(value, float):
         return round(value, 7) if math.isfinite(value) else None
     return value

@@ -48,21 +48,16 @@ class Stacks(nn.Module):
     def __len__(self):
         return sum(end - first for first, end, _ in self.ranges())
 
-    def __iter__(self):
-        """Yield each block, with views of the stacks as its weights, for code without the loop."""
-        for first, end, stack in self.ranges():
-            for i in range(end - first):
-                yield view(stack, i)
-
     def __getitem__(self, at):
         """Return Stacks of the blocks of a slice."""
         part, (start, stop, _) = Stacks(), at.indices(len(self))
         for first, end, stack in self.ranges():
             a, b = max(first, start), min(end, stop)
             if a < b:
-                whole = (a, b) == (first, end)
-                part.add_module(f"{a}-{b - 1}",
-                                stack if whole else view(stack, slice(a - first, b - first)))
+                if (a, b) != (first, end):      # the same module with a part of each parameter
+                    views = {id(p): p[a - first:b - first] for p in stack.parameters()}
+                    stack = copy.deepcopy(stack, views)
+                part.add_module(f"{a}-{b - 1}", stack)
         return part
 
 
@@ -70,11 +65,6 @@ def kind(block):
     """Return what is equal within a stack: shapes, what is frozen, and plain numbers."""
     return [(p.shape, p.requires_grad) for p in block.parameters()], [
         v for m in block.modules() for v in vars(m).values() if isinstance(v, (int, float))]
-
-
-def view(stack, at):
-    """Return the module with a part of each of its parameters."""
-    return copy.deepcopy(stack, {id(p): p[at] for p in stack.parameters()})
 
 
 def scan(devices, blocks, x, *shared):

@@ -46,16 +46,11 @@ class Linear(nn.Linear):
                         None if self.bias is None else self.bias.to(x.dtype))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Compute statistics in fp32, cast back, then multiply by the weight."""
 
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
     def forward(self, x):
-        y = F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        y = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
         return y * self.weight.to(x.dtype)
 
 

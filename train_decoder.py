@@ -34,7 +34,7 @@ from decoder import initial as init_decoder
 from losses import adaptive_weight, augment, d_loss_hinge, d_loss_vanilla, g_loss
 from metrics import images, psnr, round8
 from training import (
-    averaged, averages, check_batch, cosine, ema_weight, save_grid, set_lr, update_ema)
+    averaged, averages, check_batch, cosine, ema_weight, save_captioned, set_lr, update_ema)
 from vae import TINY, VAE, VAEConfig
 from vae import initial as init_vae
 
@@ -323,7 +323,9 @@ def main():
         pairs = torch.stack([held_out[:16], x_hat[:16]], 1).flatten(0, 1)   # [32,3,S,S]
         pairs = parallel.full_tensor(pairs)
         if run.main:
-            save_grid(pairs, run.dir / "samples" / f"step-{step:07d}.png", columns=8)
+            with run.surviving("the samples"):
+                path = run.dir / "samples" / f"step-{step:07d}.png"
+                save_captioned(pairs, ["image", "reconstruction"] * 16, path)
         return {"psnr": psnr(x_hat, held_out).mean().item()}
 
     # --------------------------------------------------------------------------------------------

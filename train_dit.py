@@ -129,7 +129,7 @@ class ScaleRAE(nn.Module):
     def forward(self, z, u, batch, has_targets=True):
         """Latents z [B,N,C], features u [B,N,C'] that the LLM reads (z itself, but for a VAE) and a
         batch of `Collate` -> text loss, summed over the labelled tokens; flow loss and REPA's per
-        image [B], zero where the image is not to be generated; times t [B]; cond [B,N,Z].
+        image [B], zero where the image is not to be generated; cond [B,N,Z].
 
         Images in questions pass through the DiT too and count zero: one graph for every batch.
         has_targets: whether the whole batch has any image to generate; if not, the DiT is left out.
@@ -138,7 +138,7 @@ class ScaleRAE(nn.Module):
         text_loss = self.llm.text_loss(h, batch["where"], batch["targets"])
         t = flow.sample_time(batch["normal"], self.alpha)                   # [B]
         if not has_targets:
-            return text_loss, torch.zeros_like(t), torch.zeros_like(t), t, None
+            return text_loss, torch.zeros_like(t), torch.zeros_like(t), None
         cond = self.llm.condition(h, batch["start"])                        # [B,N,Z]
         dropped = cond
         if self.dit.config.null:
@@ -151,7 +151,7 @@ class ScaleRAE(nn.Module):
         if hasattr(self, "repa"):
             y = self.repa(self.tapped).float()                              # [B,N,C']
             repa_loss = (1 - F.cosine_similarity(y, u, dim=-1).mean(1)) * answer
-        return text_loss, flow_loss, repa_loss, t, cond.detach()        # cond: for the log alone
+        return text_loss, flow_loss, repa_loss, cond.detach()           # cond: for the log alone
 
 
 def build(config, args, dtype):
@@ -196,15 +196,14 @@ def train_step(model, encode_batch, batches, trained, ema_weight, args, devices)
     encode_batch(batch) -> z, u. batches: of Run.micro_batches, which adds the counts of the whole
     batch: "totals" as numbers; "tokens" and "images_to_draw" as tensors, divided by the number of
     replicas, whose gradients are averaged. trained: (parameters by name, optimizers, averages by
-    name). ema_weight: 1 - decay. Returns the values to log {name: tensor}, the flow losses by time
-    [10,2] and the gradient's norm.
+    name). ema_weight: 1 - decay. Returns the values to log {name: tensor} and the gradient's norm.
     """
     named, optimizers, ema = trained
-    values, by_time, cond_sums = {}, 0, 0
+    values, cond_sums = {}, 0
     for batch in batches:
         has_targets = batch["totals"]["images_to_draw"] > 0
         z, u = encode_batch(batch)                                      # [B,N,C], [B,N,C']
-        text, flow_losses, repa, t, cond = model(z, u, batch, has_targets)
+        text, flow_losses, repa, cond = model(z, u, batch, has_targets)
         # sums over this micro-batch, divided by the whole batch's counts: they add up to its means
         losses = dict(text=text / batch["tokens"])
         loss = losses["text"]
@@ -218,7 +217,6 @@ def train_step(model, encode_batch, batches, trained, ema_weight, args, devices)
         loss.backward()
         losses["loss"] = loss
         values = {k: values.get(k, 0) + v.detach() for k, v in losses.items()}
-        by_time = by_time + training.flow_by_time(t, flow_losses, batch["answer"])
     if has_targets:
         spread = training.condition_spread(parallel.average(cond_sums, devices))
         values["cond_spread"] = spread
@@ -229,7 +227,7 @@ def train_step(model, encode_batch, batches, trained, ema_weight, args, devices)
         parallel.guarded_step(optimizer, grad_norm, devices)
         optimizer.zero_grad(set_to_none=True)
     training.update_ema(ema, named, ema_weight)
-    return values, by_time, grad_norm
+    return values, grad_norm
 
 
 def optimizers_for(named, args, devices):
@@ -361,14 +359,14 @@ def main():
     for step in run.steps():
         factor = training.cosine(step, args.steps, warmup)
         training.set_lr(optimizers, factor, devices)
-        values, by_time, grad_norm = train_step(
+        values, grad_norm = train_step(
             model, encode_batch, run.micro_batches(loader), (named, optimizers, ema),
             parallel.scalar(training.ema_weight(args.ema, step), devices.device), args, devices)
         images = run.totals["images_to_draw"]
         # The spread of one image is not logged. train_step computes it all the same, because other
         # outputs would be another program on xla.
         logged = {k: v for k, v in values.items() if images != 1 or k != "cond_spread"}
-        run.meter.add(flow_by_t=by_time, **logged)
+        run.meter.add(**logged)
         work = {k: v for k, v in flops.items() if images or k not in ("dit", "repa")}
         run.end_step(step + 1, grad_norm, work, PLOT, can_draw and sample, lr=args.lr * factor,
                      lr_llm=args.lr_llm * factor, grad_norm=grad_norm)

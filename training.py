@@ -11,7 +11,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from tqdm import tqdm
 
 import data
 import parallel
@@ -204,18 +204,14 @@ class Meter:
         return sum(w * v for w, v in known) / sum(w for w, _ in known)
 
     def read(self, devices):
-        """Return the averages, each over the steps that have it, and start again. A table [n,2] of
-        sums and counts gives its n quotients."""
+        """Return the averages, each over the steps that have it, and start again."""
         sums, shares = {}, collections.Counter()
         for weight, values in self.values:
             for k, v in values.items():
                 sums[k] = sums.get(k, 0) + weight * v.cpu()
                 shares[k] += weight
-        numbers = [n for k, v in sums.items() for n in (v / shares[k]).flatten().tolist()]
-        numbers, values = iter(parallel.mean(numbers, devices)), {}
-        for k, v in sums.items():
-            values[k] = next(numbers) if v.dim() == 0 else [
-                s / c if c else None for s, c in ((next(numbers), next(numbers)) for _ in v)]
+        means = parallel.mean([(v / shares[k]).item() for k, v in sums.items()], devices)
+        values = dict(zip(sums, means))
         seconds = time.perf_counter() - self.since
         tflops = self.flops / seconds / 1e12
         peak = peak_tflops(devices)
@@ -238,12 +234,6 @@ def condition_spread(sums):
     Near 0 the model ignores the text, which the loss hides."""
     c, square, n = sums[:-2], sums[-2], sums[-1]
     return (1 - c.square().sum() / (n * square).clamp(min=1e-12)).clamp(min=0).sqrt()
-
-
-def flow_by_time(t, flow_loss, answer):
-    """Flow losses [B] by tenths of t: [10,2], their sum and the number of images."""
-    inside = F.one_hot((t * 10).long().clamp(max=9), 10).float()            # [B,10]
-    return inside.T @ torch.stack([flow_loss.detach(), answer.float()], 1)
 
 
 def averages(named, devices):
@@ -296,17 +286,14 @@ def image_sheet(images, columns, space=2):
     return x[:, :x.shape[1] - space, :x.shape[2] - space]
 
 
-def save_grid(images, path, columns=8):
-    """Write images [n,3,H,W] in [0,1] as one PNG with white around each."""
-    x = F.pad(image_sheet(images.detach().float().cpu(), columns), (2,) * 4, value=1)
-    x = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    Image.fromarray(x.numpy()).save(path)
-
-
 def save_captioned(images, texts, path):
-    """Write images [n,3,H,W] in [0,1] as one PNG, each above its text."""
-    x = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # [n,H,W,3]
-    sheet = data.contact_sheet(list(x.cpu().numpy()), texts, min(8, len(x)), max(128, x.shape[2]))
+    """Write images [n,3,H,W] in [0,1] as one PNG, each above its text. Training goes on if a value
+    is not finite, after a warning."""
+    x = images.detach().float().cpu()
+    if not x.isfinite().all():
+        tqdm.write(f"WARNING: {path}: an image holds NaN or infinity", file=sys.stderr)
+    x = (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)            # [n,H,W,3]
+    sheet = data.contact_sheet(list(x.numpy()), texts, min(8, len(x)), max(128, x.shape[2]))
     sheet.save(path)
 
 

@@ -152,16 +152,13 @@ class Decoder(nn.Module):
 
 def pack(z):
     """[B, c, h, w] -> [B, h/2 * w/2, 4c]: 2x2 patches, row-major, channel = c*4 + dy*2 + dx."""
-    z = z.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))           # [B, c, row, dy, col, dx]
-    return z.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)         # [B, row*col, 4c]
+    return F.pixel_unshuffle(z, 2).flatten(2).mT                        # [B, row*col, 4c]
 
 
 def unpack(tokens):
     """Invert `pack` for a square grid: [B, N, 4c] -> [B, c, h, w]."""
-    B, N, C = tokens.shape
-    side = math.isqrt(N)
-    z = tokens.reshape(B, side, side, C // 4, 2, 2)             # [B, row, col, c, dy, dx]
-    return z.permute(0, 3, 1, 4, 2, 5).reshape(B, C // 4, 2 * side, 2 * side)   # [B, c, h, w]
+    side = math.isqrt(tokens.shape[1])
+    return F.pixel_shuffle(tokens.mT.unflatten(2, (side, side)), 2)
 
 
 class VAE(nn.Module):

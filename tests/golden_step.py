@@ -46,7 +46,7 @@ def step(inputs, device, dtype):
         if hasattr(module, "dtype"):
             module.dtype = dtype
     model = train_dit.ScaleRAE(net.llm, net.dit, net.config.alpha).requires_grad_(True)
-    text, flow_losses, _, t, cond = model(inputs["z"], inputs["z"], inputs)
+    text, flow_losses, _, cond = model(inputs["z"], inputs["z"], inputs)
     text = text / (inputs["targets"] != chat.IGNORE).sum()
     loss = text + 2 * flow_losses.sum() / inputs["answer"].sum()
     loss.backward()
@@ -55,6 +55,7 @@ def step(inputs, device, dtype):
                              STEPS, GUIDANCE)
     gradients = {f"gradient.{weights.stage2_key(k)}": thin(p.grad)
                  for k, p in model.named_parameters() if p.grad is not None}
+    t = flow.sample_time(inputs["normal"], net.config.alpha)
     return {"t": t, "cond": cond, "text": text, "flow": flow_losses, "loss": loss,
             "sample": sample, **gradients}
 

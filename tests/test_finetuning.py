@@ -149,6 +149,16 @@ def test_parameters_that_init_lacks():
     assert (attention.update == 3).all() and attention.q_proj.weight.std() > 0.01
 
 
+def test_samples_that_are_not_finite_are_named(tmp_path, capsys):
+    image = torch.full((1, 3, 64, 64), 0.5)
+    training.save_captioned(image, ["a wall"], tmp_path / "a.png")
+    assert not capsys.readouterr().err
+    image[0, 0, 0, 0] = torch.nan
+    training.save_captioned(image, ["a wall"], tmp_path / "b.png")
+    assert "b.png: an image holds NaN" in capsys.readouterr().err
+    assert (tmp_path / "b.png").is_file()
+
+
 def test_toy_data_are_judged(tmp_path, capsys):
     """The check is announced by its bar."""
     train(tmp_path / "r", "--init", "tiny", "--data", "builtin:hq")

@@ -368,12 +368,6 @@ def test_pngs_are_rounded_and_those_of_the_authors_schedule_cut(tmp_path):
     for schedule, value in (("euler", 101), ("authors", 100)):
         sample.save_png(x, tmp_path / "a.png", schedule=schedule)
         assert (pixels(tmp_path / "a.png") == value).all()
-    training.save_grid(torch.arange(6)[:, None, None, None].expand(6, 3, 4, 4) / 10,
-                         tmp_path / "grid.png", columns=4)
-    grid = pixels(tmp_path / "grid.png")[..., 0] / 25.5
-    assert grid.shape == (14, 26)                           # row by row: 0 1 2 3, then 4 5
-    assert np.allclose(grid[4, [4, 10, 16, 22]], range(4), atol=0.03)
-    assert np.allclose(grid[10, [4, 10, 16]], [4, 5, 10], atol=0.03)
 
 
 def test_defaults(tmp_path, monkeypatch):

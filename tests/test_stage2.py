@@ -114,15 +114,10 @@ def new_dit(channels=96, dtype=torch.float32, **fields):
     return dit
 
 
-def by_time(batch, z, alpha):
-    """Return the flow loss of v = 0 in each tenth of t (None without an image there), and of the
-    whole batch."""
-    t, answer = torch.sigmoid(batch["normal"]), batch["answer"]
-    t = alpha * t / (1 + (alpha - 1) * t)
+def loss_of_zero(batch, z):
+    """Return the flow loss of v = 0, as an untrained DiT has it."""
     each = (batch["eps"] - z).square().mean((1, 2))                         # [B]
-    tenths = [each[answer & (t >= k / 10) & (t < (k + 1) / 10)] for k in range(10)]
-    return ([pytest.approx(e.mean().item(), rel=1e-5) if len(e) else None for e in tenths],
-            pytest.approx(each[answer].mean().item(), rel=1e-5))
+    return pytest.approx(each[batch["answer"]].mean().item(), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +201,7 @@ def test_one_step_by_hand(tmp_path, encoder):
         spread = (c.var(0, correction=0).sum() / c.square().mean(0).sum()).sqrt().item()
     assert line["cond_spread"] == pytest.approx(spread, rel=1e-3)
     assert batch["targets"][known].equal(batch["ids"][rows, batch["where"][known] + 1])
-    tenths, flow_loss = by_time(batch, z, math.sqrt(64 * 96 / 128))
-    assert line["flow_by_t"] == tenths and line["flow"] == flow_loss
+    assert line["flow"] == loss_of_zero(batch, z)
     assert line["text"] == pytest.approx(ce, rel=1e-5)
     assert line["loss"] == pytest.approx(line["text"] + 2 * line["flow"], rel=1e-5)
 
@@ -329,11 +323,11 @@ def test_bf16_and_its_fp32_islands(encoder, monkeypatch):
                 [x[0].dtype, y.dtype]))
     batch, z = first_batch(encoder, ["builtin:synthetic"])
     model = train_dit.ScaleRAE(llm, dit, 1.0)
-    text, flow_loss, _, t, _ = model(z, z, batch)
+    text, flow_loss, _, _ = model(z, z, batch)
     (text + flow_loss.sum()).backward()
     assert seen["norm"] == seen["time"] == {torch.float32} and seen["product"] == {torch.bfloat16}
     logits = llm.logits(torch.zeros(1, 128).bfloat16())
-    assert {x.dtype for x in (text, flow_loss, t, z, logits)} == {torch.float32}
+    assert {x.dtype for x in (text, flow_loss, z, logits)} == {torch.float32}
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(grads) > 50 and {g.dtype for g in grads} == {torch.float32}
     x = torch.full((1, 64, 96), 1000.0)                             # 0.25 is lost in bf16
@@ -376,14 +370,13 @@ def test_vae_latent_has_two_encoders(scale, tmp_path, encoder, vae_file):
         mean, logvar = map(pack, vae.posterior(batch["images"].float() / 255))
         z = mean + (logvar / 2).exp() * batch["posterior"]
         z = (z - config.shift_factor) * config.scaling_factor
-        tenths, flow_loss = by_time(batch, z, alpha)
         model = train_dit.ScaleRAE(None, new_dit(64), alpha, 4, 96)
         init_weights(model.repa, init_dit)
         t = alpha / (alpha - 1 + (1 / torch.sigmoid(batch["normal"])))[:, None, None]
         x_t = (1 - t) * z + t * batch["eps"]
         tokens = model.dit.x_embedder(x_t) + model.dit.pos_embed
         cosine = F.cosine_similarity(model.repa(tokens), u, dim=-1).mean(1)
-    assert line["flow"] == flow_loss and line["flow_by_t"] == tenths
+    assert line["flow"] == loss_of_zero(batch, z)
     assert line["repa"] == pytest.approx(1 - cosine[batch["answer"]].mean().item(), rel=1e-4)
     whole = line["text"] + 2 * (line["flow"] + 0.5 * line["repa"])      # REPA is part of the flow
     assert line["loss"] == pytest.approx(whole, rel=1e-5)
@@ -426,8 +419,7 @@ def test_webssl_wide_head_and_no_shift(tmp_path, dino, capsys):
     encoder = networks.load_encoder(dino[3], CPU)
     batch, z = first_batch(encoder, ["builtin:synthetic"])
     assert abs(z.mean(-1)).max() > 0.1                                  # its own affine norm
-    tenths, flow_loss = by_time(batch, z, 1.0)
-    assert line["flow"] == flow_loss and line["flow_by_t"] == tenths
+    assert line["flow"] == loss_of_zero(batch, z)
     config = json.loads((tmp_path / "r/final/config.json").read_text())
     assert config["diffusion_model_hidden_size"] == [160, 240]
     assert config["diffusion_model_depth"] == [6, 1] and config["diffusion_model_channels"] == 192

@@ -107,9 +107,9 @@ def step(arguments):
     SHALLOW, pytest.param(["--size", "2b"], marks=pytest.mark.slow)], ids=["2 blocks", "whole"])
 def test_2b(flags, monkeypatch, cuda_paths):
     """The step of the paper's main model, at its width."""
-    values, by_time, norm = step(made(monkeypatch, *flags))
+    values, norm = step(made(monkeypatch, *flags))
     assert set(values) == {"text", "flow", "loss", "cond_spread"}
-    assert {t.device for t in (*values.values(), by_time, norm)} == {META}
+    assert {t.device for t in (*values.values(), norm)} == {META}
 
 
 VARIANTS = {

@@ -190,14 +190,14 @@ def trace(flags, llm, chips):
         z = batch["z"] if llm == "none" else encoder(batch["images"].float() / 255)
         return z, z
 
-    values, by_time, norm = train_dit.train_step(model, encode, batches, (named, [optimizer], ema),
-                                                 number(), args, devices)
+    values, norm = train_dit.train_step(model, encode, batches, (named, [optimizer], ema), number(),
+                                        args, devices)
 
     state = [*named.values(), *ema.values(),
              *(t for p in named.values() for t in optimizer.state[p].values())]
     lowering = torch_xla._XLAC.lowering.LoweringContext("step")
     lowering.set_name_string("step")
-    lowering.build([*state, *values.values(), by_time, norm,
+    lowering.build([*state, *values.values(), norm,
                     *(group["lr"] for group in optimizer.param_groups)])
     argument = {id(t): lowering.tensor_parameter_id(key) for t, key in held.made}
     donate = {argument[id(t)]: i for i, t in enumerate(state)}
