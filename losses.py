@@ -129,6 +129,10 @@ class DiscConfig:
     kernel_size: int = 9                    # of the heads' residual convolution; odd
     image_size: int = 224
 
+    def __post_init__(self):
+        if not all(k in range(self.depth) for k in self.key_depths):
+            raise ValueError(f"key_depths {self.key_depths} of {self.depth} blocks")
+
 
 TINY_DISC = DiscConfig(dim=64, depth=4, num_heads=4, key_depths=(1, 3), patch=8, image_size=64)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet

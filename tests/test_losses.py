@@ -219,6 +219,10 @@ def test_discriminator_files_and_modes(tmp_path, disc):
     one, two = (networks.load_discriminator(tmp_path / "dino.safetensors", CPU, seed=s)
                 .heads[0][0][0].weight_orig for s in (0, 1))
     assert not torch.equal(one, two)                                # new heads depend on the seed
+    save_file(trunk, tmp_path / "deep.safetensors", {"config": json.dumps(
+        {**dataclasses.asdict(TINY_DISC), "key_depths": [1, 4]})})
+    with pytest.raises(UserError, match=r"key_depths \(1, 4\) of 4 blocks"):
+        networks.load_discriminator(tmp_path / "deep.safetensors", CPU)
     save_file(trunk | {"pos_embed": torch.zeros(1, 5, 64)}, tmp_path / "wrong.safetensors", config)
     with pytest.raises(UserError, match=r"pos_embed is \[1, 5, 64\], expected \[1, 65, 64\]"):
         networks.load_discriminator(tmp_path / "wrong.safetensors", CPU)
