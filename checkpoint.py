@@ -17,17 +17,16 @@ import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import parallel
 import weights
-from cli import Stopped, UserError, printable
+from cli import Stopped, UserError
 from data import SkipCounter, WorkerDied, hash64
-from runfiles import (DISK, fsync, open_folder, plain, plot_log, print_bench, read_log, read_meta,
-                      save_tensors, start_wandb, surviving, write_text)
+from runfiles import (DISK, check_folder, fsync, open_folder, plain, plot_log, print_bench, read_log,
+                      read_meta, save_tensors, start_wandb, surviving, write_text)
 from training import Meter
 
 # Arguments that may differ when a run is resumed: they do not change what is computed, or (device,
@@ -35,8 +34,6 @@ from training import Meter
 FREE = {"out", "fresh", "workers", "device", "compile", "log_every", "sample_every", "save_every",
         "keep", "wandb", "dry_run", "bench", "json", "mesh", "sample_steps", "guidance", "decoder",
         "sample_prompts", "scan", "remat"}
-# Files that a run would replace
-OURS = {"args.json", "config.json", "log.jsonl", "tokenizer.json", "vocab.json", "merges.txt"}
 OF_DEVICE = ("fused", "capturable", "foreach")      # options of an optimizer that may change too
 
 
@@ -80,19 +77,8 @@ class Run:
         if args.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError(f"--wandb {args.wandb}: the wandb package is not installed; pip "
                             "install wandb, or leave the flag out (log.jsonl has the same values)")
-        saved, here = weights.checkpoints(self.dir), self.dir.resolve()
-        inside = {p.name for p in here.glob("*")}       # none if another process moves it now
-        lost = sorted(inside if args.fresh else inside & OURS)
-        if lost and not saved and "lock" not in inside:
-            raise UserError(f"--out {self.dir} holds {printable(lost[0])} and is not the folder of "
-                            "a run; give another --out")
-        if not saved and not args.fresh and "final" in inside:
-            raise UserError(f"--out {self.dir} holds final/ and no checkpoint to go on from; "
-                            "--fresh moves it aside, or give another --out")
-        used = [Path.cwd(), Path(args.init or ".").resolve()]
-        if args.fresh and any(here in (path, *path.parents) for path in used):
-            raise UserError(f"--out {self.dir} --fresh would move aside the working folder or "
-                            "--init; give another --out")
+        saved = weights.checkpoints(self.dir)
+        check_folder(self.dir, args, saved)
         args.dtype = str(devices.dtype).removeprefix("torch.")      # without --dtype, the default
         self.saved_args = {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items()
                            if k not in FREE and k not in free}

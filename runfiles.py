@@ -5,17 +5,38 @@ import json
 import math
 import os
 import uuid
+from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from cli import UserError, parsing, table
+from cli import UserError, parsing, printable, table
 
+# Files that a run would replace
+OURS = {"args.json", "config.json", "log.jsonl", "tokenizer.json", "vocab.json", "merges.txt"}
 DISK = (OSError, SafetensorError)       # what a full or vanished disk raises
 
 # ------------------------------------------------------------------------------------------------
 # The folder
 # ------------------------------------------------------------------------------------------------
+
+def check_folder(path, args, saved):
+    """Raise UserError if a run in the folder --out, whose checkpoints are `saved`, would replace or
+    move what is not its own."""
+    here = path.resolve()
+    inside = {p.name for p in here.glob("*")}           # none if another process moves it now
+    lost = sorted(inside if args.fresh else inside & OURS)
+    if lost and not saved and "lock" not in inside:
+        raise UserError(f"--out {path} holds {printable(lost[0])} and is not the folder of a run; "
+                        "give another --out")
+    if not saved and not args.fresh and "final" in inside:
+        raise UserError(f"--out {path} holds final/ and no checkpoint to go on from; --fresh moves "
+                        "it aside, or give another --out")
+    used = [Path.cwd(), Path(args.init or ".").resolve()]
+    if args.fresh and any(here in (place, *place.parents) for place in used):
+        raise UserError(f"--out {path} --fresh would move aside the working folder or --init; give "
+                        "another --out")
+
 
 def open_folder(path, fresh):
     """Make and lock a run folder -> the lock, which must be kept. fresh: first move an old run
