@@ -25,8 +25,9 @@ import parallel
 import weights
 from cli import Stopped, UserError
 from data import SkipCounter, WorkerDied, hash64
-from runfiles import (DISK, check_folder, fsync, open_folder, plain, plot_log, print_bench, read_log,
-                      read_meta, save_tensors, start_wandb, surviving, write_text)
+from runfiles import (
+    DISK, check_folder, fsync, open_folder, plain, plot_log, print_bench, read_log, read_meta,
+    save_tensors, start_wandb, surviving, write_text)
 from training import Meter
 
 # Arguments that may differ when a run is resumed: they do not change what is computed, or (device,

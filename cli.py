@@ -153,8 +153,8 @@ def training_flags(parser, steps, batch, data, log=20, sample=250, save=500, rem
     a("--batch", type=positive(), default=batch, help="images per step, over all devices")
     a("--micro-batch", type=positive(), help="images at a time; gradients accumulate to --batch")
     a("--seed", type=seed, default=0, help="random seed")
-    a("--init", help="start from these weights: tiny, a run, a checkpoint, a released folder, a "
-      "file or a hub id")
+    a("--init", help="start from these weights: a run, a checkpoint, a released folder, a "
+      "file or a hub id (train_dit.py: also tiny, the shipped model)")
     a = parser.add_argument_group("data").add_argument
     a("--data", nargs="+", default=data, metavar="SOURCE[=WEIGHT]",
       help="builtin:web|synthetic|text|hq|qa|align|brief, a folder, a .jsonl, or tar shards")

@@ -197,6 +197,8 @@ def test_the_exported_loss_networks(arch, tmp_path, capsys):
     out = tmp_path / arch
     call(train_encoder, *SMALL, "--arch", arch, "--steps", "1", "--tokenizer", weights.TINY,
          "--out", out)
+    call(train_encoder, *SMALL, "--arch", arch, "--steps", "1", "--tokenizer", weights.TINY,
+         "--init", out / "checkpoints/step-0000001", "--out", tmp_path / "further")
     said = capsys.readouterr().out
     assert "retrieval among" in said and ("linear probe" in said) == (arch == "dino")
     exported = load_file(out / "final/model.safetensors")

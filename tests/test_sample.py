@@ -21,7 +21,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"                      # a missing file is not waited for
 import best_of                                                          # noqa: E402
-import training
 import cli                                                              # noqa: E402
 import flow                                                             # noqa: E402
 import parallel                                                         # noqa: E402

@@ -45,8 +45,9 @@ def prompts(per_category=40):
 
 
 def prompt(row):
-    """Return the Prompt of a row of benchmark.jsonl. Only `colours` and `attribution` ask for the
-    colours of things, and only `colours` asks for a background, behind sprites."""
+    """Return the Prompt of a row of benchmark.jsonl. Every text names the background, and the
+    colours of shapes. The judge checks colours only in `colours` and `attribution`, and the
+    background only behind the sprites of `colours`."""
     background = tuple(row["background"])
     if row["category"] == TEXT:
         scene = Scene(background, (), (Word(*row["word"]),))
@@ -69,15 +70,16 @@ def changes(prompt, rand):
         others = [w for w in world.WORDS if w != prompt.word]
         same = [w for w in others if len(w) == len(prompt.word)]
         return {"word": replace(word=pick(rand, same or others))}
-    at, (form, first, *rest) = int(rand() * len(prompt.things)), prompt.scene.background
+    at = int(rand() * len(prompt.things))
+    form, first, *rest = prompt.scene.background
     kind, colour, count = prompt.things[at]
     taken = {kind for kind, _, _ in prompt.things}
     kinds = [k for k in (SHAPES if colour else KINDS) if k not in taken]
     other = {"kind": (pick(rand, kinds), colour, count),
              "count": (kind, colour, pick(rand, [n for n in (1, 2, 3, 4) if n != count]))}
     if colour:
-        taken = {thing[:2] for thing in prompt.things}
-        free = [c for c in COLOURS if (kind, c) not in taken]
+        coloured = {thing[:2] for thing in prompt.things}
+        free = [c for c in COLOURS if (kind, c) not in coloured]
         other["colour"] = kind, pick(rand, free), count
     out = {which: replace(things=prompt.things[:at] + (thing,) + prompt.things[at + 1:])
            for which, thing in other.items()}

@@ -88,7 +88,7 @@ def save(figure, name):
 # ------------------------------------------------------------------------------------------------
 
 class Canvas:
-    """A figure in its own units, one unit a box's height: boxes, words, images and arrows."""
+    """A figure of boxes, words, images and arrows; one unit is 0.75 inch."""
 
     def __init__(self, width, height):
         self.figure, self.axis = plt.subplots(figsize=(0.75 * width, 0.75 * height))
@@ -218,8 +218,8 @@ def trajectory(shipped):
     left, right = curves.subplots(1, 2)
     t = torch.linspace(0, 1, 400)
     normal = torch.from_numpy(np.random.default_rng(0).standard_normal(200_000))
-    for k, (a, name) in enumerate(((1, "1 (no shift)"), (3, "3"), (6.93, "6.93 (tiny)"),
-                                   (8.49, "8.49 (the paper's)"))):
+    for k, (a, name) in enumerate(((1, "1 (no shift)"), (3, "3 (shipped model)"),
+                                   (6.93, "6.93 (tiny's default)"), (8.49, "8.49 (the paper's)"))):
         left.plot(t, flow.time_shift(t, a), color=f"C{k}", label=f"a = {name}")
         right.hist(flow.sample_time(normal, a).numpy(), bins=80, range=(0, 1), density=True,
                    histtype="step", color=f"C{k}", lw=1.4)

@@ -51,10 +51,11 @@ def everything(scene):
 # ------------------------------------------------------------------------------------------------
 # What an image shows
 #
-# F is the image minus its background B. A template, colours P times its mask A, would give
-# D = P - A B there. The match is S = 2 <F,D> / (|F|^2 + |D|^2) in a window that is a margin wider
-# than the template: 1 where F = D, less for another shape, colour or brightness, and for a part of
-# a larger thing. All products are matrix products of unfolded windows.
+# F is the image minus its background B. A template has a mask A, and P, its colours times A. A
+# thing that is drawn exactly so gives F = D = P - A B. The match is S = 2 <F,D> / (|F|^2 + |D|^2)
+# in a window that is a margin wider than the template: 1 where F = D, less for another shape,
+# colour or brightness, and for a part of a larger thing. All products are matrix products of
+# unfolded windows.
 # ------------------------------------------------------------------------------------------------
 
 SIDE = 64                                               # the judge looks at 64 pixels
@@ -79,7 +80,7 @@ def template(kind, colour, angle, px):
         mask = np.asarray(shape(kind, angle, px), np.float32) / 255
         rgb = np.array(COLOURS[colour], np.float32) / 255
     else:
-        rgba = np.asarray(sprite_at(kind, angle, 0.9, px), np.float32) / 255
+        rgba = np.asarray(sprite_at(kind, angle, 0.9, px), np.float32) / 255    # of 0.76 to 1
         mask, rgb = rgba[..., 3], rgba[..., :3]
     (h, w), out = mask.shape, np.zeros((4, px + 4, px + 4), np.float32)
     y, x = (px + 4 - h) // 2, (px + 4 - w) // 2
@@ -137,8 +138,9 @@ def match(dot, ff, dd):
 
 
 def coarse(f, index):
-    """Return the local maxima over positions and sizes, best first: [(rank, size, x, y, [kinds])],
-    with the centre x, y in pixels of 64."""
+    """Return each size's local maxima over the positions, best first: [(score, size, x, y, indices
+    of THINGS)], with size and the centre x, y in pixels of 64. `look` removes those that overlap.
+    """
     x = F.pad(layers(F.avg_pool2d(f[None], 2)[0], backgrounds()[2][index])[0], (1, 1, 1, 1))
     peaks = []
     for size in SIZES:
@@ -164,22 +166,23 @@ def refine(f, b, peak):
     """Match the kinds of a peak again at full resolution, turned and moved -> Found."""
     _, size, x, y, kinds = peak
     sizes = sorted({round(size * z) for z in (0.92, 1, 1.08)})
-    trials = [(i, px) for i in kinds for px in sizes for _ in range(5)]
+    trials = [(i, px, angle) for i in kinds for px in sizes for angle in (-12, -6, 0, 6, 12)]
     w = sizes[-1] + 4
     templates = torch.zeros(len(trials), 4, w, w)
-    for row, (i, px), angle in zip(templates, trials, itertools.cycle((-12, -6, 0, 6, 12))):
+    for row, (i, px, angle) in zip(templates, trials):
         at = (w - px - 4) // 2
         row[:, at:at + px + 4, at:at + px + 4] = template(*THINGS[i], angle, px)
     pad = (w // 2 + 4,) * 4                                 # a window around the peak, 2 wider
     window = (slice(None), slice(y + 2, y + w + 6), slice(x + 2, x + w + 6))
     f = F.pad(f, pad)[window]                                               # [3,w+4,w+4]
     b = F.pad(b[None], pad, mode="replicate")[0][window]
-    ff, dd = layers(f, b)
+    f_layers, b_layers = layers(f, b)
     product, energy, constant = rows(templates)
-    total = F.avg_pool2d(f.square().sum(0)[None], w, 1).flatten() * w * w   # [25]
-    s = match(product @ F.unfold(ff, w)[0], total, energy @ F.unfold(dd, w)[0] + constant)
-    trial, shift = divmod(int(s.argmax()), 25)
-    (i, px), score = trials[trial], s.max().item()
+    ff = F.avg_pool2d(f.square().sum(0)[None], w, 1).flatten() * w * w      # [25]
+    dd = energy @ F.unfold(b_layers, w)[0] + constant                       # [K,25]
+    s = match(product @ F.unfold(f_layers, w)[0], ff, dd)
+    best, shift = divmod(int(s.argmax()), 25)
+    (i, px, _), score = trials[best], s.max().item()
     return Found(*THINGS[i], round(score, 3), (x + shift % 5 - 2) / SIDE,
                  (y + shift // 5 - 2) / SIDE, px / SIDE)
 

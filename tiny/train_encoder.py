@@ -69,13 +69,15 @@ def arguments():
       help="channels of the latent (vgg: channels of the first stage, 64 in VGG16)")
     a("--depth", type=positive(), help="number of blocks (not for vgg)")
     a("--heads", type=positive(), help="attention heads (not for vgg)")
-    a("--resolution", type=positive(), default=64)
-    a("--patch", type=positive(), default=8)
+    a("--resolution", type=positive(), default=64, help="pixels on an image's side (default 64)")
+    a("--patch", type=positive(), default=8, help="pixels on a patch's side (default 8; not for "
+      "vgg)")
     a("--tokenizer", type=Path, help="a tokenizer folder (default: train one here)")
     a = p.add_argument_group("loss and optimizer").add_argument
     a("--dense", type=positive(float, zero=True), help="weight of the dense term (not for vgg)")
-    a("--mask", type=share, default=0.1, help="share of the patches that are hidden (grey)")
-    a("--lr", type=positive(float))
+    a("--mask", type=share, default=0.1, help="share of the patches that are hidden (grey; "
+      "not for vgg)")
+    a("--lr", type=positive(float), help="learning rate (default 1.5e-3; vgg: 1e-3)")
     a("--warmup", type=positive(zero=True), default=200, help="steps")
     args = p.parse_args()
     if args.arch == "vgg" and (args.depth or args.heads or args.dense):
@@ -172,11 +174,11 @@ def patchify(images, p):
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2) * 2 - 1
 
 
-def hide(images, p, share, draw):
-    """Make a share of the p x p patches grey, which is 0 after the normalisation. draw: a numpy
-    Generator."""
+def hide(images, p, share, generator):
+    """Make each p x p patch grey (0 after SigLIP's normalisation) with the probability `share`.
+    generator: numpy's."""
     B, _, H, W = images.shape
-    keep = torch.from_numpy(draw.random((B, 1, H // p, W // p), np.float32)) >= share
+    keep = torch.from_numpy(generator.random((B, 1, H // p, W // p), np.float32)) >= share
     keep = keep.repeat_interleave(p, 2).repeat_interleave(p, 3).to(images.device, non_blocking=True)
     return torch.where(keep, images, 0.5)
 
@@ -224,7 +226,7 @@ def network(args, vocab_size, dtype):
 
 def initial(arch, name, shape, seed):
     """Return the initial value of one parameter: each network's as in its own file, He-normal
-    convolutions for a VGG, N(0, 0.02) for the projections and the dense term. Biases are zero."""
+    convolutions for a VGG, N(0, 0.02^2) for the projections and the dense term. Biases are zero."""
     part, _, key = name.partition(".")
     if part == "text":
         return text_model.initial(key, shape, seed)
@@ -237,9 +239,9 @@ def initial(arch, name, shape, seed):
     if len(shape) == 1:
         return torch.zeros(shape)
     vgg, key = part == "encoder", key.removeprefix("features.")
-    draw = data.rng(seed, f"init vgg {key}" if vgg else f"init encoder's trainer {part}")
+    generator = data.rng(seed, f"init vgg {key}" if vgg else f"init encoder's trainer {part}")
     std = (2 / math.prod(shape[1:])) ** 0.5 if vgg else 0.02
-    return torch.from_numpy(draw.standard_normal(shape, np.float32)) * std
+    return torch.from_numpy(generator.standard_normal(shape, np.float32)) * std
 
 
 def released_key(name):
@@ -268,7 +270,9 @@ def initial_rows(model, args):
         source = source.renamed(lambda key: ours.get(key, key))
     else:
         source = source.renamed("encoder.{}".format)
-    return weights.rows_for(model, source, drawn, lambda key: not key.startswith("encoder."))
+    # a checkpoint lacks LPIPS' weights, which `initial` sets to 1/C
+    optional = lambda key: not key.startswith("encoder.") or key.startswith("encoder.lin")
+    return weights.rows_for(model, source, drawn, optional)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -390,8 +394,8 @@ def main():
         for micro, batch in enumerate(run.micro_batches(batches)):
             images = batch["images"].float() / 255                          # [B,3,S,S]
             n = (step * accumulate + micro) * devices.world + devices.rank
-            draw = data.rng(args.seed, "hidden patches", n)     # every process hides other patches
-            seen = images if args.arch == "vgg" else hide(images, args.patch, args.mask, draw)
+            generator = data.rng(args.seed, "hidden patches", n)        # others in each process
+            seen = images if args.arch == "vgg" else hide(images, args.patch, args.mask, generator)
             image, caption, mse, _ = model(images, seen, batch["ids"], batch["last"])
             contrast = sigmoid_loss(model.similarity(image, caption))
             loss = contrast + args.dense * mse

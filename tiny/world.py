@@ -180,16 +180,19 @@ def scene(source: str, seed: int, i: int) -> Scene:
             s = compose(rand, True, False, ("plain", "two-tone", "gradient", "textured"))
         elif source == "builtin:synthetic":
             s = compose(rand, False, False, ("plain",))
-        elif source == "builtin:brief":     # two different things, or rarely one
+        elif source == "builtin:brief":     # two different things, or in a third of the scenes one
             s = compose(rand, False, False, ("plain",))
-            s = s if s and len(s.things) == len(groups(s)) == (1 if rand() < 0.25 else 2) else None
+            if s and len(s.things) != len(groups(s)):       # two things are the same
+                s = None
+            elif s and len(s.things) != (1 if rand() < 0.25 else 2):
+                s = None
         elif source == "builtin:hq":
             s = compose(rand, rand() < 0.7, True, ("plain", "plain", "gradient"))
         else:                           # qa; align without sprites, which take longer to learn
             s = compose(rand, source == "builtin:qa" and rand() < 0.5, False,
                         ("plain", "plain", "two-tone", "gradient"))
             if source == "builtin:align" and s and len(groups(s)) != 2 and rand() < 0.8:
-                continue                # checking two things takes more questions than one
+                continue                # to check two things is learned later than one
         if s:
             return s
 
@@ -223,8 +226,12 @@ def background_words(background: tuple) -> str:
 def describe(items: list, where=None, background=None) -> str:
     """Describe (kind, colour, count) groups, the relation of the first two, and a background."""
     names = [noun(*g) for g in items]
-    text = f"{names[0]} {where} {names[1]}" if where else ", ".join(names[:-1]) + (
-        " and " if len(names) > 1 else "") + names[-1]
+    if where:
+        text = f"{names[0]} {where} {names[1]}"
+    elif len(names) > 1:
+        text = ", ".join(names[:-1]) + " and " + names[-1]
+    else:
+        text = names[0]
     return f"{text} on a {background_words(background)} background" if background else text
 
 
@@ -236,8 +243,9 @@ def relation_of(scene: Scene):
 def caption(scene: Scene, rand=None, web: bool = False) -> str:
     """Return a true caption: without `rand` a complete one.
 
-    With rand, six captions in ten name the relation. With `web` too, four in ten do, in the forms
-    of alt text, and a fifth of them leave something out.
+    With rand, six captions in ten name a relation. With `web` too, captions have the forms of alt
+    text, four in ten name a relation, and a fifth of all leave something out. The caption of words
+    is always complete.
     """
     if scene.words:
         w = scene.words[0]
@@ -263,8 +271,8 @@ def caption(scene: Scene, rand=None, web: bool = False) -> str:
 def wrong_description(scene: Scene, rand, other=None):
     """Return a caption that is false for the scene and names no held-out composition.
 
-    It differs in one attribute. other: returns further scenes; then half of the captions describe
-    such a scene that has nothing in common with this one.
+    It differs from the true one in one attribute. other: a function that returns further scenes;
+    then half of the captions describe one of these, with other kinds and another background.
     """
     items, where, background = groups(scene), relation_of(scene), scene.background
     shapes = scene.things[0].colour is not None
@@ -275,7 +283,7 @@ def wrong_description(scene: Scene, rand, other=None):
             if s.background != background and not taken & {t.kind for t in s.things}:
                 return describe(groups(s), relation_of(s), s.background)
     while True:
-        new, at, place, bg = list(items), int(rand() * len(items)), where, background
+        new, at, new_where, bg = list(items), int(rand() * len(items)), where, background
         kind, colour, count = new[at]
         what = pick(rand, ("kind", "count", "background", "colour" if shapes else "kind",
                            "relation" if where else "kind"))
@@ -286,17 +294,17 @@ def wrong_description(scene: Scene, rand, other=None):
             colour = pick(rand, tuple(COLOURS))
             good = all((kind, colour) != g[:2] for g in items)
         elif what == "count":                             # "one" is also true where there are two
-            old, count, place = count, 2 + int(3 * rand()), None
+            old, count, new_where = count, 2 + int(3 * rand()), None
             good = count != old and sum(g[2] for g in items) + count - old <= 4
         elif what == "relation":
-            place, good = RELATIONS[where], True
+            new_where, good = RELATIONS[where], True
         else:
             bg = ("plain", pick(rand, tuple(BACKGROUNDS)))
             good = background[0] == "plain" and bg != background
         new[at] = kind, colour, count
         if (good and not (colour and held_out(kind, colour))
-                and not (place and held_out(new[0][0], new[1][0], place))):
-            return describe(new, place, bg)
+                and not (new_where and held_out(new[0][0], new[1][0], new_where))):
+            return describe(new, new_where, bg)
 
 
 def question(scene: Scene, rand, other, verify=False) -> tuple:
