@@ -137,6 +137,11 @@ def drawing(caption, rand):
     return [{"from": "human", "value": request(caption, rand)}, {"from": "gpt", "value": ANSWER}]
 
 
+def request_of(conversation):
+    """Return the words of the first turn that is the user's."""
+    return next(turn["value"] for turn in conversation if ROLES[turn["from"]] == "user")
+
+
 def chat(tokenizer, conversation, has_image=True):
     """Tokenize [{"from": "human" or "gpt", "value": text}, ...] -> (ids, labels), two lists.
 

@@ -1,7 +1,8 @@
 """The rows of reproduce.py: claims, arms, measurements, and the rules of the verdicts.
 
-A row's rule was written before its run. A rule gets {arm: {metric: [value of each seed]}} and
-returns the verdict and our numbers in words; a value is a number or a curve [[x, y], ...].
+A row's rule was written before its run; its `note` says when one was changed. A rule gets {arm:
+{metric: [value of each seed]}} and returns the verdict and our numbers in words; a value is a number
+or a curve [[x, y], ...].
 """
 import json
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Row:
 # ------------------------------------------------------------------------------------------------
 
 def train(flags, steps, out="{run}", seed="{seed}", script="train_dit.py", save=300):
-    """Return a training command. The latest checkpoint is enough to resume."""
+    """Return a training command. --keep 1: the latest checkpoint is enough to resume."""
     return (f"{script} {flags} --steps {steps} --seed {seed} --sample-every 0 --save-every {save} "
             f"--keep 1 --workers 1 --out {out}").replace("  ", " ")
 
@@ -51,7 +52,7 @@ def last(log, key, count=1):
 
 
 def write_images(folder, files):
-    """Write shapes that no training has seen, and JSONL files that list parts of them with
+    """Write shapes that no other training sees, and JSONL files that list parts of them with
     captions. files: {name: [(first, last + 1, whether the captions are alt text)]}."""
     from PIL import Image
     from data import random_stream
@@ -289,7 +290,7 @@ def understanding_rule(m):
     only questions + drawing lies within 3 points of questions alone.
     """
     right = {arm: mean(v["questions right, %"]) for arm, v in m.items()}
-    alone, both, vae = right.values()
+    alone, both, _ = right.values()
     verdict = (YES if max(right.values()) - min(right.values()) < 3 else
                PARTLY if abs(both - alone) < 3 else NO)
     return verdict, "right: " + ", ".join(f"{arm} {v:.1f} %" for arm, v in right.items())
@@ -460,7 +461,7 @@ def finetune_rule(m):
 def finetuning(latent, freeze):
     """Return the commands of an arm: the model of `convergence`, then one finetuning for each
     number of epochs (64 images are two steps), with the loss on these images and on others."""
-    arm = "rae" if latent == "siglip2" else "vae-shift-auto-5.66"
+    arm = "rae" if latent == "siglip2" else "vae-shift-auto-5.66"      # its folder in CONVERGENCE
     base = f"{{root}}/convergence/{arm}-{{seed}}"
     found = [checked(f"--latent {latent}", out=base)]
     runs = [base] + [f"{{run}}-{e}" for e in EPOCHS]

@@ -41,14 +41,15 @@ class Stopped(Exception):
 def parsing(what, source=None, error=UserError):
     """Surround one call into a parser: Pillow, json, tarfile, tokenizers, safetensors, torch.load.
 
-    Any exception inside becomes one `error` that begins with `what`, because the file is at fault.
+    It may also surround a constructor that takes a file's values. Any exception inside becomes one
+    `error` that begins with `what`, because the file is at fault.
     source: the file's path or its bytes, whose first bytes may say what the file really is.
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as e:              # parsers raise many kinds; none of our own code is inside
+    except Exception as e:              # parsers raise many kinds
         raise error(f"{printable(what)}: {fault(e, source)}") from e
 
 
@@ -56,7 +57,7 @@ def fault(error, source=None):
     """Describe a parser's exception in one line, with the help of the file's first bytes."""
     head = source[:200] if isinstance(source, bytes) else b""
     if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
-        with open(source, "rb") as f:
+        with contextlib.suppress(OSError), open(source, "rb") as f:     # it may be unreadable
             head = f.read(200)
     if head.startswith(b"version https://git-lfs"):
         return "this is a Git LFS pointer, not the file itself; `git lfs pull` fetches it"
@@ -195,8 +196,8 @@ def table(title, rows):
 
     print(title)
     for name, value in rows:
-        numbers = not isinstance(value, list) or all(isinstance(v, int) for v in value)
-        lines = [line for item in ([value] if numbers else value) for line in textwrap.wrap(
+        several = isinstance(value, list) and not all(isinstance(v, int) for v in value)
+        lines = [line for item in (value if several else [value]) for line in textwrap.wrap(
             show(item), 55, break_long_words=False, break_on_hyphens=False)]
         for label, line in itertools.zip_longest([name.replace("_", " ")], lines, fillvalue=""):
             print(f"  {label:<22} {line}")

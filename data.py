@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import cli
+from chat import request_of
 from cli import DataError, UserError, parsing, printable
 from files import CROPS, BrokenRecord, broken_records, expand, file_record, open_source
 
@@ -72,7 +73,7 @@ def permutation(n: int, *key) -> np.ndarray:
     return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
 
 
-_window = functools.lru_cache(maxsize=BLOCK)(permutation)      # at most one per source
+_window = functools.lru_cache(maxsize=BLOCK)(permutation)      # BLOCK: the most sources
 
 
 @functools.lru_cache(maxsize=BLOCK)
@@ -87,7 +88,8 @@ def shuffled(size: int, i: int, *key) -> int:
     """Return the number of the i-th record in an endless stream of epochs over `size` records.
 
     Each epoch has its own order: chunks of consecutive records (pieces of shards) are shuffled,
-    then the records within a window, so that reads stay local. The cost is O(log size).
+    then the records within a window, so that reads stay local. The cost is
+    O(log size), once the orders of the epoch and of the window are cached.
     """
     epoch, p = divmod(i, size)
     start = p - p % WINDOW
@@ -135,7 +137,8 @@ class Mixture:
     A record is a dict: n; key; source; task ("t2i" or "qa"); image uint8 [R, R, 3]; caption or
     None; conversations [{"from": "human"|"gpt", "value": ...}] with at most one `<image>`; scene
     (a Scene, None for files); skipped [(key, reason)], the broken records that this one replaces.
-    A built-in question has its kind as `question`. text: leave out images without a caption. Raises
+    A built-in question has its kind as `question`. text: leave out images without text in a folder
+    or in tars; a record without text of a JSONL, or with a .json, is then a broken one. Raises
     DataError for sources that cannot be used.
     """
 
@@ -166,17 +169,17 @@ class Mixture:
         slots = sorted(((k + rand()) / c, s, k)
                        for s, c in enumerate(self.counts) for k in range(c))
         self.plan = [(s, k) for _, s, k in slots]
-        first = {s: n for n, (s, _) in reversed(list(enumerate(self.plan)))}
+        order = [s for s, _ in self.plan]
         for s, files in enumerate(self.files):
             if files is not None:
-                self[first[s]]                            # raises if no record can be read
+                self[order.index(s)]                      # raises if no record can be read
 
     def __len__(self):
         """Return the number of records of all sources. Raises TypeError if one is endless."""
         return sum(self.sizes)
 
     def endless(self) -> bool:
-        """Return whether another seed gives other images from every source."""
+        """Return whether every source is endless, so that another seed gives other images."""
         return not any(self.sizes)
 
     @property
@@ -190,7 +193,8 @@ class Mixture:
                 for name, weight, size in zip(self.names, self.weights, self.sizes)]
 
     def __getitem__(self, n: int) -> dict:
-        block, slot = divmod(int(n), BLOCK)
+        n = int(n)                          # numpy's integers have another repr and hash
+        block, slot = divmod(n, BLOCK)
         s, k = self.plan[slot]
         i, name, size = block * self.counts[s] + k, self.names[s], self.sizes[s]
         out = {"n": n, "source": name, "skipped": []}
@@ -281,7 +285,7 @@ def work(mixture, collate, pipe, other_end):
     signal.signal(signal.SIGINT, signal.SIG_IGN)          # the trainer gets the signal, and saves
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     other_end.close()                                     # a fork has the trainer's end too
-    with contextlib.suppress(EOFError, ConnectionError):  # until the trainer ends, if by kill -9
+    with contextlib.suppress(EOFError, ConnectionError):  # until the trainer ends, even by kill -9
         while True:
             numbers = pipe.recv()
             try:
@@ -346,8 +350,10 @@ def show(args):
     for key, why in dict.fromkeys(s for r in records for s in r["skipped"]):
         print(f"skipped {key}: {why}", file=sys.stderr)
     for r in records:
-        turns = [t["value"].replace("<image>", "").strip() for t in r["conversations"]]
-        texts.append(" ".join(turns[:1] if r["task"] == "t2i" else turns))
+        turns = [turn["value"] for turn in r["conversations"]]
+        if r["task"] == "t2i":
+            turns = [request_of(r["conversations"])]
+        texts.append(" ".join(turn.replace("<image>", "").strip() for turn in turns))
     sheet = contact_sheet([r["image"] for r in records], texts, min(6, args.count),
                           max(args.resolution, 128))
     with out:

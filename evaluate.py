@@ -1,4 +1,4 @@
-"""Measure trained models. Each command prints a table and ends with one JSON line.
+"""Measure trained models. Each command prints its numbers and ends with one JSON line.
 
     python evaluate.py decoder --run runs/decoder-xl --data folder/ --count 50000
     python evaluate.py t2i --guidance 3                         # the built-in benchmark
@@ -13,7 +13,8 @@
 FD-enc is a Frechet distance in the features of the frozen encoder. It is not FID: compare it only
 with another FD-enc in the same features on as many images. --inception PATH adds the Frechet
 distance in the features of InceptionV3: rFID for reconstructions, FID for generated images.
-Intervals are 95 %, by bootstrap. Images are drawn as with sample.py --direct.
+Intervals are 95 %, by bootstrap. Images are drawn as with sample.py --direct, those of --prompts as
+with sample.py.
 """
 import collections
 import itertools
@@ -32,6 +33,7 @@ import sample
 import weights
 import stage2
 import networks
+from chat import request_of
 from cli import UserError, printable
 from flow import flow_loss, interpolate
 from metrics import (add_features, distances, image_count, images, images_and_records, interval,
@@ -53,9 +55,9 @@ def report(args, devices, **values):
 # decoder
 # ------------------------------------------------------------------------------------------------
 
-def load_codec(args, devices):
+def load_reconstruction(args, devices):
     """Load --run -> reconstruct: [B,3,S,S] -> [B,3,S,S]; S; the encoder of FD-enc; whether the
-    networks are tiny. A decoder's config names its encoder; a published decoder's width tells it.
+    networks are tiny. A decoder's config names its encoder; without it the latent's channels tell.
     """
     path, = weights.locate([("decoder or VAE", args.run, "--run")])
     source = weights.open_weights(networks.vae_inside(path), "--run")
@@ -64,11 +66,11 @@ def load_codec(args, devices):
         tiny = len(vae.config.block_out_channels) < 4
         name = args.encoder or (weights.TINY_ENCODER if tiny else weights.HUB["siglip2"][0])
     else:
-        width = next((s[1] for k, s in source.shapes.items()
-                      if k.endswith("decoder_embed.weight")), 0)
+        channels = next((shape[1] for key, shape in source.shapes.items()
+                         if key.endswith("decoder_embed.weight")), 0)
         known = {1152: weights.HUB["siglip2"][0], 1024: weights.HUB["webssl"][0]}
         name = (args.encoder or source.config.get("encoder")
-                or known.get(width, weights.TINY_ENCODER))
+                or known.get(channels, weights.TINY_ENCODER))
     place, = weights.locate([("encoder", name, "--encoder")])
     encoder = networks.load_encoder(place, devices)
     if is_vae:
@@ -92,14 +94,14 @@ def show_row(name, rows):
 
 
 def decoder(args):
-    """reconstruct unseen images (ADM's center crop) and measure the error"""
+    """reconstruct images (ADM's center crop) and measure the error"""
     devices, mixtures, counts = sample.setup(args), {}, {}
     for spec in args.data:                              # bad data is reported before weights load
         name = data.parse_spec(spec)[0]
         mixtures[name] = data.Mixture([spec], 64, args.seed, crop="center", text=False)
         counts[name] = image_count(mixtures[name], args.count, least=2)
     inception = load_inception(args.inception, devices) if args.inception else None
-    reconstruct, resolution, features, tiny = load_codec(args, devices)
+    reconstruct, resolution, encoder, tiny = load_reconstruction(args, devices)
     vgg, note = None, "left out (--no-lpips)"
     if not args.no_lpips:
         path, *lpips = weights.locate(networks.vgg_files(args, tiny))
@@ -112,7 +114,7 @@ def decoder(args):
     for name, mixture in mixtures.items():
         mixture.resolution = resolution
         x = images(mixture, counts[name], devices, args.batch)
-        every.append(measure(reconstruct, x, features, vgg, inception))
+        every.append(measure(reconstruct, x, encoder, vgg, inception))
         total = results[name] = show_row(name, every[-1])
     if len(every) > 1:
         total = show_row("all", {k: torch.cat([rows[k] for rows in every]) for k in every[0]})
@@ -195,7 +197,7 @@ def prompt_of(record):
     """Return the words that ask for a record's image. Raises UserError for a question."""
     if record["task"] != "t2i":
         raise UserError(f"--data: {record['key']} is a question, not a caption; leave it out")
-    return record["conversations"][0]["value"]
+    return request_of(record["conversations"])
 
 
 def fid(args):
@@ -256,8 +258,9 @@ def candidates(args):
 # ------------------------------------------------------------------------------------------------
 
 def flow(args):
-    """measure the flow loss on unseen images at fixed times, with fixed noise"""
+    """measure the flow loss on images at fixed times, with fixed noise"""
     devices, model = load_model(args)
+    # with its decoder, a VAE's run gives the VAE, whose latent the DiT draws
     encoder, _ = stage2.load_codec(model.config, args, devices, decoder=bool(model.config.vae))
     shape = model.dit.config.tokens, model.dit.config.channels
     mixture, count = captioned(args, encoder)
@@ -266,8 +269,8 @@ def flow(args):
         prompts = [prompt_of(r) for r in records]
         cond = direct_condition(model.llm, model.tokenizer, prompts, devices.device)    # [B,N,Z]
         z = check_finite("the latent (made by the encoder)", encoder(x).float())        # [B,N,C]
-        draws = [data.rng(args.seed, "evaluate flow", r["n"]) for r in records]
-        eps = np.stack([g.standard_normal(shape, np.float32) for g in draws])           # [B,N,C]
+        generators = [data.rng(args.seed, "evaluate flow", r["n"]) for r in records]
+        eps = np.stack([g.standard_normal(shape, np.float32) for g in generators])      # [B,N,C]
         eps = torch.from_numpy(eps).to(z.device)
         for values, time in zip(loss, args.times):
             t = torch.full((len(z),), time, device=z.device)
@@ -354,8 +357,11 @@ def main():
         a("--encoder", help="default: the one that belongs to the run or decoder")
         if function in (t2i, colours, candidates, flow, fid, judge):
             a("--decoder", help="default: the one that belongs to the encoder")
-        if function in (t2i, colours, candidates, fid):
-            sample.sampler_flags(q, steps=25, seed=0 if function in (t2i, candidates) else 2000)
+        if function in (t2i, candidates):
+            sample.sampler_flags(q, steps=25)
+        elif function in (colours, fid):
+            sample.sampler_flags(q, 25, 2000, "seed of the unseen data and of the first image "
+                                 "(default 2000; trainings use small seeds)")
         else:
             a("--seed", type=cli.seed, default=2000,
               help="seed of the unseen data (default 2000; trainings use small seeds)")
@@ -395,7 +401,8 @@ def main():
     a("--count", type=positive, help="questions (default: 1000 built-in ones, all of a file)")
     a("--max-tokens", type=positive, default=48, help="length of an answer (default 48)")
     a("--answers", type=Path, help="write every answer into this .jsonl, for other scorers")
-    add[flow]("--times", type=cli.share, nargs="+", metavar="T", help="default 0.1 0.2 ... 0.9",
+    add[flow]("--times", type=cli.share, nargs="+", metavar="T",
+              help="times t, from 0 to below 1 (default 0.1 0.2 ... 0.9)",
               default=[k / 10 for k in range(1, 10)])
     args = p.parse_args()
     with torch.no_grad():

@@ -21,7 +21,7 @@ from chat import ROLES, drawing
 from cli import DataError, parsing, printable
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-WORDS = ("caption", "prompt", "text", "conversations")    # fields with a record's text
+CAPTIONS = ("caption", "prompt", "text")    # fields with a caption; the first one counts
 
 
 class BrokenRecord(DataError):
@@ -141,7 +141,7 @@ def load_image(source, resolution: int, crop: str, rand=None, resample: int = 3)
 def read_fields(fields: dict, text: bool, rand) -> dict:
     """Return {task, caption, conversations} of a record's fields. text: whether a record without
     text is broken. rand() chooses the request for a caption."""
-    caption = next((fields[k] for k in WORDS[:3] if fields.get(k)), "")
+    caption = next((fields[k] for k in CAPTIONS if fields.get(k)), "")
     if not isinstance(caption, str):
         raise BrokenRecord(f"its caption is a {type(caption).__name__}, not a string")
     caption, turns, task = caption.strip(), fields.get("conversations"), "t2i"
@@ -154,7 +154,7 @@ def read_fields(fields: dict, text: bool, rand) -> dict:
     elif caption:
         turns = drawing(caption, rand)
     elif text:
-        raise BrokenRecord(f"no {', '.join(WORDS[:3])} or conversations")
+        raise BrokenRecord(f"no {', '.join(CAPTIONS)} or conversations")
     with parsing("text", error=BrokenRecord):             # half of a surrogate pair is no text
         "".join([caption, *(t["value"] for t in turns or [])]).encode()
     return {"task": task, "caption": caption or None, "conversations": turns or []}
@@ -217,7 +217,8 @@ class Folder:
 
     def __init__(self, path: str, text: bool):
         found, seen, alone = [], set(), 0                 # seen: a link may lead to a folder above
-        for root, folders, files in os.walk(path, followlinks=True):
+        left_out = lambda error: note(f"{error.filename} is left out: {error.strerror}")
+        for root, folders, files in os.walk(path, onerror=left_out, followlinks=True):
             folders[:] = [f for f in sorted(folders) if not is_system(f) and os.path.realpath(
                 os.path.join(root, f)) not in seen]       # os.walk enters these, in this order
             seen.update(os.path.realpath(os.path.join(root, f)) for f in ("", *folders))
@@ -303,7 +304,7 @@ class Tars:
     """WebDataset shards: members `<key>.jpg|png|webp` with `<key>.json`, `<key>.txt` or both (then
     the .txt counts if the .json has no text). One pass over the headers keeps 64 bytes per record.
     lost: [(name, reason)] of members that no record uses. text: leave out images without text."""
-    IMAGE, TXT, JSON, HEADER = 1, 3, 5, 7                 # columns; 0 is the shard
+    IMAGE, TXT, JSON, HEADER = 1, 3, 5, 7                 # columns of offsets, then sizes; 0: shard
 
     def __init__(self, paths: list, text: bool):
         self.paths, self.lost = paths, []
@@ -355,7 +356,8 @@ class Tars:
 
     def read(self, j):
         fields = json_of(self.member(j, self.JSON)) if self.rows[j, self.JSON] else {}
-        if self.rows[j, self.TXT] and not any(fields.get(k) for k in WORDS):
+        has_text = any(fields.get(k) for k in (*CAPTIONS, "conversations"))
+        if self.rows[j, self.TXT] and not has_text:
             fields["caption"] = text_of(self.member(j, self.TXT))
         return self.member(j, self.IMAGE), fields
 
@@ -378,7 +380,8 @@ def expand(name: str) -> list:
 
 
 def open_source(name: str, text: bool = True):
-    """Return the Folder, JsonLines or Tars of a path or pattern. Raises DataError."""
+    """Return the Folder, JsonLines or Tars of a path or pattern. text: as in data.Mixture. Raises
+    DataError."""
     shown, paths = printable(name), expand(name)
     if not paths and not name.endswith((".jsonl", ".tar")):
         raise DataError(f"{shown!r} is neither built in nor a path; expected a builtin: source, a "
@@ -416,6 +419,6 @@ def broken_records(source, text: bool):
     yield from getattr(source, "lost", ())
     for j in range(len(source)):
         try:
-            file_record(source, j, 64, "squash", text, float)             # float() is 0.0
+            file_record(source, j, 64, "squash", text, lambda: 0.0)
         except BrokenRecord as e:
             yield source.key(j), str(e)

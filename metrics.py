@@ -91,8 +91,8 @@ def images_and_records(mixture, count, devices, batch):
 
 
 def image_count(mixture, wanted, least=1):
-    """Return how many images to read, so that no image of a file comes twice. Raises UserError for
-    fewer than `least`."""
+    """Return how many images to read: `wanted`, but no more than finite sources have together. In a
+    mixture a small source may still repeat images. Raises UserError for fewer than `least`."""
     count = wanted if None in mixture.sizes else min(wanted, sum(mixture.sizes))
     if count < least:
         raise UserError(f"--data {' '.join(map(printable, mixture.names))} --count {wanted}: "
@@ -104,7 +104,7 @@ def image_count(mixture, wanted, least=1):
 # Reconstructions and generated images
 # ------------------------------------------------------------------------------------------------
 
-def measure(reconstruct, images, features, vgg, inception=None):
+def measure(reconstruct, images, encoder, vgg, inception=None):
     """Batches of images -> {metric: tensor}: psnr, ssim and lpips [n], and the features of the
     images (real) and of their reconstructions (fake)."""
     rows = collections.defaultdict(list)
@@ -115,8 +115,8 @@ def measure(reconstruct, images, features, vgg, inception=None):
         if vgg:
             lpips = vgg.lpips(vgg.maps(x_hat), vgg.maps(x))
             rows["lpips"].append(check_finite("lpips", lpips.float().cpu()))
-        add_features(rows, "real", x, features, inception)
-        add_features(rows, "fake", x_hat, features, inception)
+        add_features(rows, "real", x, encoder, inception)
+        add_features(rows, "fake", x_hat, encoder, inception)
     return {k: torch.cat(v) for k, v in rows.items()}
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import weights
-from chat import ROLES, SPECIAL, prompt_ids
+from chat import SPECIAL, prompt_ids, request_of
 from cli import UserError, parsing, printable
 from files import is_system, read_fields
 from training import image_sheet
@@ -31,27 +31,28 @@ def read_prompts(path, layout=None, flag="--prompts"):
     flag, items = f"{flag} {printable(path)}", []
     if path.suffix.lower() in (".json", ".csv", ".tsv", ".parquet"):
         raise UserError(f"{flag}: expected a text file of lines, a .jsonl or a folder of .txt")
-    files = [f for f in sorted(path.glob("*.txt")) if not is_system(f.name)]
-    for file in files if path.is_dir() else [path]:
-        with parsing(f"{flag}: {file.name}" if path.is_dir() else flag, file):
-            text = file.read_text(encoding="utf-8-sig")
-        if path.is_dir():
-            prompt = " ".join(text.split())
+    lines = []
+    if path.is_dir():
+        for file in (f for f in sorted(path.glob("*.txt")) if not is_system(f.name)):
+            with parsing(f"{flag}: {file.name}", file):
+                prompt = " ".join(file.read_text(encoding="utf-8-sig").split())
             items.append((file.stem, prompt, {"prompt": prompt}))
+    else:
+        with parsing(flag, path):
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+    for number, line in enumerate(lines, 1):                # JSON may hold other line breaks
+        record, name = {"prompt": line}, f"{len(items):05d}"
+        if not line.strip():
             continue
-        for number, line in enumerate(text.split("\n"), 1):     # JSON may hold other line breaks
-            record, name = {"prompt": line}, f"{len(items):05d}"
-            if not line.strip():
-                continue
-            if path.suffix.lower() == ".jsonl":
-                with parsing(f"{flag}, line {number}", file):
-                    record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-                    raise UserError(f"{flag}, line {number}: expected {{\"prompt\": ...}}")
-            if layout == "dpg":
-                name = record.get("item_id", name)
-                name = str(name) if isinstance(name, int) else name
-            items.append((name, record["prompt"].strip(), record))
+        if path.suffix.lower() == ".jsonl":
+            with parsing(f"{flag}, line {number}", path):
+                record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+                raise UserError(f"{flag}, line {number}: expected {{\"prompt\": ...}}")
+        if layout == "dpg":
+            name = record.get("item_id", name)
+            name = str(name) if isinstance(name, int) else name
+        items.append((name, record["prompt"].strip(), record))
     if not items:
         raise UserError(f"{flag}: no prompt in it; expected one per line, or .txt files in a "
                         "folder")
@@ -59,7 +60,7 @@ def read_prompts(path, layout=None, flag="--prompts"):
         with parsing(f"{flag}: item_id {name!r} is no file name"):
             size = len(os.fsencode(name))               # raises for null, and half a surrogate pair
         if not 0 < size <= 200 or name[0] == "." or set(name) & {"/", "\0"}:
-            raise UserError(f"{flag}: item_id {name!r} is no file name")
+            raise UserError(f"{flag}: item_id {name!r} is no file name of 1 to 200 bytes")
         if not prompt:
             raise UserError(f"{flag}: the prompt of {printable(name)} is empty")
     if len({name for name, *_ in items}) < len(items):
@@ -87,10 +88,9 @@ def sample_prompts(file, mixture, model):
     for source in sources:
         for j in range(min(len(source), math.ceil(16 / len(sources)))):
             with contextlib.suppress(UserError):        # a broken record, or words that do not fit
-                record = read_fields(source.read(j)[1], True, float)    # float() is 0.0
+                record = read_fields(source.read(j)[1], True, lambda: 0.0)
                 if record["task"] == "t2i":
-                    prompt = next(turn["value"] for turn in record["conversations"]
-                                  if ROLES[turn["from"]] == "user")
+                    prompt = request_of(record["conversations"])
                     check_text(prompt, "caption", model)
                     prompts.append(prompt)
     return list(dict.fromkeys(prompts))
@@ -103,7 +103,8 @@ def check_text(words, flag, model):
     for s in (*SPECIAL, "<image>"):
         if s in words:
             raise UserError(f"{flag} holds {s}, which the chat format uses; leave it out")
-    length = len(prompt_ids(model.tokenizer, words)) + model.llm.tokens + 10    # 10: the answer's
+    answer = 10                             # "Here you go:" and the marks around the image
+    length = len(prompt_ids(model.tokenizer, words)) + model.llm.tokens + answer
     if length > model.config.context:
         raise UserError(f"{flag} is too long: {length} tokens with the image's {model.llm.tokens}, "
                         f"the context has {model.config.context}; shorten it ({words[:40]!r}...)")
@@ -231,7 +232,8 @@ def check_geneval(args, names):
 
 
 def png_files(args, name, record, images, seeds):
-    """Return the PNG files of one prompt: [(path, image [3,H,W], its seed or seeds)]."""
+    """Return the PNG files of one prompt: [(path, image [3,H,W], its seed or seeds)]. With
+    GenEval's layout, also make the prompt's folder and write its metadata.jsonl."""
     n, all_seeds = len(images), " ".join(map(str, seeds))
     grid = image_sheet(images, math.ceil(math.sqrt(n)), 0 if args.layout == "dpg" else 2)
     if args.layout == "geneval":        # NAME/metadata.jsonl, NAME/samples/0000.png, NAME/grid.png

@@ -19,8 +19,10 @@ def file_questions(path, count, encoder):
         try:
             file, fields = source.read(j)
             image = to_tensor(open_image(file), encoder)
-            asked = {"from": "human", "value": fields.get("question", fields.get("text"))}
-            turns = fields.get("conversations") or [asked]
+            asked = fields.get("question", fields.get("text"))
+            turns = fields.get("conversations") or [{"from": "human", "value": asked}]
+            if asked is None and not fields.get("conversations"):
+                raise BrokenRecord("expected \"question\", \"text\" or \"conversations\"")
             task_of(turns)                              # raises if they are no conversation
             if isinstance(fields.get("answer"), (list, dict)):
                 raise BrokenRecord("its answer is no string")
@@ -58,11 +60,11 @@ def right(kind, said, expected):
 
 def accuracy(rows, kind):
     """Return the table's row of one kind of question, or of `all`."""
-    some = [r for r in rows if kind in (r["kind"], "all")]
+    some = [r for r in rows if kind in ("all", r["kind"])]
     mean, low, high = interval([[right(r["kind"], r["answer"], r["reference"]) for r in some]])
-    said = collections.defaultdict(collections.Counter)
+    references = collections.defaultdict(collections.Counter)
     for r in some:
-        said[r["kind"]][r["reference"]] += 1
-    commonest = sum(c.most_common(1)[0][1] for c in said.values())
+        references[r["kind"]][r["reference"]] += 1
+    commonest = sum(c.most_common(1)[0][1] for c in references.values())
     return {"questions": len(some), "accuracy": mean, "low": low, "high": high,
             "commonest": round(commonest / len(some), 4)}

@@ -8,7 +8,8 @@
 
 A row holds its claim, the paper's numbers, the arms (commands that differ in one thing), the seeds,
 what to measure, and the rule that turns the numbers into a verdict. The rule is written before the
-run. Seeds are paired: arms with the same seed see the same data, noise and initial draws.
+run, or the row's note says when it was changed. Seeds are paired: arms with the same seed see the
+same data, noise and initial draws.
 """
 import hashlib
 import itertools
@@ -108,8 +109,9 @@ def reproduce(row, quick):
         row = replace(row, seeds=row.seeds[:1])
     if row.data:
         write_images(root / row.name, row.data)
-    result, counted = begun(row, root, folder, quick), set()
+    result = begun(row, root, folder, quick)
     measured = [(point["arm"], point["seed"]) for point in result["points"]]
+    counted = {c for arm, seed in measured for c in commands(row, arm, seed, root, quick)}
     for seed, arm in itertools.product(row.seeds, row.arms):
         if (arm, seed) in measured:
             continue
@@ -137,6 +139,9 @@ def begun(row, root, folder, quick):
 
 
 def commit():
+    """Return the repository's short commit, or `unknown` without git or a repository."""
+    if not shutil.which("git"):
+        return "unknown"
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
                           capture_output=True)
     return done.stdout.strip() or "unknown"
@@ -186,7 +191,7 @@ def page(row, result):
     if row.rule:
         lines += [f"**Verdict: {result['verdict']}.** {result['ours']}.", "",
                   f"The paper: {row.paper}.", "",
-                  f"The rule, written before the run: {' '.join(row.rule.__doc__.split())}", ""]
+                  f"The rule: {' '.join(row.rule.__doc__.split())}", ""]
     lines += [f"![all points]({row.name}.png)", ""] + ([row.note, ""] if row.note else [])
     metrics = list(result["points"][0]["values"])
     lines += ["| arm | seed | " + " | ".join(metrics) + " |", "|---" * (2 + len(metrics)) + "|"]
@@ -206,8 +211,9 @@ def table(folder):
     """Return the README.md of results/: all rows, from the JSON files."""
     lines = ["# The paper's claims at small scale", "",
              "`python reproduce.py NAME` repeats a row and writes its files. Each verdict follows "
-             "from a rule that was", "written before the run. The pages have the rule, all points, "
-             "the commands, the hours and the machine.", "",
+             "from a rule that was", "written before the run; a page says when its rule was "
+             "changed. The pages have the rule, all points,", "the commands, the hours and the "
+             "machine.", "",
              "| row | claim | the paper | here | verdict |", "|---|---|---|---|---|"]
     for row in (row for row in ROWS if row.rule):
         path = folder / f"{row.name}.json"
@@ -244,10 +250,11 @@ def plot(row, result, path):
 
 def panel(axis, row, metric, points):
     """Draw one metric: numbers above the names of the arms, or a curve for each arm."""
+    curve = isinstance(points[0]["values"][metric], list)
     arms = [arm for arm in row.arms if any(p["arm"] == arm for p in points)]
     for k, arm in enumerate(arms):
         values = [p["values"][metric] for p in points if p["arm"] == arm]
-        if not isinstance(values[0], list):
+        if not curve:
             axis.plot([k] * len(values), values, "o", color=f"C{k}", alpha=0.6)
             axis.plot([k - 0.25, k + 0.25], [mean(values)] * 2, color=f"C{k}", lw=2)
             continue
@@ -255,7 +262,7 @@ def panel(axis, row, metric, points):
             axis.plot(*zip(*pairs), "o", color=f"C{k}", alpha=0.5, ms=4)
         means = [(pairs[0][0], mean(y for _, y in pairs)) for pairs in zip(*values)]
         axis.plot(*zip(*means), color=f"C{k}", label=arm)
-    if isinstance(values[0], list):
+    if curve:
         axis.set_xlabel(row.x)
         axis.legend(fontsize=8)
         if row.log_x:

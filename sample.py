@@ -49,13 +49,13 @@ def schedule(text):
     return {"clean": "euler", "compat": "authors"}.get(text, text)
 
 
-def sampler_flags(group, steps=50, seed=0):
+def sampler_flags(group, steps=50, seed=0, seed_help="seed of a prompt's first image"):
     """Add the sampler's flags to an argument group and return their actions."""
     a = group.add_argument
     return [a("--steps", type=cli.positive(), default=steps, help=f"default {steps}"),
             a("--guidance", type=cli.positive(float, zero=True), help="guidance scale; 1: off "
               "(default: 3; 1 for released weights and with --schedule authors)"),
-            a("--seed", type=cli.seed, default=seed, help="seed of a prompt's first image"),
+            a("--seed", type=cli.seed, default=seed, help=seed_help),
             a("--schedule", type=schedule, choices=["euler", "authors"], default="euler",
               help="euler: --steps steps from 1 to 0; authors: the authors' sampler"),
             a("--solver", choices=["euler", "heun"], default="euler",

@@ -347,6 +347,31 @@ def test_a_tar_of_folders(tmp_path, run):
     assert {mixture[n]["caption"] for n in range(2)} == {"image a", "image b"}
 
 
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "a.txt").write_text("a wall")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert len(files.Folder(str(tmp_path), True)) == 1
+    assert "closed is left out: Permission denied" in capsys.readouterr().err
+
+
+def test_a_number_of_numpy_gives_the_same_sample(tmp_path):
+    for k in range(4):
+        (tmp_path / f"{k}.png").write_bytes(png(k))
+        (tmp_path / f"{k}.txt").write_text("a wall of stone")
+    mixture = Mixture([str(tmp_path)], 8, crop="random")
+    for n in range(8):
+        a, b = mixture[n], mixture[np.int64(n)]
+        assert (a["image"] == b["image"]).all() and a["conversations"] == b["conversations"]
+
+
 def test_a_folder_with_capitals_a_loop_and_a_missing_text(tmp_path, capsys):
     (tmp_path / "in/below").mkdir(parents=True)
     (tmp_path / "in/A.JPG").write_bytes(png(1))

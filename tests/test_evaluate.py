@@ -247,7 +247,7 @@ def test_the_width_of_a_published_decoder_tells_its_encoder(tmp_path, monkeypatc
         save_file({f"{prefix}decoder_embed.weight": torch.zeros(4, width)},
                   tmp_path / "model.safetensors")
         with pytest.raises(ZeroDivisionError):
-            evaluate.load_codec(args, CPU)
+            evaluate.load_reconstruction(args, CPU)
         assert asked[-1] == weights.HUB[name][0]
 
 
@@ -342,6 +342,13 @@ def test_fid_by_hand(call, capsys):                         # noqa: F811
 # ------------------------------------------------------------------------------------------------
 # Flow loss
 # ------------------------------------------------------------------------------------------------
+
+def test_the_words_that_ask_for_an_image_are_the_user_s():
+    turns = [("system", "Be brief."), ("human", "a cat"), ("gpt", "Here: <image>")]
+    record = {"task": "t2i", "key": "k",
+              "conversations": [{"from": who, "value": words} for who, words in turns]}
+    assert evaluate.prompt_of(record) == "a cat"
+
 
 def test_flow_by_hand(call, capsys):                        # noqa: F811
     """The same numbers in any batch: |v - (eps - z)|^2 at the given times, with the noise of each
@@ -553,7 +560,7 @@ BAD = [
     (PROMPTS + " --out o --per-category 3", "--per-category"),
     (PROMPTS + " --out o --batch 3", "--batch"),
     ("t2i --prompts {f}/good.txt --layout coco --out o", "--layout|coco|geneval"),
-    ("t2i --prompts {f}/good.txt --layout dpg --out o --n 3", "3 images|1 or 4"),
+    ("t2i --prompts {f}/good.txt --layout dpg --out o --n 3", "--n 3|1 or 4"),
     (PROMPTS + " --out {f}/good.txt", "--out|good.txt|folder"),
     ("t2i --prompts {f}/absent --layout dpg --out o", "--prompts|absent"),
     ("t2i --prompts {f}/folder --layout dpg --out o", "--prompts|folder|no prompt"),
@@ -571,7 +578,7 @@ BAD = [
     ("vqa --decoder {f}/absent", "--decoder"), ("vqa --data {f}/absent.jsonl", "absent.jsonl"),
     ("vqa --data {f}/lost.jsonl", "gone.png"), ("vqa --data {f}/half.jsonl", "half.jsonl"),
     ("vqa --data {f}/roles.jsonl", "roles.jsonl|'cat'"),
-    ("vqa --data {f}/mute.jsonl", "mute.jsonl"),
+    ("vqa --data {f}/mute.jsonl", 'mute.jsonl:1: expected "question"'),
     ("vqa --data {f}/chat.jsonl", "<im_start>|chat format"),
     ("vqa --answers a.txt", "--answers|a.txt|.jsonl"), ("vqa --data builtin:web", "builtin:web"),
     ("judge --count 0", "--count"), ("judge --decoder {f}/absent", "--decoder|absent"),

@@ -24,6 +24,11 @@ RESULTS = ROOT / "results"
 WRITTEN = [row for row in ROWS if (RESULTS / f"{row.name}.json").exists()]
 
 
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert reproduce.commit() == "unknown"
+
+
 def test_the_table_follows_from_the_json_files():
     assert (RESULTS / "README.md").read_text() == reproduce.table(RESULTS)
 

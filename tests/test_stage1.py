@@ -479,7 +479,7 @@ def test_every_latent(latent, request):
         assert config["encoder"] == str(out.parent / "dinov2") and config["hidden_size"] == 24
         assert config["image_mean"] == pytest.approx([0.485, 0.456, 0.406])
     args = SimpleNamespace(run=str(out), encoder=None, features=None)
-    reconstruct, side, *_ = evaluate.load_codec(args, CPU)
+    reconstruct, side, *_ = evaluate.load_reconstruction(args, CPU)
     x = torch.rand(2, 3, side, side)
     with torch.no_grad():
         assert reconstruct(x).shape == x.shape

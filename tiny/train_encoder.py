@@ -285,7 +285,7 @@ def words_of(record):
     if record["caption"]:
         return record["caption"]
     turns = [t["value"].replace("<image>", "").strip() for t in record["conversations"]]
-    return turns[0] if record["task"] == "t2i" else " ".join(turns)
+    return chat.request_of(record["conversations"]) if record["task"] == "t2i" else " ".join(turns)
 
 
 def collate(records, tokenizer, length=None):
