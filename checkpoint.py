@@ -30,8 +30,8 @@ from runfiles import (
     save_tensors, start_wandb, surviving, write_text)
 from training import Meter
 
-# Arguments that may differ when a run is resumed: they do not change what is computed, or (device,
-# compile, mesh, scan, remat) only its rounding.
+# Arguments that may differ when a run is resumed: they do not change the trained weights, or
+# (device, compile, mesh, scan, remat) only by rounding.
 FREE = {"out", "fresh", "workers", "device", "compile", "log_every", "sample_every", "save_every",
         "keep", "wandb", "dry_run", "bench", "json", "mesh", "sample_steps", "guidance", "decoder",
         "sample_prompts", "scan", "remat"}
@@ -50,12 +50,13 @@ def naming_the_older(saved):
         yield
     except UserError as error:
         before = saved[-2].name if len(saved) > 1 else "the start"
-        raise UserError(f"{error}; delete {saved[-1]} to go on from {before}") from None
+        raise UserError(f"{error}; delete {saved[-1]} to go on from {before} (if other code wrote "
+                        "them, go on with that code)") from None
 
 
 class Run:
-    """One run of a trainer. The constructor checks the arguments before networks are built; it
-    writes nothing. `load` opens the folder and fills the tensors. Then:
+    """One run of a trainer. The constructor checks the arguments before the trained networks get
+    their weights; it writes nothing. `load` opens the folder and fills the tensors. Then:
 
         for step in run.steps():
             for batch in run.micro_batches(loader): ...
@@ -99,7 +100,8 @@ class Run:
 
     def load(self, tensors, optimizers=()):
         """Open the folder, and fill `tensors` {name: tensor} and the optimizers' state from the
-        latest checkpoint, if there is one. Nothing in the folder changes before."""
+        latest checkpoint, if there is one. args.json, config.json and the log are written only
+        after everything was read."""
         self.tensors, self.optimizers = tensors, list(optimizers)
         self.names = {tensor: name for name, tensor in tensors.items()}
         parallel.init_moments(self.optimizers, self.names, self.devices)
@@ -127,9 +129,10 @@ class Run:
         parallel.barrier(self.devices)
         self.latest = next(reversed(weights.checkpoints(self.dir)), None)
         self.start = self.done = int(self.latest.name[5:]) if self.latest else 0
-        seen = self.dir.is_dir() and self.start + 1
-        each, square = parallel.total([seen, seen ** 2], self.devices)
-        if self.devices.world * square != each ** 2:            # found by all processes alike
+        seen = self.start + 1 if self.dir.is_dir() else 0
+        together, = parallel.total([seen], self.devices)
+        differ, = parallel.total([seen * self.devices.world != together], self.devices)
+        if differ:                                      # in one process, so that all raise
             raise UserError(f"--out {self.dir} is not the same folder in every process; give one "
                             "on a disk that all hosts see")
 
@@ -155,13 +158,13 @@ class Run:
                     for key, shape in parallel.file_shapes(name, tensor.shape).items()}
             weights.check_keys(want, have, source.what)
             for name, tensor in self.tensors.items():
-                parallel.fill(name, tensor, source.rows, self.devices)
+                parallel.load_rows(name, tensor, source.rows, self.devices)
             _, numbers = read_meta(self.latest)
-            saved = iter(numbers["groups"])
             for optimizer in self.optimizers:
                 self._read_optimizer(optimizer, source, numbers)
-                for group, values in zip(optimizer.param_groups, saved):
-                    group.update(values)
+            groups = [group for o in self.optimizers for group in o.param_groups]
+            for group, values in zip(groups, numbers["groups"]):
+                group.update(values)
 
     def _read_optimizer(self, optimizer, source, numbers):
         """Rebuild the state of a torch optimizer. A state tensor of its parameter's shape is split
@@ -176,7 +179,8 @@ class Run:
                 if kind not in state:                   # on xla it is there already
                     state[kind] = (torch.zeros_like(p, dtype=dtype) if shape == tuple(p.shape)
                                    else torch.zeros(shape, dtype=dtype, device=p.device))
-                parallel.fill(f"optimizer.{name}.{kind}", state[kind], source.rows, self.devices)
+                parallel.load_rows(f"optimizer.{name}.{kind}", state[kind], source.rows,
+                                   self.devices)
 
     def save(self):
         """Write checkpoints/step-N atomically, then delete all but the last --keep. Each process
@@ -197,7 +201,7 @@ class Run:
                     place = tensors if torch.is_tensor(value) else numbers
                     place[f"optimizer.{self.names[p]}.{key}"] = value
         for name, tensor in tensors.items():            # by every process: some gather
-            for key, part, row in parallel.pieces(name, tensor):
+            for key, part, row in parallel.rows_to_save(name, tensor):
                 kept[key], first[key] = part.contiguous(), row
         with surviving(failures.append):
             if kept and not failures:
@@ -281,16 +285,21 @@ class Run:
                 yield step                              # only a fork's dropout draws from torch
 
     def micro_batches(self, loader):
-        """Yield the micro-batches of one step, on the device. `totals` are the sums of a batch's
-        `counts` {name: number} over the step and all processes. Under its name, each is divided by
-        the replicas, whose gradients are averaged: a sum of losses divided by it is the mean over
-        the whole batch."""
+        """Yield the micro-batches of one step, on the device.
+
+        batch["totals"] holds the sums of `counts` {name: number} over the step and all processes.
+        batch[name] holds such a sum, at least 1, divided by the number of replicas, because their
+        gradients are averaged: (sum of losses) / batch[name] adds up to the whole batch's mean.
+        """
         batches, begin = [], time.perf_counter()
         try:
             for _ in range(self.args.batch // self.args.micro_batch):
                 batches.append(next(loader))
         except WorkerDied:
-            self.save()
+            saved = self.latest and int(self.latest.name[5:]) == self.done
+            # the other processes would not join this save, and --bench writes nothing
+            if not (saved or self.args.bench or self.devices.world > 1):
+                self.save()
             raise
         self.meter.wait += time.perf_counter() - begin
         for batch in batches:
@@ -309,9 +318,9 @@ class Run:
     def end_step(self, done, norm, flops, plot, sample=None, **values):
         """Write the log line, the samples and the checkpoint that are due after `done` steps.
 
-        norm: norm of the whole gradient. flops: FLOPs per image of this step, by part. plot: keys
-        of loss.png. sample(done) returns values for the log. Raises Stopped after a signal, once
-        the run is saved.
+        norm: the gradient's norm, or a sum of norms; not finite if an update was skipped. flops:
+        FLOPs per image of this step, by part. plot: keys of loss.png. sample(done) returns values
+        for the log. Raises Stopped after a signal, once the run is saved.
         """
         parallel.step_done(self.devices)
         self.done, args = done, self.args

@@ -1,8 +1,8 @@
 """The rows of reproduce.py: claims, arms, measurements, and the rules of the verdicts.
 
-A row's rule was written before its run; its `note` says when one was changed. A rule gets {arm:
-{metric: [value of each seed]}} and returns the verdict and our numbers in words; a value is a number
-or a curve [[x, y], ...].
+A row's rule was written before its run; its `note` says when one was changed. A rule gets
+{arm: {metric: [value of each seed]}} and returns the verdict and our numbers in words; a value is a
+number or a curve [[x, y], ...].
 """
 import json
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """The frozen networks, loaded from published files and from ours: encoder, decoder, VAE, and the
 networks of stage 1's losses. Each is built on the meta device and filled from its file. At the end,
-the networks that the trainers need besides the trained ones.
+the networks that each trainer loads at its start.
 """
 import math
 import re
@@ -272,7 +272,7 @@ def load_init(path, config, encoder, devices):
     The file's config says more than the flags (normalisation, eps), so the network keeps it. Raises
     UserError if the flags, which made `config`, ask for another network.
     """
-    place, = locate([("weights", path, "--init")])
+    place, = locate([("weights" if encoder else "vae", path, "--init")])
     model = (load_decoder(place, devices, encoder, "--init") if encoder else
              load_vae(place, devices, "--init"))
     own = ("encoder", "image_mean", "image_std", "layer_norm_eps", "scaling_factor", "shift_factor")

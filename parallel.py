@@ -2,7 +2,7 @@
 
     cpu    one process, or several under torchrun (gloo), as for cuda
     cuda   one process per GPU under torchrun; FSDP2 shards every block and the root
-    xla    one process per host; torch_xla SPMD splits every tensor by the same table
+    xla    one process per host; torch_xla SPMD splits every tensor by TABLE
 
 Scripts start a back end (`setup`), build networks on it (`build`), move batches (`to_device`),
 step (`clip_grad`, `guarded_step`, `step_done`), exchange numbers between processes (`total`,
@@ -31,6 +31,7 @@ TABLE = [
      r"|adaLN_modulation\.1|embed_tokens|lm_head)\.weight$",            ("tensor", "fsdp")),
     (r"(attn\.proj|w3|o_proj|down_proj|out_proj|fc2|output\.dense)\.weight$",
                                                                         ("fsdp", "tensor")),
+    # 3 p^2 rows (588 with patches of 14) do not divide
     (r"decoder_pred\.weight$",                                          (None, "fsdp")),
     (r"(x_embedder\.proj|s_embedder\.proj|patch_embed)\.weight$",
                                                                         ("fsdp", None, None, None)),
@@ -99,9 +100,9 @@ def parse_mesh(text, count=None):
 
 
 def setup(kind="auto", dtype=None, mesh=None, plan=False):
-    """Start a back end -> Devices. kind: auto | cpu | cuda | xla. dtype: by default bf16 where the
-    device multiplies it natively, otherwise fp32. plan: start nothing and accept any mesh
-    (--dry-run). Raises UserError."""
+    """Start a back end -> Devices. kind: auto | cpu | cuda | xla. dtype: by default bf16 on
+    accelerators and on CPUs with AVX512-BF16, otherwise fp32. plan: start nothing and accept any
+    mesh (--dry-run). Raises UserError."""
     if kind == "auto":
         kind = ("xla" if "PJRT_DEVICE" in os.environ else
                 "cuda" if torch.cuda.is_available() else "cpu")
@@ -131,7 +132,9 @@ def setup(kind="auto", dtype=None, mesh=None, plan=False):
         torch.set_float32_matmul_precision("highest")   # fp32 means fp32; bf16 is the fast path
         torch.backends.cudnn.allow_tf32 = False         # of convolutions too
     grid = None
-    if world > 1 or dist.is_torchelastic_launched():    # gloo too: host numbers pass no device
+    # Also for one process under torchrun, as a check of FSDP2 on one GPU. On cuda gloo is added,
+    # because `total` exchanges the hosts' numbers without a device.
+    if world > 1 or dist.is_torchelastic_launched():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         grid = dist.init_device_mesh(kind, (world,), mesh_dim_names=("fsdp",))
     return Devices(kind, device, rank, world, dtype, axes, grid)
@@ -165,7 +168,7 @@ def build(model, rows, devices, blocks=()):
                  t.to(devices.device))
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in on_meta)
     for name, tensor in itertools.chain(model.named_parameters(), buffers):
-        fill(name, tensor, rows, devices)
+        load_rows(name, tensor, rows, devices)
     return model
 
 
@@ -186,7 +189,7 @@ def cut(tensor, first, last):
 
 
 @torch.no_grad()
-def fill(name, tensor, rows, devices):
+def load_rows(name, tensor, rows, devices):
     """Fill a possibly sharded tensor from rows(name, first, last)."""
     if hasattr(tensor, "to_local"):
         local, first = local_rows(tensor)
@@ -253,7 +256,7 @@ def unstack(name, tensor):
     return dict(zip(keys, tensor if tensor.dim() else [tensor.clone() for _ in keys]))
 
 
-def pieces(name, tensor):
+def rows_to_save(name, tensor):
     """Return what this process saves of a tensor: [(key, rows on the CPU, index of the first row)],
     empty if another process saves the same rows."""
     if hasattr(tensor, "to_local"):
@@ -277,8 +280,9 @@ def unsharded(model):
 
 
 def use_scan(devices, *models):
-    """Turn the blocks of these models into stacks, which one compiled loop runs (scan.py). On xla,
-    before `build`."""
+    """Turn the blocks of these models into stacks, which one compiled loop runs (scan.py). On xla.
+    `build` splits the stacks over the devices; those of a network that has its weights already are
+    split here."""
     import scan
     for model in models:
         model.run = functools.partial(scan.scan, devices)
@@ -286,6 +290,9 @@ def use_scan(devices, *models):
             for name, child in module.named_children():
                 if isinstance(child, torch.nn.ModuleList):
                     setattr(module, name, scan.Stacks(child))
+        for name, p in model.named_parameters():
+            if STACK.search(name) and not p.is_meta:
+                mark(name, p, devices)
 
 
 def compile_blocks(blocks, wanted, devices):

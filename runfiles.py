@@ -58,7 +58,8 @@ def open_folder(path, fresh):
     except BlockingIOError:
         raise UserError(f"--out {path} is in use by another process; give another --out")
     except OSError as error:
-        raise UserError(f"--out {path}: cannot write {error.filename}: {error.strerror}")
+        raise UserError(f"--out {path}: cannot write or lock {error.filename or path}: "
+                        f"{error.strerror}")
 
 
 def lock(folder):

@@ -116,10 +116,10 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, grad):
         tensors, stacks = ctx.saved_tensors[:ctx.n], ctx.saved_tensors[ctx.n:-1]
         wanted = ctx.needs_input_grad[5:]                           # of tensors, then of stacks
-        leads = [i for i in range(ctx.n) if wanted[i]]              # shared tensors with a gradient
+        graded = [i for i in range(ctx.n) if wanted[i]]             # shared tensors with a gradient
 
         def step(carry, weights):
-            grad, sums, tensors = carry[0], carry[1:1 + len(leads)], carry[1 + len(leads):]
+            grad, sums, tensors = carry[0], carry[1:1 + len(graded)], carry[1 + len(graded):]
             x, *weights = weights
             with torch.enable_grad():
                 inputs = [t.detach().requires_grad_(w) for t, w in
@@ -129,10 +129,10 @@ class _Scan(torch.autograd.Function):
                 grads = torch.autograd.grad(y, asked, grad)
             sums = [s + g for s, g in zip(sums, grads[1:])]
             found = [ctx.split(g, a) for g, a in zip(
-                grads[1 + len(leads):], [a for a, w in zip(ctx.axes, wanted[ctx.n:]) if w])]
+                grads[1 + len(graded):], [a for a, w in zip(ctx.axes, wanted[ctx.n:]) if w])]
             return [grads[0], *sums, *tensors], found
 
-        zeros = [torch.zeros_like(tensors[i]) for i in leads]
+        zeros = [torch.zeros_like(tensors[i]) for i in graded]
         carry, grads = loop(step, [grad, *zeros, *tensors], [ctx.saved_tensors[-1], *stacks],
                             reverse=True)
         sums, grads = iter(carry[1:]), iter(grads)

@@ -1,7 +1,8 @@
-"""A stage-2 model as files: config.json, the released layout, the LLM and the DiT.
+"""A stage-2 model as files: config.json, the LLM, the DiT and the codec.
 
-The authors' config is translated. Our own block in it, `scale_rae`, holds the constructors'
-arguments.
+`released_config` translates the authors' config.json. Ours has their fields and one block more,
+`scale_rae`, with the constructors' arguments. At the end: what train_dit.py needs besides its loop
+(config, initial weights, export, samples).
 """
 import math
 import re
@@ -244,7 +245,8 @@ def load_codec(config, args, devices, encoder=True, decoder=True):
     """Load the encoder and the decode function of a ModelConfig; None for one not asked for.
 
     --encoder and --decoder come first, then the config's, then the released pair. A run on a VAE's
-    latent has two encoders: alone, it is the one that understands; with the decoder, the VAE.
+    latent has two encoders. With `decoder` the one returned is the VAE; without, it is the one
+    whose features the LLM reads.
     """
     if config.vae and decoder:
         if encoder and args.encoder:
@@ -331,18 +333,21 @@ def finetuned_config(args, config):
     return replace(config, **new)
 
 
-def new_config(args, encoder, vae, tokenizer):
-    """Return the ModelConfig that the flags ask for, without --init."""
-    size, name = SIZES[args.size], args.llm or SIZES[args.size].llm
+def new_config(args, encoder, vae, tokenizer, files):
+    """Return the ModelConfig that the flags ask for, without --init. files: of frozen_networks."""
+    size = SIZES[args.size]
+    name = size.llm if args.llm in (None, "random") else args.llm
+    located = isinstance(files, dict) and args.llm != "random"
+    folder = Path(files["llm"] if located else name)
     dit = replace(DiTConfig(
         channels=(vae or encoder).channels, tokens=encoder.tokens, width=size.width,
         depth=size.depth, heads=size.heads, null=args.cond_drop > 0), **asked(args, DIT_FLAGS))
     if args.size == "tiny":
         llm = replace(TINY_LLM, vocab_size=tokenizer.get_vocab_size())
-    elif (Path(name) / "config.json").is_file():        # a folder, perhaps of another shape
-        published = read_json(Path(name) / "config.json", "--llm")
-        llm = llm_config(published, f"--llm {name}", args.random_init is False and
-                                 tokenizer.get_vocab_size())
+    elif (folder / "config.json").is_file():
+        published = read_json(folder / "config.json", "--llm")
+        llm = llm_config(published, f"--llm {name}",
+                         None if args.random_init else tokenizer.get_vocab_size())
     else:
         llm = QWEN_7B if "7b" in name.lower() else QWEN_1_5B
     llm = replace(llm, **asked(args, LLM_FLAGS))
@@ -370,7 +375,7 @@ def initial_rows(model, initial, args, init, files, tokenizer, new=()):
 def export(run, model, named, ema, tokenizer):
     """Write final/: the weights and their averages in the released layout, and the tokenizer."""
     for name in ("model", "ema") if ema else ("model",):
-        with training.averaged(named, ema if name == "ema" else {}):
+        with training.with_ema(named, ema if name == "ema" else {}):
             state = {stage2_key(k): v for k, v in model.state_dict().items()}
             state.pop(None, None)                               # REPA's projector
             run.export(name, state, run.config)

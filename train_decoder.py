@@ -34,7 +34,7 @@ from decoder import initial as init_decoder
 from losses import adaptive_weight, augment, d_loss_hinge, d_loss_vanilla, g_loss
 from metrics import images, psnr, round8
 from training import (
-    averaged, averages, check_batch, cosine, ema_weight, save_captioned, set_lr, update_ema)
+    check_batch, cosine, ema_weight, save_captioned, set_lr, start_ema, update_ema, with_ema)
 from vae import TINY, VAE, VAEConfig
 from vae import initial as init_vae
 
@@ -229,7 +229,7 @@ def export(run, model, named, ema, batches):
     of a VAE are measured on `batches` of images."""
     batches = list(batches) if isinstance(model, VAE) else []
     for name in ("model", "ema") if ema else ("model",):
-        with averaged(named, ema if name == "ema" else {}):
+        with with_ema(named, ema if name == "ema" else {}):
             found = model.measure(batches) if batches else {}
             run.export(name, model.state_dict(),
                        dataclasses.asdict(dataclasses.replace(model.config, **found)))
@@ -280,7 +280,7 @@ def main():
     # Optimizers: one for the decoder, one for the discriminator's heads
     # --------------------------------------------------------------------------------------------
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    ema = averages(named, devices) if args.ema else {}
+    ema = start_ema(named, devices) if args.ema else {}
     heads = disc.heads.state_dict(keep_vars=True) if disc else {}   # and spectral norms' vectors
     disc_params = list(disc.heads.parameters()) if disc else []
     adamw = functools.partial(parallel.adamw, devices=devices, betas=args.betas, weight_decay=0.0)
@@ -317,7 +317,7 @@ def main():
         """Save images, each left of its reconstruction by the averaged weights; return the mean
         PSNR. Only endless data make them unseen."""
         model.eval()                                    # a fork may have dropout
-        with averaged(named, ema):
+        with with_ema(named, ema):
             x_hat = reconstruct(held_out)
         model.train()
         pairs = torch.stack([held_out[:16], x_hat[:16]], 1).flatten(0, 1)   # [32,3,S,S]

@@ -267,7 +267,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     encoder, vae, decoder, tokenizer, files = networks.frozen_networks(args, init, devices)
     config = (stage2.finetuned_config(args, config) if config else
-              stage2.new_config(args, encoder, vae, tokenizer))
+              stage2.new_config(args, encoder, vae, tokenizer, files))
     N, C = config.dit.tokens, config.dit.channels
     with torch.device("meta"):
         model = build(config, args, devices.dtype)
@@ -319,7 +319,7 @@ def main():
     # --------------------------------------------------------------------------------------------
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     optimizers = optimizers_for(named, args, devices)
-    ema = training.averages(named, devices) if args.ema else {}
+    ema = training.start_ema(named, devices) if args.ema else {}
     warmup = math.ceil(args.warmup * args.steps)
 
     # --------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def main():
 
     def draw(prompts, seed, bar=None):
         """Draw prompts by the averaged weights -> images [P,3,S,S]."""
-        with training.averaged(named, ema):
+        with training.with_ema(named, ema):
             return stage2.draw(model, tokenizer, vae.decode if vae else decoder, prompts, seed,
                                args, devices, bar)
 

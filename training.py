@@ -67,7 +67,7 @@ def costs(model, encoder, vae, batch, args, devices):
 
 def trained_and_frozen(model, count):
     """Return the numbers of trained and of frozen parameters by network. count: all, by network.
-    Of the DiT, the table of positions is not trained."""
+    The DiT's table of positions counts as frozen."""
     trained = {part: sum(p.numel() for p in net.parameters() if p.requires_grad)
                for part, net in model.named_children()}
     frozen = {part.removesuffix(" (frozen)"): n - trained.get(part, 0) for part, n in count.items()}
@@ -101,22 +101,6 @@ def start_table(title, args, devices, parameters, flops, memory, **rows):
     if gpus > devices.count and devices.main:
         print(f"note: {gpus - devices.count} of {gpus} GPUs are idle; all of them: torchrun "
               f"--standalone --nproc-per-node {gpus} {shlex.join(sys.argv)}", file=sys.stderr)
-
-
-def cosine(step, steps, warmup, final=0.0):
-    """Factor of the learning rate: linear warm-up over `warmup` steps, then cosine to `final`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    x = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * x))
-
-
-def set_lr(optimizers, factor, devices):
-    """Set every group's learning rate to `factor` times its first one, whatever the optimizer."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            first = group.setdefault("initial_lr", group["lr"])
-            group["lr"] = parallel.scalar(first * factor, devices.device)
 
 
 def open_data(args, resolution, codec, crop, stand_in):
@@ -154,6 +138,22 @@ class FirstBatch:
 # In the loop
 # ------------------------------------------------------------------------------------------------
 
+def cosine(step, steps, warmup, final=0.0):
+    """Factor of the learning rate: linear warm-up over `warmup` steps, then cosine to `final`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    x = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * x))
+
+
+def set_lr(optimizers, factor, devices):
+    """Set every group's learning rate to `factor` times its first one, whatever the optimizer."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            first = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = parallel.scalar(first * factor, devices.device)
+
+
 # Dense bf16 peak by the device's name; the first match counts.
 PEAK_TFLOPS = {"H100 PCIe": 756.5, "H100 NVL": 835.5, "H100": 989.4, "H200": 989.4, "A100": 312.0,
                "L40S": 362.0, "4090": 165.2}
@@ -186,11 +186,11 @@ class Meter:
         self.start()
 
     def start(self):
-        """Start the clock, again after something else than training."""
+        """Start the clock, also after samples and checkpoints, which do not count."""
         self.since = time.perf_counter()
 
     def add(self, weight=1.0, **values):
-        """Take values of a step, or of a micro-batch that is this part of it."""
+        """Take the values of a step or of a micro-batch. weight: its share of the step."""
         self.values.append((weight, {k: v.detach() for k, v in values.items()}))
 
     def step(self, images, flops):
@@ -236,7 +236,7 @@ def condition_spread(sums):
     return (1 - c.square().sum() / (n * square).clamp(min=1e-12)).clamp(min=0).sqrt()
 
 
-def averages(named, devices):
+def start_ema(named, devices):
     """Start the EMA: copies {name: tensor}, split as the parameters are."""
     ema = {k: p.detach().clone() for k, p in named.items()}
     for k, average in ema.items():
@@ -245,8 +245,8 @@ def averages(named, devices):
 
 
 def ema_weight(decay, step):
-    """Return 1 - decay. The first steps average over what there is, so that the initial weights do
-    not dominate a short run."""
+    """Return 1 - decay. In the first steps the decay is lower, so that the initial weights do not
+    dominate a short run."""
     return 1 - min(decay, (1 + step) / (10 + step))
 
 
@@ -258,8 +258,8 @@ def update_ema(ema, named, weight):
 
 
 @contextlib.contextmanager
-def averaged(named, ema):
-    """Put the averages into the network for a while."""
+def with_ema(named, ema):
+    """Swap the averages into the network, and back at the end."""
     swap(named, ema)
     yield
     swap(named, ema)

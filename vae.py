@@ -195,8 +195,8 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def measure(self, batches):
-        """Return the shift and the scale, under their names in the config, with which draws of
-        these batches of images have mean 0 and variance 1."""
+        """Return the shift and the scale, under their names in the config, that give draws from
+        the posteriors of these batches of images mean 0 and variance 1."""
         sums = []
         for images in batches:
             mean, logvar = self.posterior(images)

@@ -57,7 +57,8 @@ def locate(wanted):
         searched = f"{name}, {local}"
         if not found and re.fullmatch(r"(?!(weights|runs|tiny)/)[\w.-]+/[\w.-]+", name):
             from huggingface_hub import snapshot_download
-            part = ["vae/*"] if what == "vae" else None         # FLUX's other files are 50 GB
+            # the other files of FLUX are 50 GB
+            part = ["vae/*"] if what == "vae" or name == FLUX_VAE else None
             try:                                                # without a network, from the cache
                 found = Path(snapshot_download(name, allow_patterns=part))
             except Exception as error:                          # the hub's client raises many kinds
@@ -126,11 +127,12 @@ class Weights:
         that are not finite."""
         last = self.shapes[key][0] if last is None and self.shapes[key] else last
         found = []
-        for start, shape, read, checksum in self.pieces[key]:
+        for k, (start, shape, read, checksum) in enumerate(self.pieces[key], 1):
             count = shape[0] if shape else 1
             a = max(0, first - start)
             b = max(a, min(count, last - start)) if shape else 1
-            if a == b and found:                # one piece without rows is enough for the shape
+            others = found or k < len(self.pieces[key])
+            if a == b and others:               # without rows one piece is enough, for the shape
                 continue
             if checksum is None:
                 tensor = read(a, b)
@@ -196,7 +198,7 @@ def open_pickle(path, what):
     dicts, take the average's and print a note."""
     with parsing(f"{what}: {path.name}", path):
         state = torch.load(path, map_location="cpu", weights_only=True,
-                           mmap=zipfile.is_zipfile(path))       # before torch 1.6 it was none
+                           mmap=zipfile.is_zipfile(path))       # torch before 1.6 wrote no zip file
     if torch.is_tensor(state):
         state = {path.stem: state}                      # from the authors' --save-latent
     is_state = lambda v: isinstance(v, dict) and v and all(map(torch.is_tensor, v.values()))
@@ -349,7 +351,8 @@ def load(model, source, devices, fallback=(), ignore=()):
 
 
 def check_config(config, found, what):
-    """Raise UserError if fields of a config differ from `found`, what the tensors' shapes say."""
+    """Raise UserError if a field of a config differs from `found`, {field: its value by the
+    tensors' shapes}; 0 means that the file does not show it."""
     wrong = [f"{k} is {config[k]!r} in the config, {v!r} in the weights"
              for k, v in found.items() if v and config.get(k) is not None and config[k] != v]
     if wrong:
@@ -377,5 +380,5 @@ def read_fields(cls, values, what):
         if kind is int and value < 0 or isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{what}: {key} is {value!r}")
         out[key] = value
-    with parsing(what):                     # __post_init__ refuses sizes that do not divide
+    with parsing(what):                     # __post_init__ refuses values that no network can have
         return cls(**out)

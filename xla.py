@@ -21,9 +21,11 @@ def setup(dtype, mesh):
     """Start the back end; see parallel.setup."""
     logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)     # warns of setting it twice
     torch_xla.backends.set_mat_mul_precision("highest")     # fp32 means fp32 here too
-    if os.environ.get("PJRT_DEVICE") == "CPU":      # virtual devices wait for each other in threads
-        os.environ.setdefault("NPROC", "64")        # of one pool, by default of the machine's size:
-    xr.use_spmd()                                   # with few cores the last of them finds none
+    if os.environ.get("PJRT_DEVICE") == "CPU":
+        # Virtual devices wait for each other in threads of one pool, by default one thread per
+        # core. With few cores the last device would find none.
+        os.environ.setdefault("NPROC", "64")
+    xr.use_spmd()
     if not hasattr(torch, "xla"):
         torch._register_device_module("xla", torch_xla)     # torch.utils.checkpoint looks for it
     count = xr.global_runtime_device_count()

@@ -254,7 +254,7 @@ def test_a_process_starts_with_its_share(tmp_path):
         "parallel.total([0.0], devices)\n"
         "before = peak()\n"
         "parallel.build(model, rows, devices, blocks)\n"
-        "ema = training.averages(dict(model.named_parameters()), devices)\n"
+        "ema = training.start_ema(dict(model.named_parameters()), devices)\n"
         "print('MiB', peak() - before, sum(sizes), max(sizes))\n"
         "parallel.finish()\n")
     said = [line.split()[1:] for line in launch(2, tmp_path / "start.py").splitlines()

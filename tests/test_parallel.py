@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import parallel
 import training
+import weights
 from cli import UserError
 from decoder import Decoder, size_config
 from dit import SIZES, DiT, DiTConfig
@@ -79,14 +80,29 @@ def test_a_stack_is_split_as_its_blocks_and_files_have_it_block_by_block():
     assert parallel.spec(fork.format(3), shape) == ("fsdp", None)
     assert parallel.spec(fork.format("0-31"), (32, *shape)) == (None, "fsdp", None)
     for stack in (torch.randn(3, 4, 5), torch.randn(3, 4), torch.tensor(7.0)):
-        saved = parallel.pieces("m.blocks.2-4.w.x", stack)
+        saved = parallel.rows_to_save("m.blocks.2-4.w.x", stack)
         assert [(key, first) for key, _, first in saved] == [
             (f"m.blocks.{i}.w.x", 0) for i in (2, 3, 4)]
         found, rows = torch.zeros_like(stack), {key: part for key, part, _ in saved}
         read = lambda key, first, last: parallel.cut(rows[key], first, last)
-        parallel.fill("m.blocks.2-4.w.x", found, read, CPU)
+        parallel.load_rows("m.blocks.2-4.w.x", found, read, CPU)
         assert torch.equal(found, stack)
     assert list(parallel.unstack("m.blocks.2.w", torch.ones(2))) == ["m.blocks.2.w"]
+
+
+def test_a_process_reads_its_own_piece():
+    """Of a checkpoint of three processes; a process without rows reads the last for its shape."""
+    whole, seen = torch.arange(20.0).view(10, 2), []
+
+    def reader(first, count):
+        def read(a, b):
+            seen.append(first)
+            return whole[first + a:first + b]
+        return first, (count, 2), read, weights.crc32(whole[first:first + count])
+    source = weights.Weights("a checkpoint", {}, {"w": [reader(0, 4), reader(4, 4), reader(8, 2)]})
+    for first, last, read in ((0, 4, [0]), (4, 8, [4]), (3, 9, [0, 4, 8]), (10, 10, [8])):
+        seen.clear()
+        assert torch.equal(source.rows("w", first, last), whole[first:last]) and seen == read
 
 
 def optimizers(w):

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import checkpoint                                                       # noqa: E402
 import cli                                                              # noqa: E402
+import data                                                             # noqa: E402
 import parallel                                                         # noqa: E402
 import runfiles                                                           # noqa: E402
 from checkpoint import Run                                              # noqa: E402
@@ -484,6 +485,17 @@ def test_a_fork_s_dropout_goes_on(tmp_path, restore_signals):
     whole = draws(0)
     assert all(map(torch.equal, whole[4:], draws(4))) and not torch.equal(whole[0], whole[1])
     assert not torch.equal(whole[0], draws(0, seed=1)[0])
+
+
+def test_a_dead_worker_of_a_bench_saves_nothing(saved, restore_signals):
+    """Also in the folder of a run, whose checkpoints stay."""
+    def loader():
+        raise data.WorkerDied("a loader worker died")
+        yield
+    before, run = listing(saved), Run(arguments(saved, bench=9), CPU)
+    with pytest.raises(data.WorkerDied):
+        next(run.micro_batches(loader()))
+    assert listing(saved) == before
 
 
 @pytest.mark.parametrize("fresh, held", [(False, "config.json"), (True, "photo.jpg")])

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import types
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ import data
 import flow
 import networks
 import parallel
+import recipe
 import sample
 import stage2
 import text_model
@@ -591,6 +593,22 @@ def test_flags_that_contradict_init_are_errors(flags, words, plain, tmp_path, ca
     train(tmp_path / "r", "--init", plain[0], *flags, status=2)
     said = capsys.readouterr().err
     assert words in said and said.count("error:") == 1 and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("size, flag, layers, width", [
+    ("2b", "random", 28, 1536), ("9b", "random", 28, 3584), ("2b", "a/hub-id", 2, 64)])
+def test_the_llm_of_a_size(size, flag, layers, width, tmp_path):
+    """Random weights have the size's own shapes; a located folder has those of its config."""
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, vocab_size=2000)))
+    args = types.SimpleNamespace(size=size, llm=flag, random_init=False, cond_drop=0.1, shift=1.0,
+                                 encoder="e", decoder="d", vae=None,
+                                 **dict.fromkeys([*recipe.DIT_FLAGS, *recipe.LLM_FLAGS]))
+    codec = types.SimpleNamespace(channels=1152, tokens=256)
+    files = {"llm": weights.TINY if flag == "random" else tmp_path}
+    llm = stage2.new_config(args, codec, None, TOKENIZER, files).llm
+    assert (llm.num_hidden_layers, llm.hidden_size) == (layers, width)
 
 
 def test_flags_that_agree_with_init_are_fine(plain, tmp_path, capsys):

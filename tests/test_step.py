@@ -61,9 +61,9 @@ def made(monkeypatch, *flags, questions_only=False):
     args = train_dit.arguments()
     train_dit.fill_defaults(args, None)
     devices = parallel.Devices("cuda", META, 0, 1, torch.bfloat16, {"fsdp": 1, "tensor": 1})
-    encoder, vae, _, tokenizer, _ = networks.frozen_networks(args, None, devices)
+    encoder, vae, _, tokenizer, files = networks.frozen_networks(args, None, devices)
     del encoder.blocks[2:]                              # all of them are alike
-    config = stage2.new_config(args, encoder, vae, tokenizer)
+    config = stage2.new_config(args, encoder, vae, tokenizer, files)
     with META:
         model = train_dit.build(config, args, devices.dtype)
     for network in filter(None, (model, encoder, vae)):
@@ -91,7 +91,7 @@ def made(monkeypatch, *flags, questions_only=False):
 
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     optimizers = train_dit.optimizers_for(named, args, devices)
-    ema = training.averages(named, devices) if args.ema else {}
+    ema = training.start_ema(named, devices) if args.ema else {}
     return model, encode, batches, (named, optimizers, ema), 0.1, args, devices
 
 
