@@ -492,7 +492,7 @@ def test_a_dead_worker_of_a_bench_saves_nothing(saved, restore_signals):
     def loader():
         raise data.WorkerDied("a loader worker died")
         yield
-    before, run = listing(saved), Run(arguments(saved, bench=9), CPU)
+    before, run = listing(saved), Run(arguments(saved, bench=9, batch=1, micro_batch=1), CPU)
     with pytest.raises(data.WorkerDied):
         next(run.micro_batches(loader()))
     assert listing(saved) == before
