@@ -50,8 +50,8 @@ def naming_the_older(saved):
         yield
     except UserError as error:
         before = saved[-2].name if len(saved) > 1 else "the start"
-        raise UserError(f"{error}; delete {saved[-1]} to go on from {before} (if other code wrote "
-                        "them, go on with that code)") from None
+        raise UserError(f"{error}; if other code wrote it, go on with that code, else delete "
+                        f"{saved[-1]} to go on from {before}") from None
 
 
 class Run:

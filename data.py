@@ -351,7 +351,7 @@ def show(args):
         print(f"skipped {key}: {why}", file=sys.stderr)
     for r in records:
         turns = [turn["value"] for turn in r["conversations"]]
-        if r["task"] == "t2i":
+        if r["task"] == "t2i" and turns:                  # an image may have no text
             turns = [request_of(r["conversations"])]
         texts.append(" ".join(turn.replace("<image>", "").strip() for turn in turns))
     sheet = contact_sheet([r["image"] for r in records], texts, min(6, args.count),

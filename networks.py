@@ -272,7 +272,7 @@ def load_init(path, config, encoder, devices):
     The file's config says more than the flags (normalisation, eps), so the network keeps it. Raises
     UserError if the flags, which made `config`, ask for another network.
     """
-    place, = locate([("weights" if encoder else "vae", path, "--init")])
+    place, = locate([("weights", path, "--init")])
     model = (load_decoder(place, devices, encoder, "--init") if encoder else
              load_vae(place, devices, "--init"))
     own = ("encoder", "image_mean", "image_std", "layer_norm_eps", "scaling_factor", "shift_factor")

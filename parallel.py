@@ -291,7 +291,7 @@ def use_scan(devices, *models):
                 if isinstance(child, torch.nn.ModuleList):
                     setattr(module, name, scan.Stacks(child))
         for name, p in model.named_parameters():
-            if STACK.search(name) and not p.is_meta:
+            if STACK.search(name) and p.device.type == "xla":
                 mark(name, p, devices)
 
 

@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -203,11 +203,22 @@ def llm_source(path, tokenizer):
         known = partial(source.rows, key)
         pieces[key] = [(0, (own, width), known, None)]
         if V > own:
-            parts = (known(k, min(k + 8192, own)) for k in range(0, own, 8192))
-            mean = sum(part.double().sum(0) for part in parts) / own                # [width]
-            added = mean.float().expand(V - own, -1)
-            pieces[key].append((own, (V - own, width), partial(parallel.cut, added), None))
+            added = mean_rows(known, own, width)
+            pieces[key].append((own, (V - own, width), added, None))
     return Weights(source.what, source.config, pieces)
+
+
+def mean_rows(read, count, width):
+    """Return a reader of rows that are all the mean of a matrix's first `count` rows. These are
+    read once, in parts, when the first row is asked for."""
+    @cache
+    def mean():
+        total = torch.zeros(width, dtype=torch.float64)
+        for first in range(0, count, 8192):
+            total += read(first, min(first + 8192, count)).double().sum(0)
+        return (total / count).float()
+
+    return lambda first, last: mean().expand(last - first, -1)
 
 
 @dataclass

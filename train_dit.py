@@ -194,8 +194,8 @@ def train_step(model, encode_batch, batches, trained, ema_weight, args, devices)
     """Make one update from micro-batches on the devices. With AdamW the host waits for no device.
 
     encode_batch(batch) -> z, u. batches: of Run.micro_batches, which adds the counts of the whole
-    batch: "totals" as numbers; "tokens" and "images_to_draw" as tensors, divided by the number of
-    replicas, whose gradients are averaged. trained: (parameters by name, optimizers, averages by
+    batch: "totals", and "tokens" and "images_to_draw", which are divided by the number of replicas,
+    because their gradients are averaged. trained: (parameters by name, optimizers, averages by
     name). ema_weight: 1 - decay. Returns the values to log {name: tensor} and the gradient's norm.
     """
     named, optimizers, ema = trained

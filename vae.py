@@ -152,13 +152,13 @@ class Decoder(nn.Module):
 
 def pack(z):
     """[B, c, h, w] -> [B, h/2 * w/2, 4c]: 2x2 patches, row-major, channel = c*4 + dy*2 + dx."""
-    return F.pixel_unshuffle(z, 2).flatten(2).mT                        # [B, row*col, 4c]
+    return F.pixel_unshuffle(z, 2).flatten(2).mT.contiguous()           # [B, row*col, 4c]
 
 
 def unpack(tokens):
     """Invert `pack` for a square grid: [B, N, 4c] -> [B, c, h, w]."""
     side = math.isqrt(tokens.shape[1])
-    return F.pixel_shuffle(tokens.mT.unflatten(2, (side, side)), 2)
+    return F.pixel_shuffle(tokens.mT.contiguous().unflatten(2, (side, side)), 2)
 
 
 class VAE(nn.Module):

@@ -824,6 +824,8 @@ def test_bad_sources(tmp_path):
 
 def test_show(tmp_path, run):
     sheet = tmp_path / "s.png"
+    plain = images(tmp_path / "plain", 3)                    # without captions
+    assert run("show", plain, "--out", sheet, "--count", 3)[0] == 0
     assert run("show", "builtin:text", "--out", sheet, "--count", 5)[0] == 0
     assert Image.open(sheet).size == (5 * 232 + 8, 224 + 82 + 8)
     one = sheet.read_bytes()

@@ -122,7 +122,8 @@ def test_last_is_the_end_token():
 def test_words_of_images_without_a_caption():
     turns = [{"value": "<image>\nWhat is this?"}, {"value": "A cat."}]
     asked = dict(caption=None, conversations=turns, task="i2t")
-    turns = [{"value": "Draw a cat."}, {"value": "Here:\n<image>"}]
+    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": " Draw a cat.\n"},
+             {"from": "gpt", "value": "Here:\n<image>"}]
     drawn = dict(caption=None, conversations=turns, task="t2i")
     assert train_encoder.words_of(asked) == "What is this? A cat."
     assert train_encoder.words_of(drawn) == "Draw a cat."

@@ -284,8 +284,9 @@ def words_of(record):
     answer."""
     if record["caption"]:
         return record["caption"]
-    turns = [t["value"].replace("<image>", "").strip() for t in record["conversations"]]
-    return chat.request_of(record["conversations"]) if record["task"] == "t2i" else " ".join(turns)
+    if record["task"] == "t2i":
+        return chat.request_of(record["conversations"]).strip()
+    return " ".join(t["value"].replace("<image>", "").strip() for t in record["conversations"])
 
 
 def collate(records, tokenizer, length=None):

@@ -180,7 +180,7 @@ def scene(source: str, seed: int, i: int) -> Scene:
             s = compose(rand, True, False, ("plain", "two-tone", "gradient", "textured"))
         elif source == "builtin:synthetic":
             s = compose(rand, False, False, ("plain",))
-        elif source == "builtin:brief":     # two different things, or in a third of the scenes one
+        elif source == "builtin:brief":     # two different things, or in two scenes of five one
             s = compose(rand, False, False, ("plain",))
             if s and len(s.things) != len(groups(s)):       # two things are the same
                 s = None
