@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -721,13 +720,6 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
-def words_only(folder):
-    """Put a tokenizer there that drops white space."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
 DAMAGED = {         # form, what happens to the folder, what the error says
     "absent": (None, lambda f: None, ["no such file or folder"]),
     "empty folder": ("safetensors", lambda f: (f / "model.safetensors").unlink(),
@@ -748,7 +740,6 @@ DAMAGED = {         # form, what happens to the folder, what the error says
     "tokenizer cut": ("safetensors", lambda f: cut(f / "tokenizer.json", 40), ["tokenizer.json: "]),
     "tokenizer absent": ("safetensors", lambda f: (f / "tokenizer.json").unlink(),
                          ["no tokenizer in", "vocab.json"]),
-    "tokenizer without a newline": ("safetensors", words_only, ["its tokenizer has no newline"]),
     "cut pt": ("model.pt", lambda f: cut(f / "model.pt", 5000), ["model.pt: "]),
     "empty pt": ("model.pt", lambda f: cut(f / "model.pt", 0), ["model.pt: "]),
     "text": ("model.pt", lambda f: (f / "model.pt").write_text("hello" * 99),
