@@ -8,7 +8,6 @@ under another name, synced to disk and renamed, so an interrupted save never hid
 The data's position, the learning rates and every random draw are functions of (seed, step), so
 there is no generator state to save, and a resumed run repeats an uninterrupted one bit for bit.
 """
-import contextlib
 import importlib.util
 import json
 import math
@@ -26,8 +25,8 @@ import weights
 from cli import Stopped, UserError
 from data import SkipCounter, WorkerDied, hash64
 from runfiles import (
-    DISK, check_folder, fsync, open_folder, plain, plot_log, print_bench, read_log, read_meta,
-    save_tensors, start_wandb, surviving, write_text)
+    DISK, check_folder, fsync, naming_the_older, open_folder, plain, plot_log, print_bench,
+    read_log, read_meta, save_tensors, start_wandb, surviving, write_text)
 from training import Meter
 
 # Arguments that may differ when a run is resumed: they do not change the trained weights, or
@@ -41,17 +40,6 @@ OF_DEVICE = ("fused", "capturable", "foreach")      # options of an optimizer th
 def say(text):
     """Print a line above the bar, if there is one."""
     tqdm.write(text, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def naming_the_older(saved):
-    """Add to an error of the last checkpoint in `saved` how to go on from the one before."""
-    try:
-        yield
-    except UserError as error:
-        before = saved[-2].name if len(saved) > 1 else "the start"
-        raise UserError(f"{error}; if other code wrote it, go on with that code, else delete "
-                        f"{saved[-1]} to go on from {before}") from None
 
 
 class Run:

@@ -111,10 +111,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(kind=int, zero=False):
-    """Return an argparse type: a finite number above zero (with `zero`, or zero)."""
+    """Return an argparse type: a number above zero (with `zero`, or zero) and below 1e15."""
     def parse(text):
         value = kind(text)
-        if not (value > 0 or (zero and value == 0)) or value == float("inf"):
+        if not (value > 0 or (zero and value == 0)) or value >= 1e15:
             raise ValueError
         return value
     parse.__name__ = f"{'non-negative' if zero else 'positive'} {kind.__name__}"

@@ -74,6 +74,17 @@ def lock(folder):
     return handle
 
 
+@contextlib.contextmanager
+def naming_the_older(saved):
+    """Add to an error of the last checkpoint in `saved` how to go on from the one before."""
+    try:
+        yield
+    except UserError as error:
+        before = saved[-2].name if len(saved) > 1 else "the start"
+        raise UserError(f"{error}; if other code wrote it, go on with that code, else delete "
+                        f"{saved[-1]} to go on from {before}") from None
+
+
 def read_meta(folder):
     """Return the arguments and the optimizers' plain numbers of a checkpoint. Raises UserError."""
     with parsing(f"checkpoint {folder} is damaged: meta.json", folder / "meta.json"):

@@ -56,6 +56,7 @@ BAD = [
     (f"{DIT} --epochs 2 --data builtin:web", ["--epochs 2", "builtin:web", "endless"]),
     (f"{DIT} --lr 0", ["--lr", "'0'"]),
     (f"{DIT} --lr-llm inf", ["--lr-llm", "'inf'"]),
+    (f"{DIT} --epochs 1e308", ["--epochs", "'1e308'"]),
     (f"{DIT} --warmup 1.5", ["--warmup", "1.5"]),
     (f"{DIT} --ema 1", ["--ema", " 1"]),
     (f"{DIT} --cond-drop 1", ["--cond-drop", " 1"]),
