@@ -311,7 +311,10 @@ UNDERSTANDING = Row(
     (0, 1, 2), answered, understanding_rule,
     note="Each arm starts from a model that was trained on 128,000 questions alone, because a "
     "fresh model learns them slowly beside images. Every arm then sees 25,600 questions; in the "
-    "others half of each batch draws. Shortened from 1,200 to 800 steps for time, before the run.")
+    "others half of each batch draws. Shortened from 1,200 to 800 steps for time, before the run. "
+    "Known by measurement: in all arms the models answer questions about colours (95 % right, the "
+    "commonest answer 17 %), count hardly better than the commonest answer (79 % against 74 %), "
+    "and guess whether a thing is there or a prompt is true.")
 
 
 # ------------------------------------------------------------------------------------------------
