@@ -487,7 +487,9 @@ FINETUNE = Row(
      for what, freeze in (("LLM + DiT", ""), ("DiT alone", "--freeze llm"))},
     (0, 1), finetuned, finetune_rule, {"few.jsonl": [(0, 64, False)]}, x="epochs",
     note="64 fixed shapes, from the models of `convergence` with the default shift. Flow loss at "
-    "t = 0.1 to 0.9 with fixed noise; unseen: 512 shapes.")
+    "t = 0.1 to 0.9 with fixed noise; unseen: 512 shapes. Known by measurement: in 256 epochs the "
+    "RAE's loss on the 64 images falls by 20 %, the VAE's by 10 %, so at equal epochs the RAE has "
+    "learned them further (LLM + DiT).")
 
 
 # ------------------------------------------------------------------------------------------------
