@@ -111,10 +111,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(kind=int, zero=False):
-    """Return an argparse type: a number above zero (with `zero`, or zero) and below 1e15."""
+    """Return an argparse type: a number above zero (with `zero`, or zero) and below 1e100."""
     def parse(text):
         value = kind(text)
-        if not (value > 0 or (zero and value == 0)) or value >= 1e15:
+        if not (value > 0 or (zero and value == 0)) or value >= 1e100:
             raise ValueError
         return value
     parse.__name__ = f"{'non-negative' if zero else 'positive'} {kind.__name__}"
